@@ -1,0 +1,1 @@
+"""SimSiam: backbone, projector, predictor and the loss (Chen & He 2020)."""

@@ -1,0 +1,1 @@
+"""From pictures on disk to two views in memory: sources -> shards -> order -> views."""

@@ -1,0 +1,38 @@
+"""Owns the package's metadata and its dependencies. Settings of the development tools are in pyproject.toml."""
+
+from setuptools import setup
+
+RUNTIME = [
+    "torch>=2.11",
+    "torchvision>=0.26",
+    "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
+    "webdataset>=1.0",
+    "numpy>=1.26",
+    "numba>=0.61",
+    "pillow>=10",
+    "tyro>=0.9",
+    "jaxtyping>=0.2.36",
+    "matplotlib>=3.8",
+    "tensorboard>=2.16",
+    "tqdm>=4.66",
+]
+PARQUET = ["pyarrow>=15"]
+TEST = [
+    *PARQUET,
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "beartype>=0.18",
+    "ruff>=0.12",
+    "mypy>=1.13",
+    "import-linter>=2.1",
+]
+
+setup(
+    name="siamstream",
+    version="0.1.0",
+    description="SimSiam pretraining whose loop is bound by the GPU, not by the data",
+    python_requires=">=3.10",
+    packages=["pipeline", "model", "train", "tools"],
+    install_requires=RUNTIME,
+    extras_require={"parquet": PARQUET, "test": TEST},
+)

@@ -1,0 +1,1 @@
+"""Pretraining and evaluation: scripts and the parts that they are built from."""
