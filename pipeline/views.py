@@ -1,0 +1,171 @@
+"""Owns what happens to a sample: the recipe of the two views and the draw of their parameters.
+
+A draw is a pure function of (recipe, seed, epoch, sample id, picture size). The back ends draw nothing themselves: they
+apply these numbers. Recipe: MoCo v2's augmentation as SimSiam uses it (Chen & He 2020, appendix A); distributions and
+their parameters are those of torchvision's transforms of the same names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int8, Int32, UInt32
+from numpy.typing import NDArray
+
+from pipeline.counter_rng import philox4x32, seed_key, uniforms
+
+VIEWS = 2
+CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop.get_params
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the colour operations, as numbered in ViewParams.order
+JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
+VIEW_STREAM = 0x51E5  # keeps the views' counters apart from those of the order
+
+# Where each draw lies among a view's uniform numbers.
+AREAS = slice(0, CROP_ATTEMPTS)
+ASPECTS = slice(CROP_ATTEMPTS, 2 * CROP_ATTEMPTS)
+TOP, LEFT, FLIP, JITTER, ORDER = range(20, 25)
+FACTORS = slice(25, 29)
+GRAY, BLUR, SIGMA, SOLARIZE = range(29, 33)
+PHILOX_BLOCKS = 9  # of four numbers each
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """How views are drawn. The defaults are SimSiam's for ImageNet (appendix A, after MoCo v2)."""
+
+    image_size: int = 224  # side of a view, px
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the picture's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    flip_prob: float = 0.5
+    jitter_prob: float = 0.8
+    brightness: float = 0.4  # factor from 1 - x to 1 + x; the same for contrast and saturation
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # shift from -x to x, in turns of the colour circle
+    gray_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # px of the view
+    blur_radius: int = 11  # px; the window of 23 that SimCLR takes at 224 px, 5.5 times the largest sigma
+    solarize_prob: float = 0.0  # BYOL's addition; SimSiam does without
+    solarize_threshold: int = 128  # of 255
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, per channel, of 1
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a recipe that no picture can follow."""
+        if self.image_size < 2:
+            raise ValueError(f"image_size {self.image_size} px: a view needs at least 2")
+        for name in ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: a probability lies in 0 .. 1")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} ({low}, {high}): it needs 0 < low <= high")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: it lies in 0 .. 1")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue {self.hue}: it lies in 0 .. 0.5 turns")
+
+    @property
+    def blur_window(self) -> int:
+        """Width of the blur's window in px, odd; reflection at the border allows no more than the view's side."""
+        return 2 * min(self.blur_radius, self.image_size - 1) + 1
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """What is done to n samples, each seen in two views, in the order of the fields; axes are sample and view."""
+
+    crop: Int32[np.ndarray, "n 2 4"]  # top, left, height, width; px of the picture
+    jitter: Bool[np.ndarray, "n 2"]  # whether the four colour operations are applied
+    order: Int8[np.ndarray, "n 2 4"]  # in which order: BRIGHTNESS, CONTRAST, SATURATION, HUE
+    factors: Float32[np.ndarray, "n 2 4"]  # of brightness, contrast, saturation; and the hue's shift in turns
+    gray: Bool[np.ndarray, "n 2"]
+    sigma: Float32[np.ndarray, "n 2"]  # of the blur, px of the view; 0: none
+    solarize: Bool[np.ndarray, "n 2"]
+    flip: Bool[np.ndarray, "n 2"]
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.crop)
+
+
+def draw_views(
+    recipe: ViewRecipe, seed: int, epoch: int, ids: NDArray[np.int64], sizes: Int32[np.ndarray, "n 2"]
+) -> ViewParams:
+    """Draw both views of some samples.
+
+    ``ids``: int64 ``[n]`` sample ids; ``sizes``: their pictures' height and width in px. A sample's draw depends on
+    nothing but its own row of these, the recipe, the seed and the epoch.
+    """
+    draws = uniforms(_bits(seed, epoch, ids))
+    jitter = draws[..., JITTER] < recipe.jitter_prob
+    blur = draws[..., BLUR] < recipe.blur_prob
+    sigma = _between(draws[..., SIGMA], *recipe.blur_sigma)
+    spread = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
+    centre = np.array([1.0, 1.0, 1.0, 0.0])
+    return ViewParams(
+        crop=_draw_crops(recipe, draws, sizes),
+        jitter=jitter,
+        order=JITTER_ORDERS[(draws[..., ORDER] * len(JITTER_ORDERS)).astype(np.int64)],
+        factors=_between(draws[..., FACTORS], centre - spread, centre + spread).astype(np.float32),
+        gray=draws[..., GRAY] < recipe.gray_prob,
+        sigma=np.where(blur, sigma, 0.0).astype(np.float32),
+        solarize=draws[..., SOLARIZE] < recipe.solarize_prob,
+        flip=draws[..., FLIP] < recipe.flip_prob,
+    )
+
+
+def _bits(seed: int, epoch: int, ids: NDArray[np.int64]) -> UInt32[np.ndarray, "n 2 draws"]:
+    """The random words of both views of each sample."""
+    counters = np.empty((len(ids), VIEWS, PHILOX_BLOCKS, 4), dtype=np.uint32)
+    counters[..., 0] = (ids & 0xFFFFFFFF)[:, None, None]
+    counters[..., 1] = (ids >> 32)[:, None, None]
+    counters[..., 2] = epoch
+    streams = (VIEW_STREAM << 16) + (np.arange(VIEWS)[:, None] << 8) + np.arange(PHILOX_BLOCKS)
+    counters[..., 3] = streams
+    return philox4x32(counters, seed_key(seed)).reshape(len(ids), VIEWS, PHILOX_BLOCKS * 4)
+
+
+def _between(uniform: NDArray[np.float64], low: float | NDArray, high: float | NDArray) -> NDArray[np.float64]:
+    return low + (high - low) * uniform
+
+
+def _draw_crops(
+    recipe: ViewRecipe, draws: NDArray[np.float64], sizes: Int32[np.ndarray, "n 2"]
+) -> Int32[np.ndarray, "n 2 4"]:
+    """torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest centre crop allowed."""
+    picture_height, picture_width = (sizes[:, None, axis].astype(np.int64) for axis in range(2))  # [n, 1]
+    area = (picture_height * picture_width)[..., None] * _between(draws[..., AREAS], *recipe.crop_scale)
+    aspect = np.exp(_between(draws[..., ASPECTS], *map(math.log, recipe.crop_ratio)))
+    widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, 2, attempts]
+    heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (0 < widths) & (widths <= picture_width[..., None]) & (0 < heights) & (heights <= picture_height[..., None])
+    first = fits.argmax(axis=-1)[..., None]
+    found = fits.any(axis=-1)
+    largest_height, largest_width = _largest_crop(recipe, picture_height, picture_width)
+    height = np.where(found, np.take_along_axis(heights, first, axis=-1)[..., 0], largest_height)
+    width = np.where(found, np.take_along_axis(widths, first, axis=-1)[..., 0], largest_width)
+    top = np.floor(draws[..., TOP] * (picture_height - height + 1)).astype(np.int64)
+    left = np.floor(draws[..., LEFT] * (picture_width - width + 1)).astype(np.int64)
+    top = np.where(found, top, (picture_height - height) // 2)
+    left = np.where(found, left, (picture_width - width) // 2)
+    return np.stack((top, left, height, width), axis=-1).astype(np.int32)
+
+
+def _largest_crop(
+    recipe: ViewRecipe, height: NDArray[np.int64], width: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The largest height and width of an allowed aspect: torchvision's fallback for very long pictures."""
+    narrowest, widest = recipe.crop_ratio
+    aspect = width / height
+    too_tall, too_wide = aspect < narrowest, aspect > widest
+    return (
+        np.where(too_tall, np.rint(width / narrowest).astype(np.int64), height),
+        np.where(too_wide, np.rint(height * widest).astype(np.int64), width),
+    )
