@@ -1,0 +1,123 @@
+"""Owns the method: one encoder for both views, predictor, stop-gradient, loss. Chen & He 2020, algorithm 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from typing_extensions import assert_never
+
+from model.backbone import Stem, build_backbone
+from model.heads import BatchNormPlaces, Predictor, Projector
+
+Similarity = Literal["cosine", "cross-entropy"]
+
+
+@dataclass(frozen=True)
+class SimSiamConfig:
+    """The architecture and the method's switches. The defaults are the paper's (arXiv:2011.10566)."""
+
+    backbone: str = (
+        "resnet50"  # ResNet trunk: section 3, "Baseline settings". resnet_tiny is fit for 32 pixels on a CPU
+    )
+    stem: Stem = "default"  # first layers: "cifar" as in appendix D for pictures of 32 pixels
+    dim: int = 2048  # width d of z and p: section 3
+    projector_layers: int = 3  # section 3; appendix D takes 2 for CIFAR-10
+    projector_hidden: int = 2048  # section 3
+    predictor_hidden: int = 512  # section 3; a quarter of dim
+    predictor: Literal["mlp", "none", "fixed-random"] = "mlp"  # table 1: learned 67.7, none 0.1, fixed random 1.5
+    projector_bn: BatchNormPlaces = (
+        "all"  # table 3: with predictor_bn none/none 34.6, hidden/hidden 67.4, all/hidden 68.1
+    )
+    predictor_bn: BatchNormPlaces = "hidden"  # table 3: "all" is unstable
+    stop_gradient: bool = True  # section 4.1, figure 2: without it 0.1
+    similarity: Similarity = "cosine"  # section 4.5: cosine 68.1, cross-entropy 63.2
+    symmetric: bool = True  # section 4.6: symmetric 68.1, one side only 64.8
+
+
+class SimSiamOutput(NamedTuple):
+    """Predictions and projections of both views, each ``[n, dim]``; z is detached unless ``stop_gradient`` is off."""
+
+    p1: Tensor
+    p2: Tensor
+    z1: Tensor
+    z2: Tensor
+
+
+class SimSiam(nn.Module):
+    """``(x1, x2) -> SimSiamOutput``. ``backbone`` and ``projector`` are the paper's encoder f, ``predictor`` is h."""
+
+    def __init__(self, config: SimSiamConfig) -> None:
+        """Weights come from torch's global generator. Raises ValueError for an unknown backbone or stem."""
+        super().__init__()
+        self.config = config
+        self.backbone, features = build_backbone(config.backbone, config.stem)
+        self.projector = Projector(
+            features, config.projector_hidden, config.dim, config.projector_layers, config.projector_bn
+        )
+        self.predictor: nn.Module
+        match config.predictor:
+            case "mlp":
+                self.predictor = Predictor(config.dim, config.predictor_hidden, config.predictor_bn)
+            case "fixed-random":
+                self.predictor = Predictor(config.dim, config.predictor_hidden, config.predictor_bn).requires_grad_(
+                    False
+                )
+            case "none":
+                self.predictor = nn.Identity()
+            case unreachable:
+                assert_never(unreachable)
+
+    def forward(self, x1: Float[Tensor, "n 3 h w"], x2: Float[Tensor, "n 3 h w"]) -> SimSiamOutput:
+        """Encode both views in separate passes, so that BN takes its statistics of each view alone (official code)."""
+        z1 = self.projector(self.backbone(x1))
+        z2 = self.projector(self.backbone(x2))
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        if self.config.stop_gradient:
+            z1, z2 = z1.detach(), z2.detach()
+        return SimSiamOutput(p1, p2, z1, z2)
+
+
+def simsiam_loss(
+    p1: Float[Tensor, "n d"],
+    p2: Float[Tensor, "n d"],
+    z1: Float[Tensor, "n d"],
+    z2: Float[Tensor, "n d"],
+    similarity: Similarity = "cosine",
+    symmetric: bool = True,
+) -> Float[Tensor, ""]:
+    """Equation 2: ``D(p1, z2) / 2 + D(p2, z1) / 2``, or ``D(p1, z2)`` alone; float32 even under autocast.
+
+    It stops no gradient: z comes detached from ``SimSiam``.
+    """
+    with torch.autocast(p1.device.type, enabled=False):
+        loss = negative_similarity(p1.float(), z2.float(), similarity)
+        if not symmetric:
+            return loss
+        return loss / 2 + negative_similarity(p2.float(), z1.float(), similarity) / 2
+
+
+def negative_similarity(
+    p: Float[Tensor, "n d"], z: Float[Tensor, "n d"], similarity: Similarity = "cosine"
+) -> Float[Tensor, ""]:
+    """D of equation 1, the mean over the batch of -cos(p, z); or section 4.5's ``-softmax(z) . log softmax(p)``."""
+    match similarity:
+        case "cosine":
+            return -F.cosine_similarity(p, z, dim=1).mean()
+        case "cross-entropy":
+            return -(F.softmax(z, dim=1) * F.log_softmax(p, dim=1)).sum(dim=1).mean()
+        case unreachable:
+            assert_never(unreachable)
+
+
+@torch.no_grad()
+def z_std(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """Mean over the dimensions of the standard deviation over the batch of l2-normalised z (figure 2, middle).
+
+    About 1/sqrt(d) for outputs spread over the sphere, 0 for a collapsed encoder. float32; needs n >= 2.
+    """
+    return F.normalize(z.float(), dim=1).std(dim=0).mean()
