@@ -1,0 +1,88 @@
+"""Owns how files reach the disk: whole or not at all, and what a full disk or a missing permission means to a user."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.errors import UserError
+
+_REMEDY = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "your quota is used up: free some space or choose another disk",
+    errno.EFBIG: "a file grew over the limit of this file system or of `ulimit -f`: make smaller shards or lift it",
+    errno.EROFS: "the disk is mounted read-only: choose another folder",
+    errno.EACCES: "choose a folder that you may write to, or change its permissions",
+    errno.EPERM: "choose a folder that you may write to, or change its permissions",
+}
+
+
+def disk_error(error: OSError, doing: str) -> UserError | None:
+    """The ``UserError`` for a full disk, a quota or a missing permission; None for any other ``OSError``."""
+    remedy = _REMEDY.get(error.errno or 0)
+    if remedy is None:
+        return None
+    where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else ""
+    return UserError(f"{doing} failed: {error.strerror}{where}; {remedy}, then run the same command again")
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that no other process of any host uses; left-overs match ``*.tmp-*``."""
+    return path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+
+
+@contextmanager
+def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file that appears under ``path`` only when the block ends without an error, synced to disk.
+
+    ``temporary`` (same file system) is where it grows; default: beside ``path``. Raises OSError as the disk does.
+    """
+    temporary = temporary or temporary_name(path)
+    try:
+        with open(temporary, "wb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside ``path`` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically and always with the same bytes."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+@contextmanager
+def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
+    """Hold ``path`` locked (flock, released by the system when the process dies).
+
+    ``shared`` lets others hold it shared as well. Raises UserError if another process holds it.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another make_shards is writing to {path.parent.parent}: wait for it, or end it, then try again"
+            ) from None
+        yield file

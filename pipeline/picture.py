@@ -1,0 +1,125 @@
+"""Owns the judgement of one picture: can the training pipeline decode these bytes, and how large is it?
+
+PIL is the judge, since it checks strictly (a truncated file fails) where a region decode on a GPU may not. The formats
+are those that DALI decodes too: a picture that passes here must not stop a batch later.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+Verify = Literal["full", "header", "none"]
+
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "PPM": "ppm"}
+PICTURE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
+MAX_SIDE = 65535  # samples.npy keeps height and width as uint16
+_KNOWN_MAGIC = ((b"GIF8", "GIF"), (b"%PDF", "PDF"), (b"<svg", "SVG"), (b"8BPS", "Photoshop"), (b"\xff\x0a", "JPEG XL"))
+_KNOWN_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+
+# PIL's own limit warns at 89 million pixels and stops at twice that; ours is checked before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class BadPictureError(Exception):
+    """These bytes are refused; the message is the reason that goes into rejected.jsonl."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known about one accepted picture. Height and width are as stored: EXIF orientation is ignored."""
+
+    extension: str  # of the content, without a dot: a PNG named .jpg is "png"
+    height: int  # pixels
+    width: int  # pixels
+
+
+def inspect_picture(data: bytes, verify: Verify, max_pixels: int) -> Picture:
+    """Check encoded bytes. ``full`` decodes everything; ``header`` and ``none`` only look at the header.
+
+    Raises BadPictureError with the reason: not a picture, a format DALI cannot decode, too large, truncated, ...
+    """
+    image = _open(data, max_pixels)
+    picture = Picture(EXTENSIONS[_format(image)], image.height, image.width)
+    if verify == "full":
+        # An eighth of the size for JPEG: libjpeg reads and entropy-decodes every byte all the same, and what it leaves
+        # out, the inverse DCT, cannot fail. Measured on 300 ImageNet pictures: 752 against 522 pictures/s per core.
+        image.draft(None, (1, 1))
+        _decode(image)
+    return picture
+
+
+def shrink_picture(data: bytes, shorter_side: int, quality: int, max_pixels: int) -> bytes | None:
+    """JPEG bytes with the shorter side resized to ``shorter_side`` pixels; None if it is not larger than that.
+
+    Raises BadPictureError if the picture cannot be decoded.
+    """
+    image = _open(data, max_pixels)
+    short = min(image.size)
+    if short <= shorter_side:
+        return None
+    width, height = (max(1, round(side * shorter_side / short)) for side in image.size)
+    image.draft(None, (2 * width, 2 * height))  # DCT scaling stays at twice the target: no visible loss
+    pixels = _decode(image)
+    out = io.BytesIO()
+    pixels.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise BadPictureError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata are no reason to refuse a picture
+            image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+    except Image.UnidentifiedImageError:
+        raise BadPictureError(_describe_unknown(data)) from None
+    except Exception as error:  # noqa: BLE001 a parser may raise anything on hostile bytes
+        raise BadPictureError(f"damaged header: {_first_line(error)}") from None
+    if image.width * image.height > max_pixels:
+        raise BadPictureError(f"larger than --max-pixels {max_pixels}")
+    if max(image.size) > MAX_SIDE:
+        raise BadPictureError(f"a side longer than {MAX_SIDE} pixels")
+    if image.format == "WEBP" and getattr(image, "is_animated", False):
+        raise BadPictureError("animated WebP")
+    return image
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """Decode every byte, and convert as torchvision's loaders do. Gray stays gray."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return image if image.mode in ("RGB", "L") else image.convert("RGB")
+    except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
+        raise BadPictureError(_decode_reason(error)) from None
+
+
+def _format(image: Image.Image) -> str:
+    return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with further frames behind the first
+
+
+def _decode_reason(error: Exception) -> str:
+    if "truncated" in str(error).lower():
+        return "truncated"  # one reason for the summary: PIL's message counts the bytes that are left
+    return f"cannot be decoded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+def _describe_unknown(data: bytes) -> str:
+    for magic, name in _KNOWN_MAGIC:
+        if data.startswith(magic):
+            return f"{name} is not a supported format"
+    if data[4:8] == b"ftyp" and data[8:12] in _KNOWN_BRANDS:
+        return f"{_KNOWN_BRANDS[data[8:12]]} is not a supported format"
+    return "not a picture: unknown or damaged format"

@@ -1,0 +1,167 @@
+"""Owns where pictures come from: every source becomes a ``Listing`` plus a ``Reader`` with cheap random access.
+
+Random access is what lets a global shuffle cost no memory: shards are cut from a permutation of the listing, and each
+worker reads only the pictures of its own shard. Sources without it (compressed tars, parquet) are unpacked once, into
+one temporary file beside the shards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.listing import UNKNOWN_LENGTH, Listing, ListingBuilder, label_by_folder
+
+if TYPE_CHECKING:
+    from pipeline.synthetic import SyntheticPictures
+
+
+class Reader(Protocol):
+    """Reads pictures of a listing. Small and picklable: every worker process gets a copy."""
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """The encoded bytes of picture ``index``. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures in a fixed order (sorted by name), not yet shuffled."""
+
+    title: str  # names the source in dataset.json, the same on every machine: a base name, or synthetic:N
+    listing: Listing
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Pictures as files below ``root``."""
+
+    root: Path
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """One file's bytes. Raises OSError."""
+        return (self.root / listing.name(index)).read_bytes()
+
+
+@dataclass(frozen=True)
+class ContainerReader:
+    """Pictures as byte ranges of one file."""
+
+    path: Path
+
+    @cached_property
+    def _handle(self) -> int:
+        return os.open(self.path, os.O_RDONLY)
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """One byte range. Raises OSError."""
+        return os.pread(self._handle, int(listing.lengths[index]), int(listing.offsets[index]))
+
+    def __getstate__(self) -> dict[str, Path]:
+        """Only the path travels to another process, never an open handle."""
+        return {"path": self.path}
+
+
+@dataclass(frozen=True)
+class SyntheticReader:
+    """Pictures drawn on demand, a pure function of (seed, index)."""
+
+    count: int
+    seed: int
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """Draw and encode one picture."""
+        return self._pictures.encode(index)
+
+    @cached_property
+    def _pictures(self) -> SyntheticPictures:
+        from pipeline.synthetic import SyntheticPictures
+
+        return SyntheticPictures(self.count, self.seed)
+
+
+def open_folder(root: Path, subtree: str) -> Source:
+    """List a folder of pictures, in sorted order; hidden files are left out, links are followed once."""
+    top = root / subtree
+    if not top.is_dir():
+        raise UserError(f"{top} is not a folder: check SOURCE and --subtree")
+    builder = ListingBuilder(str(top))
+    try:
+        for path, length in _walk(top, "", (), builder):
+            builder.add(path, 0, length)
+    except PermissionError as error:
+        raise UserError(f"cannot list {error.filename}: permission denied; change its permissions") from error
+    return Source(root.resolve().name, builder.build(), FolderReader(top))
+
+
+def _walk(
+    folder: Path, prefix: str, above: tuple[tuple[int, int], ...], builder: ListingBuilder
+) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of every file below ``folder``. ``above`` identifies the folders on the way, against loops."""
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        builder.reject(prefix.rstrip("/"), "a link to a folder above it")
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            try:
+                if entry.is_dir():
+                    yield from _walk(folder / entry.name, f"{name}/", (*above, identity), builder)
+                elif entry.is_file():
+                    yield name, entry.stat().st_size
+                else:
+                    builder.reject(name, "a broken link" if entry.is_symlink() else "neither a file nor a folder")
+            except FileNotFoundError:
+                builder.reject(name, "vanished while the folder was listed")
+
+
+def open_synthetic(count_text: str, seed: int) -> Source:
+    """``synthetic:N``: N pictures drawn by numpy from ``seed``, with labels."""
+    from pipeline.synthetic import SyntheticPictures
+
+    if not count_text.isdecimal() or int(count_text) < 1:
+        raise UserError(f"synthetic:{count_text}: the number of pictures must be a whole number of at least 1")
+    count = int(count_text)
+    pictures = SyntheticPictures(count, seed)
+    names = [f"synthetic-{i:09d}.jpg".encode() for i in range(count)]
+    listing = Listing(
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_starts=np.arange(count + 1, dtype=np.int64) * len(names[0]),
+        offsets=np.zeros(count, np.int64),
+        lengths=np.full(count, UNKNOWN_LENGTH, np.int64),
+        labels=np.array([pictures.label(i) for i in range(count)], np.int32),
+        classes=tuple(pictures.classes),
+        rejected=(),
+    )
+    return Source(f"synthetic:{count}", listing, SyntheticReader(count, seed))
+
+
+def open_source(source: str, *, subtree: str, labels: str, seed: int, spool: Path) -> Source:
+    """List the pictures of SOURCE with their labels.
+
+    ``spool`` is a folder for the one temporary copy of a source without random access. Raises UserError if SOURCE is
+    missing, damaged, empty, or of no known kind.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "synthetic":
+        return open_synthetic(rest, seed)
+    path = Path(source)
+    if not path.exists():
+        raise UserError(
+            f"SOURCE {source} does not exist: give a folder, a tar, parquet files, synthetic:N or wds:PATTERN"
+        )
+    opened = open_folder(path, subtree)
+    if labels in ("auto", "folders"):
+        opened = replace(opened, listing=label_by_folder(opened.listing, source, labels))  # type: ignore[arg-type]
+    return opened
