@@ -61,8 +61,8 @@ class Job:
         """Number of shards."""
         raise NotImplementedError
 
-    def pictures(self) -> int:
-        """Number of pictures to look at, over all shards."""
+    def pictures(self) -> int | None:
+        """Number of pictures to look at, over all shards; None if it is not known before."""
         raise NotImplementedError
 
     def build(self, number: int, tick: Tick) -> None:
@@ -84,9 +84,8 @@ class Job:
         """Rows of samples.npy of finished shard ``number`` (SAMPLE_DTYPE[samples]), its field ``shard`` not yet set."""
         return np.load(self._marker(number).with_suffix(".npy"), allow_pickle=False)
 
-    def finish(self, number: int, tar: str, size: int, sha256: str, parts: ShardParts) -> None:
+    def finish(self, number: int, tar: str, size: int, sha256: str, parts: ShardParts, index: str) -> None:
         """Write the sidecars of a finished tar; the marker comes last."""
-        index = f"shard-{number:06d}.idx"
         if parts.rows:
             write_index(self.out / index, parts.samples)
         self._marker(number).parent.mkdir(exist_ok=True)
@@ -139,7 +138,8 @@ class WriteJob(Job):
             parts = self._write(stream, chosen, tick)
         if not parts.rows:
             path.unlink()
-        self.finish(number, path.name, stream.size, stream.digest.hexdigest(), parts)
+        index = path.with_suffix(".idx").name
+        self.finish(number, path.name, stream.size, stream.digest.hexdigest(), parts, index)
 
     def _write(self, stream: _HashingStream, chosen: np.ndarray, tick: Tick) -> ShardParts:
         from webdataset import TarWriter  # here, since it imports torch where that is not kept out: see writer.py

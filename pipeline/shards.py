@@ -153,13 +153,13 @@ class ShardSet:
         except OSError as error:
             if error.errno in _SYSTEM_LIMITS:  # this process' trouble, not the sample's
                 raise
-            raise self._bad(sample_id, f"cannot be read: {error.strerror}") from error
+            raise self.bad_sample(sample_id, f"cannot be read: {error.strerror}") from error
         except IndexError:
-            raise self._bad(sample_id, f"samples.npy names shard {shard} of {len(self.shards)}") from None
+            raise self.bad_sample(sample_id, f"samples.npy names shard {shard} of {len(self.shards)}") from None
         if len(data) != length:
-            raise self._bad(sample_id, f"the shard ends early: {len(data)} of {length} bytes")
+            raise self.bad_sample(sample_id, f"the shard ends early: {len(data)} of {length} bytes")
         if self.verify_checksums and zlib.crc32(data) != int(row["checksum"]):
-            raise self._bad(sample_id, "checksum differs: the bytes have changed since the shard was written")
+            raise self.bad_sample(sample_id, "checksum differs: the bytes have changed since the shard was written")
         return data
 
     def key(self, sample_id: int) -> str:
@@ -168,7 +168,8 @@ class ShardSet:
         header = os.pread(self._open_shard(int(row["shard"])).handle, 512, int(row["offset"]) - 512)
         return split_key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
 
-    def _bad(self, sample_id: int, reason: str) -> BadSampleError:
+    def bad_sample(self, sample_id: int, reason: str) -> BadSampleError:
+        """The error that names a sample for the report."""
         shard = int(self._rows[sample_id]["shard"])
         name = self.shards[shard].name if shard < len(self.shards) else f"shard {shard}"
         try:

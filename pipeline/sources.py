@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.label_file import adopt_classes, dataset_classes, label_by_file
 from pipeline.listing import UNKNOWN_LENGTH, Listing, ListingBuilder, label_by_folder
+from pipeline.options import ShardingOptions
+from pipeline.parquet import parquet_files, spool_parquet
+from pipeline.tar_source import compression, is_plain_tar, list_tar, unpack_tar
 
 if TYPE_CHECKING:
     from pipeline.synthetic import SyntheticPictures
@@ -126,14 +130,16 @@ def _walk(
                 builder.reject(name, "vanished while the folder was listed")
 
 
-def open_synthetic(count_text: str, seed: int) -> Source:
-    """``synthetic:N``: N pictures drawn by numpy from ``seed``, with labels."""
+def open_synthetic(count_text: str, options: ShardingOptions) -> Source:
+    """``synthetic:N``: N pictures drawn by numpy from the seed, with labels."""
     from pipeline.synthetic import SyntheticPictures
 
+    if options.subtree:
+        raise UserError(f"--subtree {options.subtree} does not go with synthetic:N, which has no folders: leave it out")
     if not count_text.isdecimal() or int(count_text) < 1:
         raise UserError(f"synthetic:{count_text}: the number of pictures must be a whole number of at least 1")
     count = int(count_text)
-    pictures = SyntheticPictures(count, seed)
+    pictures = SyntheticPictures(count, options.seed)
     names = [f"synthetic-{i:09d}.jpg".encode() for i in range(count)]
     listing = Listing(
         names=np.frombuffer(b"".join(names), np.uint8),
@@ -144,10 +150,10 @@ def open_synthetic(count_text: str, seed: int) -> Source:
         classes=tuple(pictures.classes),
         rejected=(),
     )
-    return Source(f"synthetic:{count}", listing, SyntheticReader(count, seed))
+    return Source(f"synthetic:{count}", listing, SyntheticReader(count, options.seed))
 
 
-def open_source(source: str, *, subtree: str, labels: str, seed: int, spool: Path) -> Source:
+def open_source(source: str, options: ShardingOptions, spool: Path, *, quiet: bool = True) -> Source:
     """List the pictures of SOURCE with their labels.
 
     ``spool`` is a folder for the one temporary copy of a source without random access. Raises UserError if SOURCE is
@@ -155,13 +161,37 @@ def open_source(source: str, *, subtree: str, labels: str, seed: int, spool: Pat
     """
     kind, _, rest = source.partition(":")
     if kind == "synthetic":
-        return open_synthetic(rest, seed)
-    path = Path(source)
-    if not path.exists():
-        raise UserError(
-            f"SOURCE {source} does not exist: give a folder, a tar, parquet files, synthetic:N or wds:PATTERN"
-        )
-    opened = open_folder(path, subtree)
-    if labels in ("auto", "folders"):
-        opened = replace(opened, listing=label_by_folder(opened.listing, source, labels))  # type: ignore[arg-type]
-    return opened
+        opened = open_synthetic(rest, options)
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise UserError(
+                f"SOURCE {source} does not exist: give a folder, a tar, parquet files, synthetic:N or wds:PATTERN"
+            )
+        opened = _open_path(path, options, spool, quiet)
+    return replace(opened, listing=_with_labels(opened.listing, source, options))
+
+
+def _open_path(path: Path, options: ShardingOptions, spool: Path, quiet: bool) -> Source:
+    title = path.resolve().name
+    if parquet_files(path, options.subtree):
+        container, listing = spool_parquet(path, options.subtree, options.labels, spool, quiet)
+        return Source(title, listing, ContainerReader(container))
+    if path.is_dir():
+        return open_folder(path, options.subtree)
+    container = path if compression(path) is None else unpack_tar(path, spool, quiet)
+    if not is_plain_tar(container):
+        raise UserError(f"SOURCE {path} is neither a tar (plain, gz, bz2, xz) nor a parquet file: unpack it, or convert it")
+    return Source(title, list_tar(container, options.subtree), ContainerReader(container))
+
+
+def _with_labels(listing: Listing, source: str, options: ShardingOptions) -> Listing:
+    """Labels and classes as --labels and --classes-from want them."""
+    if options.labels == "none":
+        return replace(listing, labels=np.full(len(listing), -1, np.int32), classes=())
+    known = () if options.classes_from is None else dataset_classes(options.classes_from)
+    if options.labels not in ("auto", "folders"):
+        return label_by_file(listing, Path(options.labels), known)
+    if not listing.classes:  # parquet and synthetic sources bring theirs
+        listing = label_by_folder(listing, source, "auto" if options.labels == "auto" else "folders")
+    return listing if options.classes_from is None else adopt_classes(listing, options.classes_from)

@@ -23,6 +23,8 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the colour operations, as nu
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 VIEW_STREAM = 0x51E5  # keeps the views' counters apart from those of the order
 
+SMALL_VIEW = 64  # px; from here down the evaluation view keeps the whole shorter side
+
 # Where each draw lies among a view's uniform numbers.
 AREAS = slice(0, CROP_ATTEMPTS)
 ASPECTS = slice(CROP_ATTEMPTS, 2 * CROP_ATTEMPTS)
@@ -121,6 +123,40 @@ def draw_views(
     )
 
 
+@dataclass(frozen=True)
+class CentreCrops:
+    """The evaluation view of n pictures: resize to ``resized``, then cut a square at ``corner``."""
+
+    resized: Int32[np.ndarray, "n 2"]  # height, width; px
+    corner: Int32[np.ndarray, "n 2"]  # top, left; px of the resized picture
+    start: Float32[np.ndarray, "n 2"]  # the same square in px of the picture: top, left
+    end: Float32[np.ndarray, "n 2"]  # bottom, right
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.resized)
+
+
+def centre_crops(image_size: int, sizes: Int32[np.ndarray, "n 2"]) -> CentreCrops:
+    """ImageNet's evaluation view as torchvision's Resize and CenterCrop make it: 224 px out of a shorter side of 256.
+
+    Views of 64 px and below are made from small pictures, which have no margin to lose: there the shorter side becomes
+    ``image_size``. ``sizes``: height and width, px.
+    """
+    shorter_side = image_size if image_size <= SMALL_VIEW else image_size * 256 // 224
+    longer = sizes.astype(np.int64)
+    shortest = longer.min(axis=1, keepdims=True)
+    resized = np.where(longer == shortest, shorter_side, shorter_side * longer // shortest)
+    corner = np.rint((resized - image_size) / 2)
+    scale = sizes / resized
+    return CentreCrops(
+        resized=resized.astype(np.int32),
+        corner=corner.astype(np.int32),
+        start=(corner * scale).astype(np.float32),
+        end=((corner + image_size) * scale).astype(np.float32),
+    )
+
+
 def _bits(seed: int, epoch: int, ids: NDArray[np.int64]) -> UInt32[np.ndarray, "n 2 draws"]:
     """The random words of both views of each sample."""
     counters = np.empty((len(ids), VIEWS, PHILOX_BLOCKS, 4), dtype=np.uint32)
@@ -145,7 +181,7 @@ def _draw_crops(
     aspect = np.exp(_between(draws[..., ASPECTS], *map(math.log, recipe.crop_ratio)))
     widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, 2, attempts]
     heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (0 < widths) & (widths <= picture_width[..., None]) & (0 < heights) & (heights <= picture_height[..., None])
+    fits = (widths > 0) & (widths <= picture_width[..., None]) & (heights > 0) & (heights <= picture_height[..., None])
     first = fits.argmax(axis=-1)[..., None]
     found = fits.any(axis=-1)
     largest_height, largest_width = _largest_crop(recipe, picture_height, picture_width)

@@ -29,6 +29,9 @@ from tqdm import tqdm
 
 from pipeline.disk import atomic_file, disk_error, exclusive_lock, write_json
 from pipeline.errors import UserError
+from pipeline.foreign import IndexJob, listing_fingerprint, open_tars
+from pipeline.label_file import dataset_classes
+from pipeline.listing import Listing
 from pipeline.options import ShardingOptions
 from pipeline.shard_file import Job, WriteJob, keep_torch_out
 from pipeline.shards import (
@@ -43,6 +46,7 @@ from pipeline.shards import (
 )
 from pipeline.sources import open_source
 
+WDS = "wds:"  # SOURCE: tars made by others
 _REPORT_EVERY = 32  # pictures between two looks at the shared counters
 
 
@@ -81,7 +85,7 @@ def make_dataset(
             return _already_complete(source, out, options, started)
         (out / PARTIAL_DIR).mkdir(parents=True, exist_ok=True)
         with exclusive_lock(out / PARTIAL_DIR / "lock", shared=options.part is not None) as lock:
-            job, about = _prepare(source, out, options)
+            job, about = _prepare(source, out, options, quiet)
             _build_missing(job, options, quiet)
             if options.part is not None:  # parts run side by side; completing is for one of them
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -157,30 +161,30 @@ def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(f"{flags[n]} was {there.get(n)}, now {wanted.get(n)}" for n in names)
 
 
-def _prepare(source: str, out: Path, options: ShardingOptions) -> tuple[Job, dict[str, Any]]:
+def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> tuple[Job, dict[str, Any]]:
     """List the source, compare with what an interrupted run left, and lay the job out in OUT/.partial."""
-    partial, job_file = out / PARTIAL_DIR, out / PARTIAL_DIR / "job.json"
+    job_file = out / PARTIAL_DIR / "job.json"
     earlier = json.loads(job_file.read_text()) if job_file.exists() else None
-    wanted = {"source": source_title(source), **options.recipe()}
-    if earlier is not None and (differences := _differences(earlier["recipe"], wanted)):
+    about: dict[str, Any] = {"recipe": {"source": source_title(source), **options.recipe()}}
+    if earlier is not None and (differences := _differences(earlier["recipe"], about["recipe"])):
         raise UserError(
             f"{out} has an interrupted run with other options ({differences}): repeat its options to go on with it, "
             "or say --overwrite to start again"
         )
-    found = open_source(source, subtree=options.subtree, labels=options.labels, seed=options.seed, spool=partial)
-    about: dict[str, Any] = {
-        "recipe": wanted,
-        "fingerprint": found.listing.fingerprint(),
-        "classes": list(found.listing.classes),
-    }
-    about["parts"] = options.part is not None
-    about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
-    job = WriteJob(out, found.reader, options)
+    job: Job
+    if source.startswith(WDS):
+        tars = open_tars(source.removeprefix(WDS), options)
+        known = [] if options.classes_from is None else list(dataset_classes(options.classes_from))
+        about.update(fingerprint=listing_fingerprint(tars), classes=known, rejected=[])
+        job = IndexJob(out, tars, options)
+    else:
+        found = open_source(source, options, out / PARTIAL_DIR, quiet=quiet)
+        about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
+        about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
+        if earlier is None:
+            _lay_out(found.listing, out, options)
+        job = WriteJob(out, found.reader, options)
     if earlier is None:
-        found.listing.save(partial / "listing")
-        order = np.random.Generator(np.random.PCG64(options.seed)).permutation(len(found.listing))
-        with atomic_file(partial / "order.npy") as file:
-            np.save(file, order[: options.limit])
         write_json(job_file, about)
     elif earlier["fingerprint"] != about["fingerprint"]:
         raise UserError(
@@ -188,6 +192,14 @@ def _prepare(source: str, out: Path, options: ShardingOptions) -> tuple[Job, dic
             "have another length): restore it to go on, or say --overwrite to start again"
         )
     return job, about
+
+
+def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:
+    """Save the listing and the order for the workers. numpy keeps PCG64's permutation stable across versions."""
+    listing.save(out / PARTIAL_DIR / "listing")
+    order = np.random.Generator(np.random.PCG64(options.seed)).permutation(len(listing))
+    with atomic_file(out / PARTIAL_DIR / "order.npy") as file:
+        np.save(file, order[: options.limit])
 
 
 def _build_missing(job: Job, options: ShardingOptions, quiet: bool) -> None:

@@ -1,0 +1,144 @@
+"""Owns the choice of back end, and what happens when one of them meets a picture that it cannot decode.
+
+This is the one place that knows which back end runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import assert_never
+
+from pipeline.assemble import Assembler, Place
+from pipeline.batch import Batch, UndecodableBatchError
+from pipeline.errors import UserError
+from pipeline.loader_config import LoaderConfig
+from pipeline.photometric import Photometric
+from pipeline.reference import TorchvisionViews, decode
+from pipeline.views import ViewRecipe
+
+BackendName = Literal["dali", "torchvision"]
+Delivered = tuple[Batch, list[Float[Tensor, "n 3 s s"]]]
+
+
+def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[BackendName, str]:
+    """The back end that will run, and why. Raises UserError if the one asked for is not installed."""
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    match requested:
+        case "torchvision":
+            return "torchvision", "asked for"
+        case "dali" if installed:
+            return "dali", "asked for"
+        case "dali":
+            raise UserError(
+                "backend dali: NVIDIA DALI is not installed. It exists for Linux (pip install nvidia-dali-cuda130); "
+                "elsewhere use --backend torchvision"
+            )
+        case "auto" if installed:
+            return "dali", "it is installed"
+        case "auto":
+            return "torchvision", "DALI is not installed; this back end is several times slower"
+        case _:
+            assert_never(requested)
+
+
+class ViewMaker:
+    """Makes views of one dataset on one device."""
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        recipe: ViewRecipe,
+        config: LoaderConfig,
+        *,
+        max_batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        pool: ThreadPoolExecutor,
+        threads: int,
+    ) -> None:
+        """``pool`` has ``threads`` workers; ``dtype`` is that of the views."""
+        self._assembler = assembler
+        self._recipe = recipe
+        self._config = config
+        self._max_batch = max_batch
+        self._device = device
+        self._dtype = dtype
+        self._pool = pool
+        self._threads = threads
+        self._backend, _ = choose_backend(config.backend)
+
+    def deliver(self, places: Iterable[Place]) -> Iterator[Delivered]:
+        """The views of each place in order, bad pictures replaced."""
+        made = self._make(self._assembler.read_ahead(places, self._config.read_ahead))
+        while True:
+            try:
+                yield next(made)
+            except StopIteration:
+                return
+            except UndecodableBatchError as error:
+                yield self._recover(error)
+
+    def _make(self, batches: Iterator[Batch]) -> Iterator[Delivered]:
+        """Views of batches by the chosen back end; goes on after an UndecodableBatchError."""
+        match self._backend:
+            case "torchvision":
+                return TorchvisionViews(batches, self._recipe, self._pool, self._device, self._dtype)
+            case "dali":
+                from pipeline.dali import DaliSquares
+
+                squares = DaliSquares(
+                    batches, self._recipe.image_size, self._max_batch, self._threads, self._device, self._config.dali
+                )
+                photometric = Photometric(self._recipe, self._device, self._dtype, self._pool, self._threads)
+                return map(lambda item: (item[0], photometric(item[1], item[0].windows)), squares)
+            case _:
+                assert_never(self._backend)
+
+    def _recover(self, error: UndecodableBatchError) -> Delivered:
+        """Find the pictures that spoil a batch, put others in their place, and make it again."""
+        while True:
+            self._find_bad(error)
+            batch = self._assembler.replace_bad(error.batch)
+            try:
+                return next(self._make(iter([batch])))
+            except UndecodableBatchError as again:
+                error = again
+
+    def _find_bad(self, error: UndecodableBatchError) -> None:
+        """Note the pictures that PIL cannot decode; if it can decode them all, those the back end cannot decode alone.
+
+        Raises RuntimeError when every picture is good by itself: then the trouble is not the pictures'.
+        """
+        found = False
+        for tell_fault in (_pil_fault, self._backend_fault):
+            for sample in range(len(error.batch)):
+                fault = tell_fault(error.batch, sample)
+                if fault is not None:
+                    found = True
+                    self._assembler.note_bad(int(error.batch.sources[sample]), fault)
+            if found:
+                return
+        raise RuntimeError(f"a batch of pictures, each of them good, could not be decoded: {error.reason}") from error
+
+    def _backend_fault(self, batch: Batch, sample: int) -> str | None:
+        try:
+            next(self._make(iter([batch.only(sample)])))
+        except UndecodableBatchError as error:
+            return error.reason
+        return None
+
+
+def _pil_fault(batch: Batch, sample: int) -> str | None:
+    """Why PIL cannot decode one picture of a batch; None if it can."""
+    try:
+        decode(batch.encoded[sample].tobytes())
+    except (OSError, ValueError, SyntaxError) as error:
+        return f"cannot be decoded: {error}"
+    return None

@@ -1,0 +1,121 @@
+"""Owns the DALI graph: decode once, cut one square for each view; on a GPU or the CPU. Alone imports nvidia.dali.
+
+The graph draws nothing and reads no files: encoded bytes and windows come in through external_source, batch by batch,
+in the order in which they are pulled. Colour, blur and normalisation follow in pipeline/photometric.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from nvidia.dali import types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from pipeline.batch import Batch, UndecodableBatchError
+from pipeline.loader_config import DaliConfig
+from pipeline.views import VIEWS, CentreCrops, ViewParams
+
+GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
+
+
+class DaliSquares:
+    """An iterator over batches of cut squares, uint8 ``[n, s, s, 3]`` for each view, on ``device``."""
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        image_size: int,
+        max_batch: int,
+        threads: int,
+        device: torch.device,
+        config: DaliConfig,
+    ) -> None:
+        """``batches`` is pulled ``config.prefetch`` ahead; all its batches hold views, or all hold centre crops."""
+        self._batches = batches
+        self._image_size = image_size
+        self._device = device
+        self._config = config
+        self._in_flight: deque[Batch] = deque()
+        self._first = next(batches, None)
+        self._pipeline = Pipeline(
+            batch_size=max_batch,
+            num_threads=threads,
+            device_id=device.index or 0 if device.type == "cuda" else None,
+            seed=GRAPH_SEED,
+            prefetch_queue_depth=config.prefetch,
+            exec_dynamic=True,
+        )
+        with self._pipeline:
+            centre = self._first is not None and isinstance(self._first.windows, CentreCrops)
+            self._pipeline.set_outputs(*(self._centre_squares() if centre else self._view_squares()))
+        self._pipeline.build()
+
+    def __iter__(self) -> DaliSquares:
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]:
+        """The next batch and its squares. Raises UndecodableBatchError, after which the iteration may go on."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            outputs = self._pipeline.run(stream)
+        except RuntimeError as error:
+            raise UndecodableBatchError(self._in_flight.popleft(), str(error)) from error
+        return self._in_flight.popleft(), [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def _decode(self, encoded: DataNode) -> DataNode:
+        mixed = self._device.type == "cuda" and self._config.decoder == "mixed"
+        options: dict[str, Any] = {
+            "hw_decoder_load": self._config.hw_decoder_load,
+            "preallocate_width_hint": self._config.preallocate_side,
+            "preallocate_height_hint": self._config.preallocate_side,
+        }
+        decoded = fn.decoders.image(
+            encoded,
+            device="mixed" if mixed else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,  # torchvision ignores EXIF orientation; DALI would turn the picture
+            **(options if mixed else {}),
+        )
+        return decoded.gpu() if self._device.type == "cuda" and not mixed else decoded
+
+    def _resize(self, pictures: DataNode, **window: DataNode) -> DataNode:
+        side = self._image_size
+        return fn.resize(pictures, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True, **window)
+
+    def _view_squares(self) -> list[DataNode]:
+        """Cut, then resize: nothing outside the window may bleed in."""
+        encoded, *windows = fn.external_source(source=self._pull, num_outputs=1 + 2 * VIEWS, batch=True)
+        pictures = self._decode(encoded)
+        return [
+            self._resize(fn.slice(pictures, start=start, shape=shape, axes=(0, 1)))
+            for start, shape in zip(windows[::2], windows[1::2], strict=True)
+        ]
+
+    def _centre_squares(self) -> list[DataNode]:
+        """Resize as if the whole picture were resized, but compute its centre alone."""
+        encoded, start, end = fn.external_source(source=self._pull, num_outputs=3, batch=True)
+        return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
+
+    def _pull(self) -> list[list[NDArray]]:
+        """One batch's inputs, as DALI asks for them; StopIteration at the end."""
+        if self._first is not None:
+            batch, self._first = self._first, None
+        else:
+            batch = next(self._batches)
+        self._in_flight.append(batch)
+        match batch.windows:
+            case ViewParams(crop=crop):
+                windows = [crop[:, view, corner : corner + 2] for view in range(VIEWS) for corner in (0, 2)]
+            case CentreCrops(start=start, end=end):
+                windows = [start, end]
+        return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]

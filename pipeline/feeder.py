@@ -1,0 +1,71 @@
+"""Owns the feeder thread: a bounded queue kept full by one thread and emptied by another, with the waiting measured."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+STOP_CHECK_S = 0.1  # how long a feeder with a full queue may overlook that nobody listens any more
+
+
+@dataclass(frozen=True)
+class _Item(Generic[T]):
+    value: T
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None  # None: the producer came to its end
+
+
+@contextmanager
+def fed_ahead(produce: Callable[[], Iterator[T]], depth: int) -> Iterator[Iterator[tuple[T, float]]]:
+    """Run ``produce()`` in a thread, at most ``depth`` items ahead; gives (item, seconds waited for it).
+
+    What the producer raises is raised where its next item was expected. Leaving the context stops the thread.
+    """
+    ready: queue.Queue[_Item[T] | _End] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: _Item[T] | _End) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=STOP_CHECK_S)
+            except queue.Full:
+                continue
+
+    def feed() -> None:
+        try:
+            for value in produce():
+                put(_Item(value))
+                if stopped.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001  handed on to the consumer, whatever it is
+            put(_End(error))
+        else:
+            put(_End(None))
+
+    def consume() -> Iterator[tuple[T, float]]:
+        while True:
+            start = time.perf_counter()
+            item = ready.get()
+            wait_s = time.perf_counter() - start
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item.value, wait_s
+
+    thread = threading.Thread(target=feed, name="feeder", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,99 @@
+"""Owns the photometric stage's seam: byte squares and drawn parameters in, normalised channels-last views out.
+
+One choice point: the compiled CPU pass (photometric_cpu.py) or the Triton kernels (photometric_gpu.py). Both follow
+pipeline/reference.py operation by operation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from pipeline.views import VIEWS, CentreCrops, ViewParams, ViewRecipe
+
+Squares = UInt8[Tensor, "n s s 3"]
+View = Float[Tensor, "n 3 s s"]
+
+CHUNKS_PER_THREAD = 4  # pictures differ in cost (half of them are blurred), so threads take small portions
+
+
+class Photometric:
+    """Turns squares into views on one device."""
+
+    def __init__(
+        self, recipe: ViewRecipe, device: torch.device, dtype: torch.dtype, pool: ThreadPoolExecutor, threads: int
+    ) -> None:
+        """``dtype`` of the views; ``pool`` has at least ``threads`` workers (used on the CPU only)."""
+        self._recipe = recipe
+        self._device = device
+        self._dtype = dtype
+        self._pool = pool
+        self._threads = threads
+        std = np.array(recipe.std)
+        self._scale = (1 / (255 * std)).astype(np.float32)
+        self._offset = (-np.array(recipe.mean) / std).astype(np.float32)
+
+    def __call__(self, squares: list[Squares], windows: ViewParams | CentreCrops) -> list[View]:
+        """Each view ``[n, 3, s, s]``, channels-last in memory. Centre crops are only normalised."""
+        params = windows if isinstance(windows, ViewParams) else _neutral(len(windows))
+        return [self._view(square, params, view) for view, square in enumerate(squares)]
+
+    def _view(self, squares: Squares, params: ViewParams, view: int) -> View:
+        match self._device.type:
+            case "cuda":
+                from pipeline.photometric_gpu import transform_on_gpu
+
+                return transform_on_gpu(squares, params, view, self._recipe, self._scale, self._offset, self._dtype)
+            case "cpu":
+                return self._transform_on_cpu(squares, params, view)
+            case other:
+                raise AssertionError(f"no photometric stage for {other}")
+
+    def _transform_on_cpu(self, squares: Squares, params: ViewParams, view: int) -> View:
+        from pipeline.photometric_cpu import transform_pictures
+
+        out = torch.empty(squares.shape, dtype=torch.float32)
+        pictures, result = squares.numpy(), out.numpy()
+        recipe = self._recipe
+
+        def transform(part: slice) -> None:
+            transform_pictures(
+                pictures[part],
+                params.jitter[part, view],
+                params.order[part, view],
+                params.factors[part, view],
+                params.gray[part, view],
+                params.sigma[part, view],
+                recipe.blur_window // 2,
+                params.solarize[part, view],
+                recipe.solarize_threshold,
+                params.flip[part, view],
+                self._scale,
+                self._offset,
+                result[part],
+            )
+
+        bounds = np.linspace(0, len(pictures), self._threads * CHUNKS_PER_THREAD + 1).astype(int).tolist()
+        parts = [slice(start, end) for start, end in itertools.pairwise(bounds) if end > start]
+        list(self._pool.map(transform, parts))
+        return out.permute(0, 3, 1, 2).to(self._dtype)
+
+
+def _neutral(count: int) -> ViewParams:
+    """Parameters that change nothing."""
+    no = np.zeros((count, VIEWS), dtype=bool)
+    return ViewParams(
+        crop=np.zeros((count, VIEWS, 4), dtype=np.int32),
+        jitter=no,
+        order=np.zeros((count, VIEWS, 4), dtype=np.int8),
+        factors=np.ones((count, VIEWS, 4), dtype=np.float32),
+        gray=no,
+        sigma=np.zeros((count, VIEWS), dtype=np.float32),
+        solarize=no,
+        flip=no,
+    )

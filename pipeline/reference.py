@@ -1,0 +1,132 @@
+"""Owns the same views through PIL and torchvision: slow, obvious, the oracle that fast back ends are tested against.
+
+Serves machines without DALI too. Each function takes and returns one picture: uint8 ``[3, h, w]``, RGB.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import Executor
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from pipeline.batch import Batch, UndecodableBatchError
+from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEWS, CentreCrops, ViewParams, ViewRecipe
+
+Picture = UInt8[Tensor, "3 h w"]
+
+
+def decode(encoded: bytes) -> Picture:
+    """Decode an encoded picture as PIL does; EXIF orientation is ignored, 16 bits are scaled to 8.
+
+    Raises OSError, ValueError or SyntaxError, as PIL does, when the bytes are no whole picture.
+    """
+    with Image.open(io.BytesIO(encoded)) as file:
+        image: Image.Image = file
+        if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def resized_crop(picture: Picture, params: ViewParams, sample: int, view: int, image_size: int) -> Picture:
+    """The view's window, resized to a square of ``image_size`` px."""
+    top, left, height, width = params.crop[sample, view].tolist()
+    return F.resized_crop(picture, top, left, height, width, [image_size, image_size], antialias=True)
+
+
+def centre_crop(picture: Picture, crops: CentreCrops, sample: int, image_size: int) -> Picture:
+    """The evaluation view: the picture resized, then its centre."""
+    resized = F.resize(picture, crops.resized[sample].tolist(), antialias=True)
+    top, left = crops.corner[sample].tolist()
+    return F.crop(resized, top, left, image_size, image_size)
+
+
+def colour(picture: Picture, params: ViewParams, sample: int, view: int) -> Picture:
+    """The four operations of ColorJitter in their drawn order, then grayscale."""
+    if params.jitter[sample, view]:
+        for operation in params.order[sample, view]:
+            factor = float(params.factors[sample, view, operation])
+            match operation:
+                case _ if operation == BRIGHTNESS:
+                    picture = F.adjust_brightness(picture, factor)
+                case _ if operation == CONTRAST:
+                    picture = F.adjust_contrast(picture, factor)
+                case _ if operation == SATURATION:
+                    picture = F.adjust_saturation(picture, factor)
+                case _ if operation == HUE:
+                    picture = F.adjust_hue(picture, factor)
+                case _:
+                    raise AssertionError(f"no colour operation {operation}")
+    if params.gray[sample, view]:
+        picture = F.rgb_to_grayscale(picture, num_output_channels=3)
+    return picture
+
+
+def blur_and_flip(picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Picture:
+    """What follows the colours: blur, solarize, flip."""
+    if params.sigma[sample, view] > 0:
+        window = recipe.blur_window
+        picture = F.gaussian_blur(picture, [window, window], [float(params.sigma[sample, view])] * 2)
+    if params.solarize[sample, view]:
+        picture = F.solarize(picture, recipe.solarize_threshold)
+    if params.flip[sample, view]:
+        picture = F.horizontal_flip(picture)
+    return picture
+
+
+def transform(picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Picture:
+    """One view of a decoded picture, before it is normalised."""
+    cropped = resized_crop(picture, params, sample, view, recipe.image_size)
+    return blur_and_flip(colour(cropped, params, sample, view), params, sample, view, recipe)
+
+
+def normalise(picture: Picture, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:
+    """Bytes to float32: scaled to 0 .. 1, less the mean, by the standard deviation."""
+    return F.normalize(F.to_dtype(picture, torch.float32, scale=True), list(recipe.mean), list(recipe.std))
+
+
+class TorchvisionViews:
+    """The back end: an iterator over batches and their views, a picture at a time in each thread."""
+
+    def __init__(
+        self, batches: Iterator[Batch], recipe: ViewRecipe, pool: Executor, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """``dtype`` of the views, which are moved to ``device``."""
+        self._batches = batches
+        self._recipe = recipe
+        self._pool = pool
+        self._device = device
+        self._dtype = dtype
+
+    def __iter__(self) -> TorchvisionViews:
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[Batch, list[Float[Tensor, "n 3 s s"]]]:
+        """The next batch and its views. Raises UndecodableBatchError, after which the iteration may go on."""
+        batch = next(self._batches)
+        try:
+            samples = list(self._pool.map(lambda sample: self._views(batch, sample), range(len(batch))))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UndecodableBatchError(batch, str(error)) from error
+        return batch, [
+            torch.stack(view).to(self._device, self._dtype, memory_format=torch.channels_last)
+            for view in zip(*samples, strict=True)
+        ]
+
+    def _views(self, batch: Batch, sample: int) -> list[Float32[Tensor, "3 s s"]]:
+        picture = decode(batch.encoded[sample].tobytes())
+        side = self._recipe.image_size
+        match batch.windows:
+            case ViewParams() as params:
+                views = [transform(picture, params, sample, view, self._recipe) for view in range(VIEWS)]
+            case CentreCrops() as crops:
+                views = [centre_crop(picture, crops, sample, side)]
+        return [normalise(view, self._recipe) for view in views]
