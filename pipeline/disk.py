@@ -33,18 +33,14 @@ def disk_error(error: OSError, doing: str) -> UserError | None:
     return UserError(f"{doing} failed: {error.strerror}{where}; {remedy}, then run the same command again")
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside ``path`` that no other process of any host uses; left-overs match ``*.tmp-*``."""
-    return path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-
-
 @contextmanager
-def atomic_file(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a file that appears under ``path`` only when the block ends without an error, synced to disk.
 
-    ``temporary`` (same file system) is where it grows; default: beside ``path``. Raises OSError as the disk does.
+    It grows in folder ``workshop`` (same file system; default: beside ``path``) under a name that no other process of
+    any host uses; what a killed process leaves matches ``*.tmp-*``. Raises OSError as the disk does.
     """
-    temporary = temporary or temporary_name(path)
+    temporary = (workshop or path.parent) / f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}"
     try:
         with open(temporary, "wb", buffering=1 << 20) as file:
             yield file
@@ -66,9 +62,9 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, workshop: Path | None = None) -> None:
     """Write ``value`` as indented JSON, atomically and always with the same bytes."""
-    with atomic_file(path) as file:
+    with atomic_file(path, workshop) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 

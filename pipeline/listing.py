@@ -148,8 +148,8 @@ def label_by_folder(listing: Listing, source: str, mode: Literal["auto", "folder
     """Labels from the first component of each name; classes are the sorted components.
 
     ``auto``: flat pictures, or all pictures directly in one single folder, have no labels. Raises UserError where
-    a class cannot be meant: folders named like splits, one folder around all classes, or a mixture. ``folders`` takes the
-    first two as they are and leaves pictures outside of class folders out.
+    a class cannot be meant: folders named like splits, one folder around all classes, or a mixture. ``folders`` takes
+    the first two as they are and leaves pictures outside of class folders out.
     """
     names = [listing.name(i) for i in range(len(listing))]
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]

@@ -24,8 +24,8 @@ class ShardingOptions:
     seed: int = 0
     """Seed of the global shuffle (and of the pictures of synthetic:N)."""
     verify: Verify = "full"
-    """full: decode every picture and refuse the broken ones. header: refuse by format and size only. none: trust the
-    pictures; their headers are still read, since height and width must be known."""
+    """full: decode every picture and refuse the broken ones. header: refuse by format and size only. none: the same
+    as header, since height and width must be known."""
     max_pixels: int = 100_000_000
     """Pictures with more pixels (height x width) are refused before they are decoded."""
     shorter_side: int | None = None
@@ -35,7 +35,8 @@ class ShardingOptions:
     limit: int | None = None
     """Take only this many pictures, drawn by the seed. Default: all."""
     subtree: str = ""
-    """Folder inside SOURCE to take, as in --subtree train; classes are the folders inside it."""
+    """Folder inside SOURCE to take, as in --subtree train; classes are the folders inside it. For parquet files: how
+    their names begin."""
     labels: str = "auto"
     """auto: from class folders, where there are any. folders: insist on them. none: no labels. Or a FILE with a class
     per line in the order of the sorted picture names, or with `name class` per line; or ImageNet's devkit archive."""

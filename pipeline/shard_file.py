@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.disk import atomic_file, temporary_name, write_json
+from pipeline.disk import atomic_file, write_json
 from pipeline.errors import UserError
 from pipeline.listing import UNKNOWN_LENGTH, Listing, Rejected
 from pipeline.options import ShardingOptions
@@ -65,6 +65,10 @@ class Job:
         """Number of pictures to look at, over all shards; None if it is not known before."""
         raise NotImplementedError
 
+    def room(self, numbers: list[int]) -> int:
+        """About how many bytes shards ``numbers`` will take on the disk of OUT; 0 if that is not known or nothing."""
+        return 0
+
     def build(self, number: int, tick: Tick) -> None:
         """Build shard ``number`` and mark it as done. Raises OSError, UserError, or what ``tick`` raises."""
         raise NotImplementedError
@@ -87,7 +91,7 @@ class Job:
     def finish(self, number: int, tar: str, size: int, sha256: str, parts: ShardParts, index: str) -> None:
         """Write the sidecars of a finished tar; the marker comes last."""
         if parts.rows:
-            write_index(self.out / index, parts.samples)
+            write_index(self.out / index, parts.samples, self.out / PARTIAL_DIR)
         self._marker(number).parent.mkdir(exist_ok=True)
         with atomic_file(self._marker(number).with_suffix(".npy")) as file:
             np.save(file, np.array(parts.rows, SAMPLE_DTYPE))
@@ -128,12 +132,19 @@ class WriteJob(Job):
         """Number of pictures to be written, before any is refused."""
         return len(self.order)
 
+    def room(self, numbers: list[int]) -> int:
+        """The pictures' bytes and their tar headers."""
+        if self.options.shorter_side is not None:
+            return 0
+        per_shard = self.options.samples_per_shard
+        return sum(_room(self.listing.lengths[self.order[n * per_shard : (n + 1) * per_shard]]) for n in numbers)
+
     def build(self, number: int, tick: Tick) -> None:
         """Read, check and write the pictures of one shard."""
         first = number * self.options.samples_per_shard
         chosen = self.order[first : first + self.options.samples_per_shard]
         path = self.out / f"shard-{number:06d}.tar"
-        with atomic_file(path, temporary_name(self.out / PARTIAL_DIR / path.name)) as file:
+        with atomic_file(path, self.out / PARTIAL_DIR) as file:
             stream = _HashingStream(file)
             parts = self._write(stream, chosen, tick)
         if not parts.rows:
@@ -174,6 +185,10 @@ class WriteJob(Job):
             if small is not None:
                 data, picture = small, inspect_picture(small, "none", options.max_pixels)
         return data, picture.extension, (picture.height, picture.width)
+
+
+def _room(lengths: np.ndarray) -> int:
+    return int((np.maximum(lengths, 0) + 2 * _BLOCK).sum())
 
 
 class _HashingStream:
@@ -227,10 +242,10 @@ def _layout(key: str, members: dict[str, bytes], start: int) -> list[Component]:
     return components
 
 
-def write_index(path: Path, samples: Iterable[list[Component]]) -> None:
+def write_index(path: Path, samples: Iterable[list[Component]], workshop: Path | None = None) -> None:
     """DALI's index, as its wds2idx tool writes it: one line a sample, `extension offset length name` a member."""
     lines = [" ".join(f"{c.extension} {c.offset} {c.length} {c.name}" for c in sample) for sample in samples]
-    with atomic_file(path) as file:
+    with atomic_file(path, workshop) as file:
         file.write("\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("utf-8", "surrogateescape"))
 
 

@@ -181,7 +181,9 @@ def _open_path(path: Path, options: ShardingOptions, spool: Path, quiet: bool) -
         return open_folder(path, options.subtree)
     container = path if compression(path) is None else unpack_tar(path, spool, quiet)
     if not is_plain_tar(container):
-        raise UserError(f"SOURCE {path} is neither a tar (plain, gz, bz2, xz) nor a parquet file: unpack it, or convert it")
+        raise UserError(
+            f"SOURCE {path} is neither a tar (plain, gz, bz2, xz) nor a parquet file: unpack it, or convert it"
+        )
     return Source(title, list_tar(container, options.subtree), ContainerReader(container))
 
 

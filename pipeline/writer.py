@@ -9,45 +9,29 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
+from pipeline.completion import complete
 from pipeline.disk import atomic_file, disk_error, exclusive_lock, write_json
 from pipeline.errors import UserError
 from pipeline.foreign import IndexJob, listing_fingerprint, open_tars
 from pipeline.label_file import dataset_classes
 from pipeline.listing import Listing
 from pipeline.options import ShardingOptions
-from pipeline.shard_file import Job, WriteJob, keep_torch_out
-from pipeline.shards import (
-    DATASET_FILE,
-    FORMAT_VERSION,
-    PARTIAL_DIR,
-    REJECTED_FILE,
-    SAMPLE_DTYPE,
-    SAMPLES_FILE,
-    file_sha256,
-    read_dataset_file,
-)
+from pipeline.shard_file import Job, WriteJob
+from pipeline.shards import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
 from pipeline.sources import open_source
+from pipeline.workers import build_missing
 
 WDS = "wds:"  # SOURCE: tars made by others
-_REPORT_EVERY = 32  # pictures between two looks at the shared counters
+_SHARD_GLOB = "shard-" + "[0-9]" * 6
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class Summary:
     """What a call of make_dataset did."""
 
     out: Path
-    complete: bool  # False: other parts are still missing
+    missing: int  # shards that other parts have still to build; 0 = complete
     shards: int
     pictures: int
     rejected: dict[str, int]  # reason -> count
@@ -85,37 +69,96 @@ def make_dataset(
             return _already_complete(source, out, options, started)
         (out / PARTIAL_DIR).mkdir(parents=True, exist_ok=True)
         with exclusive_lock(out / PARTIAL_DIR / "lock", shared=options.part is not None) as lock:
-            job, about = _prepare(source, out, options, quiet)
-            _build_missing(job, options, quiet)
-            if options.part is not None:  # parts run side by side; completing is for one of them
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if (out / DATASET_FILE).exists():
-                    return _already_complete(source, out, options, started)
-            return _complete(job, about, started)
+            info = _make(source, out, options, quiet, lock)
+            if info is None:
+                return _already_complete(source, out, options, started)
+            return _summary(out, info, started)
     except OSError as error:
         mended = disk_error(error, f"writing the dataset to {out}")
         if mended is None:
             raise
         raise mended from error
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, most likely for lack of memory: run the same command again with fewer "
-            "--workers; it goes on with the missing shards"
-        ) from error
+
+
+def _make(source: str, out: Path, options: ShardingOptions, quiet: bool, lock: IO[bytes]) -> dict[str, Any] | None:
+    """The contents of dataset.json, or what is known of them while parts are missing; None if another part completed
+    it.
+    """
+    if options.part is None:
+        for left_over in (out / PARTIAL_DIR).rglob("*.tmp-*"):
+            left_over.unlink()
+    try:
+        job, about = _prepare(source, out, options, quiet)
+    except UserError:
+        _forget_beginning(out, options)
+        raise
+    build_missing(job, options, quiet)
+    if options.part is not None:  # parts run side by side; completing is for one of them
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (out / DATASET_FILE).exists():
+            return None
+    info = complete(job, about)
+    assert info is not None or options.part is not None, "a run without --part builds every shard"
+    return info or _so_far(job, about)
+
+
+def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
+    shards = [record["shard"] for record in map(job.done, range(len(job))) if record is not None]
+    pictures = sum(shard["samples"] for shard in shards)
+    return {
+        "num_samples": pictures,
+        "shards": shards,
+        "classes": about["classes"],
+        "rejected": {},
+        "missing": len(job) - len(shards),
+    }
+
+
+def _forget_beginning(out: Path, options: ShardingOptions) -> None:
+    """A source that could not be listed leaves nothing behind, except what was unpacked from it."""
+    partial = out / PARTIAL_DIR
+    if options.part is None and not (partial / "job.json").exists() and not (partial / "spool.json").exists():
+        shutil.rmtree(partial)
+        if not any(out.iterdir()):
+            out.rmdir()
 
 
 def remove_dataset(out: Path) -> None:
-    """Delete a dataset's own files in ``out``, dataset.json first; other files stay."""
+    """Delete a dataset, or the beginning of one, from ``out``: its own files only, dataset.json first.
+
+    Tars that were only indexed belong to somebody else and stay. Raises UserError if that cannot be told.
+    """
+    try:
+        title, names = _recorded(out)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{out / DATASET_FILE} is damaged: which files belong to the dataset cannot be told; delete {out} yourself"
+        ) from None
+    if title is None:
+        return
     for name in (DATASET_FILE, SAMPLES_FILE, REJECTED_FILE):
         (out / name).unlink(missing_ok=True)
-    for file in _own_shards(out):
-        file.unlink()
+    for name in names:
+        (out / name).unlink(missing_ok=True)
     if (out / PARTIAL_DIR).exists():
         shutil.rmtree(out / PARTIAL_DIR)
 
 
-def _own_shards(out: Path) -> list[Path]:
-    return [f for suffix in ("tar", "idx") for f in out.glob(f"shard-[0-9][0-9][0-9][0-9][0-9][0-9].{suffix}")]
+def _recorded(out: Path) -> tuple[str | None, list[str]]:
+    """(title of the source, the tars and indexes we wrote) as dataset.json, or the interrupted run, records them."""
+    if (out / DATASET_FILE).exists():
+        info = json.loads((out / DATASET_FILE).read_bytes())
+        title, shards = info["source"], info["shards"]
+        names = [shard["index"] for shard in shards]
+        return title, names if title.startswith(WDS) else [*names, *(shard["name"] for shard in shards)]
+    if not (out / PARTIAL_DIR).exists():
+        return None, []
+    job_file = out / PARTIAL_DIR / "job.json"
+    title = json.loads(job_file.read_bytes())["recipe"]["source"] if job_file.exists() else ""
+    patterns = (
+        ("index-" + "[0-9]" * 6 + ".idx",) if title.startswith(WDS) else (f"{_SHARD_GLOB}.tar", f"{_SHARD_GLOB}.idx")
+    )
+    return title, [file.name for pattern in patterns for file in out.glob(pattern)] if title else []
 
 
 def _check_place(source: str, out: Path) -> None:
@@ -126,11 +169,10 @@ def _check_place(source: str, out: Path) -> None:
         raise UserError(
             f"OUT {out} lies inside SOURCE {source}: its shards would become part of the source; choose another folder"
         )
-    started = (out / DATASET_FILE).exists() or (out / PARTIAL_DIR).exists()
-    if not started and out.is_dir() and (_own_shards(out) or (out / SAMPLES_FILE).exists()):
-        raise UserError(
-            f"{out} has shards but no {DATASET_FILE}: choose an empty folder, or say --overwrite to delete them"
-        )
+    ours = (out / DATASET_FILE).exists() or (out / PARTIAL_DIR).exists()
+    patterns = [SAMPLES_FILE] if source.startswith(WDS) else [SAMPLES_FILE, f"{_SHARD_GLOB}.tar", f"{_SHARD_GLOB}.idx"]
+    if not ours and out.is_dir() and any(file for pattern in patterns for file in out.glob(pattern)):
+        raise UserError(f"{out} has shards but no {DATASET_FILE}: choose an empty folder, or delete them yourself")
 
 
 def _already_complete(source: str, out: Path, options: ShardingOptions, started: float) -> Summary:
@@ -202,160 +244,10 @@ def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:
         np.save(file, order[: options.limit])
 
 
-def _build_missing(job: Job, options: ShardingOptions, quiet: bool) -> None:
-    part, parts = options.part_of()
-    records = {n: job.done(n) for n in range(len(job))}
-    missing = [n for n in range(part, len(job), parts) if records[n] is None]
-    finished = sum(r["shard"]["samples"] + len(r["rejected"]) for r in records.values() if r is not None)
-    workers = min(options.workers or len(os.sched_getaffinity(0)), len(missing))
-    with tqdm(
-        total=job.pictures(), initial=finished, unit=" pictures", disable=quiet or not missing, smoothing=0.05
-    ) as bar:
-        meter = _Meter(bar)
-        if workers == 1:
-            for number in missing:
-                job.build(number, meter.add)
-        elif missing:
-            _build_parallel(job, missing, workers, meter)
-
-
-class _Meter:
-    """Shows pictures/s (by tqdm) and MB/s."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar, self.bytes, self.started = bar, 0, time.monotonic()
-
-    def add(self, pictures: int, size: int) -> None:
-        self.bytes += size
-        rate = self.bytes / 1e6 / max(time.monotonic() - self.started, 1e-3)
-        self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-        self.bar.update(pictures)
-
-
-class _StoppedError(Exception):
-    """The main process asked a worker to give up."""
-
-
-def _build_parallel(job: Job, missing: list[int], workers: int, meter: _Meter) -> None:
-    context = multiprocessing.get_context("spawn")
-    pictures, size, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
-    todo: Iterator[int] = iter(missing)
-    shown = (0, 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, pictures, size, stop)) as pool:
-        # two tasks a worker are in flight: none waits, and an error stops the rest soon
-        running: set[Future[None]] = {pool.submit(_build_one, n) for n in islice(todo, 2 * workers)}
-        try:
-            while running:
-                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                running |= {pool.submit(_build_one, n) for n in islice(todo, len(done))}
-                now = (pictures.value, size.value)
-                meter.add(now[0] - shown[0], now[1] - shown[1])
-                shown = now
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-_worker: dict[str, Any] = {}  # what _start_worker was given, in a worker process
-
-
-def _start_worker(job: Job, pictures: Any, size: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which tells the workers
-    keep_torch_out()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(job=job, pictures=pictures, size=size, stop=stop)
-
-
-def _end_with_parent() -> None:
-    """A killed main process must not leave workers behind that go on writing."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _build_one(number: int) -> None:
-    waiting = [0, 0]
-
-    def flush() -> None:
-        for counter, value in zip((_worker["pictures"], _worker["size"]), waiting, strict=True):
-            with counter.get_lock():
-                counter.value += value
-        waiting[:] = [0, 0]
-        if _worker["stop"].is_set():
-            raise _StoppedError
-
-    def tick(pictures: int, size: int) -> None:
-        waiting[0] += pictures
-        waiting[1] += size
-        if waiting[0] >= _REPORT_EVERY:
-            flush()
-
-    _worker["job"].build(number, tick)
-    flush()
-
-
-def _complete(job: Job, about: dict[str, Any], started: float) -> Summary:
-    """Write samples.npy, rejected.jsonl and, last, dataset.json, if every shard is there."""
-    out = job.out
-    records = [job.done(n) for n in range(len(job))]
-    present = [r for r in records if r is not None]
-    shards = [r["shard"] for r in present]
-    rejected = sorted([*about["rejected"], *(entry for r in present for entry in r["rejected"])])
-    pictures = sum(shard["samples"] for shard in shards)
-    info = {
-        "format_version": FORMAT_VERSION,
-        "source": about["recipe"]["source"],
-        "source_fingerprint": about["fingerprint"],
-        "split": about["recipe"]["split"],
-        "seed": about["recipe"]["seed"],
-        "recipe": {k: v for k, v in about["recipe"].items() if k != "source"},
-        "num_samples": pictures,
-        "num_rejected": len(rejected),
-        "rejected": dict(sorted(Counter(reason for _, reason in rejected).items())),
-        "classes": about["classes"],
-    }
-    if len(present) < len(job):
-        assert about["parts"], "a run without --part builds every shard"
-        return _summary(out, {**info, "shards": shards}, started, complete=False)
-    if pictures == 0:
-        raise UserError(f"none of the {len(rejected)} pictures can be used: {info['rejected']}")
-    info["has_labels"] = _write_samples(job, records, pictures)
-    info["samples_sha256"] = file_sha256(out / SAMPLES_FILE)
-    info["shards"] = [shard for shard in shards if shard["samples"]]
-    with atomic_file(out / REJECTED_FILE) as file:
-        file.writelines(json.dumps({"name": n, "reason": r}).encode() + b"\n" for n, r in rejected)
-    write_json(out / DATASET_FILE, info)
-    shutil.rmtree(out / PARTIAL_DIR)
-    return _summary(out, info, started)
-
-
-def _write_samples(job: Job, records: list[dict[str, Any] | None], pictures: int) -> bool:
-    """Join the shards' rows into samples.npy, one shard in memory at a time. True if every sample has a label."""
-    shard, labelled = 0, True
-    with atomic_file(job.out / SAMPLES_FILE) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (pictures,)}
-        np.lib.format.write_array_header_2_0(file, header)
-        for number, record in enumerate(records):
-            assert record is not None
-            if record["shard"]["samples"]:
-                rows = job.rows(number)
-                rows["shard"] = shard
-                labelled = labelled and bool((rows["label"] >= 0).all())
-                file.write(rows.tobytes())
-                shard += 1
-    return labelled
-
-
-def _summary(
-    out: Path, info: dict[str, Any], started: float, complete: bool = True, already_there: bool = False
-) -> Summary:
+def _summary(out: Path, info: dict[str, Any], started: float, already_there: bool = False) -> Summary:
     return Summary(
         out=out,
-        complete=complete,
+        missing=info.get("missing", 0),
         shards=len(info["shards"]),
         pictures=info["num_samples"],
         rejected=info["rejected"],

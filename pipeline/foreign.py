@@ -1,0 +1,133 @@
+"""Owns turning WebDataset tars made by others into a dataset: they are indexed where they lie, never rewritten.
+
+Refused pictures stay in their tar but get no row in samples.npy, so training never sees them.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from pipeline.errors import UserError
+from pipeline.listing import Rejected
+from pipeline.options import ShardingOptions
+from pipeline.picture import PICTURE_SUFFIXES, BadPictureError, inspect_picture
+from pipeline.shard_file import Component, Job, ShardParts, Tick
+from pipeline.shards import file_sha256, split_key
+from pipeline.tar_source import Member, scan_tar
+
+_UNUSED = {"limit": None, "shorter_side": None, "subtree": "", "labels": ("auto", "none")}
+_LABEL_BYTES = 32  # more than any number; a longer .cls file is not read at all
+
+
+def open_tars(pattern: str, options: ShardingOptions) -> list[Path]:
+    """The tars of wds:PATTERN: braces are expanded ({000000..000146}), then * and ?; sorted within each brace.
+
+    Raises UserError for a missing tar, no tar at all, or options that would need the tars to be rewritten.
+    """
+    for name, fine in _UNUSED.items():
+        value = getattr(options, name)
+        if value not in (fine if isinstance(fine, tuple) else (fine,)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} does not go with wds:, since tars are only indexed: leave it out"
+            )
+    try:
+        expanded = list(braceexpand(pattern))
+    except ValueError:
+        raise UserError(f"wds:{pattern}: the braces do not match; write {{000000..000146}}") from None
+    tars: list[Path] = []
+    for one in expanded:
+        found = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
+        tars += [Path(os.path.abspath(name)) for name in found]
+    missing = [tar for tar in tars if not tar.is_file()]
+    if missing or not tars:
+        raise UserError(f"wds:{pattern}: {f'{missing[0]} is missing' if missing else 'no such tar'}; check the pattern")
+    return list(dict.fromkeys(tars))
+
+
+def listing_fingerprint(tars: list[Path]) -> str:
+    """sha256 over the tars' names and lengths."""
+    return hashlib.sha256("".join(f"{t.name}\0{t.stat().st_size}\n" for t in tars).encode()).hexdigest()
+
+
+@dataclass
+class IndexJob(Job):
+    """Tars of others; shard i is tar i."""
+
+    out: Path
+    tars: list[Path]
+    options: ShardingOptions
+
+    def __len__(self) -> int:
+        """Number of tars."""
+        return len(self.tars)
+
+    def pictures(self) -> None:
+        """Unknown before the tars are read."""
+        return None
+
+    def build(self, number: int, tick: Tick) -> None:
+        """Check the pictures of one tar and write its index."""
+        tar = self.tars[number]
+        parts = ShardParts([], [], [])
+        with open(tar, "rb") as file:
+            for key, members in _samples(tar, parts.rejected):
+                length = 0
+                try:
+                    picture, row = self._sample(file.fileno(), members)
+                    parts.rows.append(row)
+                    parts.samples.append([Component(split_key(m.name)[1], m.offset, m.length, m.name) for m in members])
+                    length = picture.length
+                except BadPictureError as error:
+                    parts.rejected.append(Rejected(f"{tar.name}/{key}", str(error)))
+                tick(1, length)
+        size, sha256 = tar.stat().st_size, file_sha256(tar)
+        self.finish(number, self._place(tar), size, sha256, parts, f"index-{number:06d}.idx")
+
+    def _sample(self, handle: int, members: list[Member]) -> tuple[Member, tuple[int, ...]]:
+        """(the picture's member, its row). Raises BadPictureError."""
+        pictures = [m for m in members if split_key(m.name)[1].rpartition(".")[2].lower() in PICTURE_SUFFIXES]
+        if not pictures:
+            raise BadPictureError("no picture among its members")
+        data = os.pread(handle, pictures[0].length, pictures[0].offset)
+        picture = inspect_picture(data, self.options.verify, self.options.max_pixels)
+        label = -1 if self.options.labels == "none" else _label(handle, members)
+        row = (0, pictures[0].offset, len(data), label, picture.height, picture.width, zlib.crc32(data))
+        return pictures[0], row
+
+    def _place(self, tar: Path) -> str:
+        """Relative where the tar lies below OUT, so that the whole folder can be moved."""
+        out = Path(os.path.abspath(self.out))
+        return tar.relative_to(out).as_posix() if tar.is_relative_to(out) else str(tar)
+
+
+def _samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list[Member]]]:
+    """(key, members) of consecutive members with one key, as WebDataset groups them; others go to ``rejected``."""
+
+    def usable() -> Iterator[Member]:
+        for member in scan_tar(tar):
+            if member.refusal is not None:
+                rejected.append(Rejected(f"{tar.name}/{member.name}", member.refusal))
+            elif split_key(member.name)[0].rpartition("/")[2]:  # a hidden file has no key
+                yield member
+
+    for key, members in groupby(usable(), key=lambda member: split_key(member.name)[0]):
+        yield key, list(members)
+
+
+def _label(handle: int, members: list[Member]) -> int:
+    member = next((m for m in members if split_key(m.name)[1].lower() == "cls"), None)
+    if member is None:
+        return -1
+    text = os.pread(handle, min(member.length, _LABEL_BYTES), member.offset).strip()
+    if not text.isdigit() or member.length > _LABEL_BYTES or int(text) >= 2**31:
+        raise BadPictureError("its .cls file is not a class number")
+    return int(text)

@@ -1,0 +1,72 @@
+"""Write pictures as a dataset of WebDataset shards: checked, globally shuffled, the same bytes every time.
+
+    python tools/make_shards.py ~/photos data/photos
+    python tools/make_shards.py cifar10.tar.gz data/cifar10-train --subtree train --split train
+    python tools/make_shards.py ILSVRC2012_img_train.tar data/imagenet-train
+    python tools/make_shards.py ILSVRC2012_img_val.tar data/imagenet-val --labels ILSVRC2012_devkit_t12.tar.gz
+    python tools/make_shards.py parquet-folder/ data/from-parquet --subtree data/train-
+    python tools/make_shards.py synthetic:20000 data/synthetic
+    python tools/make_shards.py "wds:/data/laion/{00000..00099}.tar" data/laion-index
+
+SOURCE is a folder of pictures (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz, or a tar of class
+tars), a parquet file or a folder of them, synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are
+and are only indexed. Killed and started again it goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipeline.errors import exit_on_user_error
+from pipeline.options import ShardingOptions
+from pipeline.writer import Summary, make_dataset
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command line: SOURCE, OUT and the options of sharding."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A folder of pictures, a tar, parquet files, synthetic:N or wds:PATTERN."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder of the dataset; made if it is not there."""
+    options: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
+
+
+def main() -> None:
+    """Parse the command line, write the dataset, say what was done."""
+    command = tyro.cli(Command, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        summary = make_dataset(command.source, command.out, command.options)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on with what is missing in {command.out}", file=sys.stderr)
+        sys.exit(130)  # the shell's code for Ctrl-C
+    print(describe(summary))
+
+
+def describe(summary: Summary) -> str:
+    """What a call did, for people."""
+    size = (
+        f"{summary.shards} shards, {summary.pictures} pictures, {summary.bytes / 1e6:.1f} MB, {summary.classes} classes"
+    )
+    if summary.already_there:
+        return f"{summary.out} is complete already: {size}. Nothing to do; --overwrite writes it again."
+    lines = [f"{summary.out}: {size} in {summary.seconds:.1f} s"]
+    refused = sum(summary.rejected.values())
+    if refused:
+        lines.append(f"{refused} entries of the source were refused (see {summary.out / 'rejected.jsonl'}):")
+        lines += [f"  {count:8d}  {reason}" for reason, count in sorted(summary.rejected.items(), key=lambda e: -e[1])]
+    if summary.missing:
+        lines.append(
+            f"{summary.missing} shards of other parts are missing: the dataset is complete when they are built"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
