@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A user's mistake. The message names the value, the rule and the remedy; no traceback is shown."""
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float32, Int8, Int32, UInt32
 from numpy.typing import NDArray
 
 from pipeline.counter_rng import philox4x32, seed_key, uniforms
+from pipeline.errors import UserError
 
 VIEWS = 2
 CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop.get_params
@@ -41,42 +42,46 @@ class ViewRecipe:
     image_size: int = 224  # side of a view, px
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the picture's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
-    flip_prob: float = 0.5
-    jitter_prob: float = 0.8
-    brightness: float = 0.4  # factor from 1 - x to 1 + x; the same for contrast and saturation
-    contrast: float = 0.4
-    saturation: float = 0.4
+    flip_prob: float = 0.5  # horizontal
+    jitter_prob: float = 0.8  # of the four colour operations together
+    brightness: float = 0.4  # factor from 1 - x to 1 + x
+    contrast: float = 0.4  # factor from 1 - x to 1 + x
+    saturation: float = 0.4  # factor from 1 - x to 1 + x
     hue: float = 0.1  # shift from -x to x, in turns of the colour circle
-    gray_prob: float = 0.2
-    blur_prob: float = 0.5
+    gray_prob: float = 0.2  # all three channels made the gray value
+    blur_prob: float = 0.5  # Gaussian; off in the paper's CIFAR-10 recipe (appendix D)
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # px of the view
     blur_radius: int = 11  # px; the window of 23 that SimCLR takes at 224 px, 5.5 times the largest sigma
     solarize_prob: float = 0.0  # BYOL's addition; SimSiam does without
-    solarize_threshold: int = 128  # of 255
+    solarize_threshold: int = 128  # of 255: bytes from here up are inverted
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, per channel, of 1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of ImageNet, per channel, of 1
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a recipe that no picture can follow."""
-        if self.image_size < 2:
-            raise ValueError(f"image_size {self.image_size} px: a view needs at least 2")
-        for name in ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: a probability lies in 0 .. 1")
+        """Raise UserError for a recipe that no picture can follow."""
+        _check("--image-size", self.image_size, self.image_size >= 2, "a view has at least 2 px a side")
+        for name in ("flip", "jitter", "gray", "blur", "solarize"):
+            probability = getattr(self, f"{name}_prob")
+            _check(f"--{name}-prob", probability, 0 <= probability <= 1, "a probability lies in 0 .. 1")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} ({low}, {high}): it needs 0 < low <= high")
+            _check(f"--{name.replace('_', '-')}", (low, high), 0 < low <= high, "it takes two numbers, 0 < low <= high")
+        _check("--crop-scale", self.crop_scale, self.crop_scale[1] <= 1, "a crop is no larger than its picture")
         for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: it lies in 0 .. 1")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue {self.hue}: it lies in 0 .. 0.5 turns")
+            _check(f"--{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "it lies in 0 .. 1")
+        _check("--hue", self.hue, 0 <= self.hue <= 0.5, "it lies in 0 .. 0.5 turns of the colour circle")
+        _check("--blur-radius", self.blur_radius, self.blur_radius >= 1, "the window reaches at least 1 px")
+        _check("--std", self.std, min(self.std) > 0, "a standard deviation is above 0")
 
     @property
     def blur_window(self) -> int:
         """Width of the blur's window in px, odd; reflection at the border allows no more than the view's side."""
         return 2 * min(self.blur_radius, self.image_size - 1) + 1
+
+
+def _check(flag: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{flag} {value}: {rule}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Draw originals and their two views, as training will see them: python tools/preview_views.py DATA OUT.png
+
+With --backend both (the default where DALI is installed) each view is shown by DALI and by torchvision, with their
+difference, so that a person can see that they agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pipeline.backends import choose_backend
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.loader import Views, open_views
+from pipeline.loader_config import LoaderConfig
+from pipeline.reference import decode
+from pipeline.shards import ShardSet
+from pipeline.views import ViewRecipe
+
+DIFFERENCE_GAIN = 16  # differences are a few of 255; shown as they are, nobody would see them
+CELL_INCHES = 1.5
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Originals and their two views in one picture."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Dataset folder, as tools/make_shards.py wrote it."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The PNG to write."""
+    samples: int = 8
+    """Pictures to show: the first of the epoch's order."""
+    seed: int = 0
+    """The run's seed."""
+    epoch: int = 0
+    """The epoch whose views are shown, from 0."""
+    backend: Literal["both", "dali", "torchvision"] | None = None
+    """Who makes the views; default: both where DALI is installed, else torchvision."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where DALI works."""
+    recipe: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(PreviewConfig, description=__doc__)
+    dataset = ShardSet.open(config.data)
+    check(config, dataset)
+    names = backends_of(config)
+    figure = draw(dataset, config.recipe, {name: first_views(dataset, config, name) for name in names})
+    try:
+        figure.savefig(config.out, dpi=110)
+    except OSError as error:
+        raise UserError(f"cannot write {config.out}: {error.strerror}; choose another place") from error
+    print(f"{config.out}: {config.samples} pictures and their views by {' and '.join(names)}")
+
+
+def check(config: PreviewConfig, dataset: ShardSet) -> None:
+    """Raise UserError for what cannot be shown."""
+    if not 1 <= config.samples <= dataset.num_samples:
+        raise UserError(f"--samples {config.samples}: {config.data} has {dataset.num_samples}; choose 1 up to that")
+    if config.out.suffix.lower() != ".png":
+        raise UserError(f"{config.out}: the picture is written as PNG; give a name that ends in .png")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here; use --device cpu")
+
+
+def backends_of(config: PreviewConfig) -> list[Literal["dali", "torchvision"]]:
+    """Who makes the views."""
+    match config.backend:
+        case "both":
+            choose_backend("dali")  # an error where it is not installed
+            return ["dali", "torchvision"]
+        case None:
+            return ["dali", "torchvision"] if choose_backend("auto")[0] == "dali" else ["torchvision"]
+        case name:
+            return [choose_backend(name)[0]]
+
+
+def first_views(dataset: ShardSet, config: PreviewConfig, backend: Literal["dali", "torchvision"]) -> Views:
+    """The views of the first samples of the epoch."""
+    device = torch.device(config.device if backend == "dali" else "cpu")
+    with open_views(
+        dataset,
+        config.recipe,
+        LoaderConfig(backend=backend),
+        seed=config.seed,
+        global_batch=config.samples,
+        epochs=config.epoch + 1,
+        start_epoch=config.epoch,
+        rank=0,
+        world_size=1,
+        local_world_size=1,
+        device=device,
+    ) as batches:
+        return next(batches)
+
+
+def to_bytes(view: Tensor, recipe: ViewRecipe) -> UInt8[np.ndarray, "n s s 3"]:
+    """Undo the normalisation."""
+    std, mean = (torch.tensor(values)[:, None, None] for values in (recipe.std, recipe.mean))
+    pixels = (view.float().cpu() * std + mean) * 255
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def draw(dataset: ShardSet, recipe: ViewRecipe, views: dict[str, Views]) -> Figure:
+    """One row a sample: the original, then each view by each back end, then how far they differ."""
+    first = next(iter(views.values()))
+    columns: list[tuple[str, list[np.ndarray]]] = [
+        ("original", [decode(dataset.read(int(source))).permute(1, 2, 0).numpy() for source in first.sources])
+    ]
+    for number, view in enumerate(("x1", "x2"), start=1):
+        pixels = {name: to_bytes(getattr(made, view), recipe) for name, made in views.items()}
+        columns += [(f"view {number}\n{name}", list(made)) for name, made in pixels.items()]
+        if len(pixels) == 2:
+            one, other = (made.astype(np.int16) for made in pixels.values())
+            gained = np.minimum(np.abs(one - other) * DIFFERENCE_GAIN, 255).astype(np.uint8)
+            columns.append((f"view {number}\n|difference| x {DIFFERENCE_GAIN}", list(gained)))
+    rows = len(first.ids)
+    figure = Figure(figsize=(CELL_INCHES * len(columns), CELL_INCHES * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (title, pictures) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=8)
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(picture, interpolation="nearest")
+            axes[row, column].set_axis_off()
+    for row, sample in enumerate(first.ids):
+        axes[row, 0].set_title(f"{'original' if row == 0 else ''}\nsample {sample}".strip(), fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
