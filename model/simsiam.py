@@ -21,19 +21,17 @@ Similarity = Literal["cosine", "cross-entropy"]
 class SimSiamConfig:
     """The architecture and the method's switches. The defaults are the paper's (arXiv:2011.10566)."""
 
-    backbone: str = (
-        "resnet50"  # ResNet trunk: section 3, "Baseline settings". resnet_tiny is fit for 32 pixels on a CPU
-    )
+    # ResNet trunk: section 3, "Baseline settings"; resnet_tiny is fit for 32 pixels on a CPU
+    backbone: str = "resnet50"
     stem: Stem = "default"  # first layers: "cifar" as in appendix D for pictures of 32 pixels
     dim: int = 2048  # width d of z and p: section 3
     projector_layers: int = 3  # section 3; appendix D takes 2 for CIFAR-10
     projector_hidden: int = 2048  # section 3
     predictor_hidden: int = 512  # section 3; a quarter of dim
     predictor: Literal["mlp", "none", "fixed-random"] = "mlp"  # table 1: learned 67.7, none 0.1, fixed random 1.5
-    projector_bn: BatchNormPlaces = (
-        "all"  # table 3: with predictor_bn none/none 34.6, hidden/hidden 67.4, all/hidden 68.1
-    )
-    predictor_bn: BatchNormPlaces = "hidden"  # table 3: "all" is unstable
+    # BN after which layers; table 3 (projector/predictor): none/none 34.6, hidden/hidden 67.4, all/hidden 68.1
+    projector_bn: BatchNormPlaces = "all"
+    predictor_bn: BatchNormPlaces = "hidden"  # table 3: all/all is unstable
     stop_gradient: bool = True  # section 4.1, figure 2: without it 0.1
     similarity: Similarity = "cosine"  # section 4.5: cosine 68.1, cross-entropy 63.2
     symmetric: bool = True  # section 4.6: symmetric 68.1, one side only 64.8

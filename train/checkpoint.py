@@ -1,0 +1,155 @@
+"""Owns the checkpoints of a run: files that are whole or absent, the newest N of them, and whether one fits this run.
+
+A file is called step-STEP-HASH.pt, HASH being the first digits of its sha256 as in torchvision's weight files: one
+atomic rename puts the checkpoint and its checksum in place together. It is a plain ``torch.save`` of tensors and
+primitives, and does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.disk import atomic_file, disk_error
+from pipeline.errors import UserError
+from pipeline.shards import file_sha256
+
+FORMAT = 1
+HASH_DIGITS = 16
+_NAME = re.compile(rf"step-(\d+)-([0-9a-f]{{{HASH_DIGITS}}})\.pt")
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int) -> Path:
+    """Write ``state`` as the checkpoint after ``step`` steps, then delete all but the newest ``keep``.
+
+    Raises UserError for a full disk or a missing permission; nothing half-written stays.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    data = buffer.getbuffer()
+    path = folder / f"step-{step:09d}-{hashlib.sha256(data).hexdigest()[:HASH_DIGITS]}.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(data)
+        for old in _list(folder):
+            if old != path and _step(old) == step:
+                old.unlink()
+        for old in _list(folder)[keep:]:
+            old.unlink()
+    except OSError as error:
+        raise disk_error(error, f"writing the checkpoint {path}") or error from error
+    return path
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest intact checkpoint, if there is one, and the damaged ones that are newer."""
+
+    path: Path | None
+    damaged: tuple[Path, ...]
+
+
+def find_checkpoint(folder: Path) -> Found:
+    """Look for the newest checkpoint whose bytes are those that were written.
+
+    Damaged ones are renamed to NAME.damaged. Raises UserError if there are checkpoints and none is intact.
+    """
+    damaged: list[Path] = []
+    for path in _list(folder):
+        if is_intact(path):
+            return Found(path, tuple(damaged))
+        damaged.append(path.rename(path.with_name(path.name + ".damaged")))
+    if damaged:
+        names = ", ".join(path.name for path in damaged)
+        raise UserError(
+            f"no checkpoint in {folder} is intact (damaged: {names}): restore one of them from a backup under its name "
+            "without .damaged, or start again with another --run-dir"
+        )
+    return Found(None, ())
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the file's sha256 begins with the digits in its name."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and file_sha256(path).startswith(match[2])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU; no code in it is executed. Raises UserError if it is none of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is no checkpoint, or a truncated one: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint of this version of siamstream (format {FORMAT})")
+    return state
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Compare what decides a run's numbers, field by field. Raises UserError listing the fields that differ."""
+    fields = [*current, *(field for field in saved if field not in current)]
+    absent = "(absent)"
+    pairs = [(field, saved.get(field, absent), current.get(field, absent)) for field in fields]
+    differing = [f"  {field}: checkpoint {old}, now {new}" for field, old, new in pairs if old != new]
+    if differing:
+        raise UserError(
+            f"the checkpoint {path} belongs to a run with another configuration:\n" + "\n".join(differing) + "\n"
+            "resume with the values of the checkpoint, or start a new run with another --run-dir"
+        )
+
+
+def _list(folder: Path) -> list[Path]:
+    """Checkpoints by name, newest first; temporary and damaged files are not among them."""
+    return sorted((path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+class CheckpointTimer:
+    """When a checkpoint is due: every so many epochs, steps or minutes."""
+
+    def __init__(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """``text`` is ``10m``, ``500steps`` or ``1epoch``. Raises UserError for anything else."""
+        match = re.fullmatch(r"(\d+) ?(m|steps?|epochs?)", text)
+        if match is None or int(match[1]) == 0:
+            raise UserError(f"--checkpoint-every {text!r}: write minutes as 10m, steps as 500steps, epochs as 1epoch")
+        self._number, self._unit = int(match[1]), match[2][0]
+        self._clock, self._saved_s, self._newest = clock, clock(), (-1, Path())
+
+    def is_due_at(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether steps or epochs say so after ``step`` steps: a pure function, the same on every rank."""
+        match self._unit:
+            case "s":
+                return step % self._number == 0
+            case "e":
+                return step % (self._number * steps_per_epoch) == 0
+            case _:
+                return False
+
+    def rings(self) -> bool:
+        """Whether the minutes since the last checkpoint are over; ranks' clocks differ, so they must agree on it."""
+        return self._unit == "m" and self._clock() - self._saved_s >= 60 * self._number
+
+    def saved(self, step: int, path: Path) -> None:
+        """Note that the checkpoint after ``step`` steps is written."""
+        self._saved_s, self._newest = self._clock(), (step, path)
+
+    def newest(self, step: int) -> Path | None:
+        """The checkpoint after ``step`` steps, if it is the newest."""
+        return self._newest[1] if self._newest[0] == step else None

@@ -1,0 +1,91 @@
+"""Owns a run's configuration as a user states it: one frozen dataclass, of which each component gets its own slice."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from model.backbone import BACKBONES
+from model.simsiam import SimSiamConfig
+from pipeline.errors import UserError
+from pipeline.loader_config import LoaderConfig
+from pipeline.views import ViewRecipe
+from train.knn import KnnConfig
+from train.optim import OptimConfig
+from train.precision import PrecisionName
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """SimSiam pretraining from a dataset that tools/make_shards.py wrote."""
+
+    data: Path  # dataset folder
+    run_dir: Path  # where checkpoints, metrics and the plan go; on a file system that all machines share
+    epochs: int = 100  # Chen & He 2020, section 4
+    global_batch: int = 512  # source images of a step over all ranks: section 3
+    accumulate: int = 1  # forward passes of a step, each over global_batch / ranks / accumulate images
+    seed: int = 0  # of weights, order and views
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: PrecisionName = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    sync_bn: bool = True  # batch statistics over all GPUs: section 3. CPUs have local ones only
+    compile: bool = False  # torch.compile the model; pays in long runs on a GPU
+    resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none
+    max_steps: int | None = None  # stop after so many steps of the schedule that --epochs lays out
+    checkpoint_every: str = "1epoch"  # or 500steps, or 10m (minutes)
+    keep_checkpoints: int = 3  # the newest ones
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
+    # Nested fields are flags of their own name, without their component's; only --dali.* keeps a prefix.
+    model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
+    views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
+    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
+    knn: Annotated[KnnConfig, tyro.conf.arg(name="")] = field(default_factory=KnnConfig)
+
+    def as_json(self) -> dict[str, Any]:
+        """The configuration for config.json."""
+        return _plain(asdict(self))
+
+    def identity(self, dataset_fingerprint: str) -> dict[str, Any]:
+        """What decides a run's numbers, as one flat dictionary; a checkpoint is resumed only where all of it is equal.
+
+        The number of processes, the loader, the precision and the optimizer's implementation are free to change.
+        """
+        run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed}
+        parts: dict[str, Any] = {"model": self.model, "views": self.views, "optim": self.optim}
+        fields = {f"{part}.{name}": value for part, config in parts.items() for name, value in asdict(config).items()}
+        del fields["optim.optimizer"]
+        return _plain({**run, **fields, "dataset": dataset_fingerprint})
+
+
+def parse_config(arguments: list[str] | None = None) -> PretrainConfig:
+    """Read the command line. tyro prints mistakes and exits with code 2."""
+    return tyro.cli(PretrainConfig, args=arguments, prog="pretrain.py")
+
+
+def check_model(model: SimSiamConfig) -> None:
+    """Raise UserError for a model that cannot be built."""
+    if model.backbone not in BACKBONES:
+        near = difflib.get_close_matches(model.backbone, BACKBONES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--backbone {model.backbone} is unknown; known are {', '.join(BACKBONES)}{hint}")
+    for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden"):
+        if getattr(model, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)}: it must be at least 1")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON gives it back, so that what was saved compares equal to what is now."""
+    match value:
+        case dict():
+            return {key: _plain(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_plain(entry) for entry in value]
+        case Path():
+            return str(value)
+        case _:
+            return value

@@ -1,0 +1,161 @@
+"""Owns the processes of a run: who this one is, how they talk, and that they fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as td
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+class SharedError(UserError):
+    """A user's mistake that every rank has found or been told of. ``speaks`` is true on the one that prints it."""
+
+    def __init__(self, message: str, speaks: bool) -> None:
+        """``message`` is the same on all ranks."""
+        super().__init__(message)
+        self.speaks = speaks
+
+
+@dataclass(frozen=True)
+class Dist:
+    """One process among ``world_size``; ``local_*`` count within this machine. Read from torchrun's variables once."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(device: Literal["auto", "cuda", "cpu"]) -> Iterator[Dist]:
+    """Join the run's processes (NCCL on GPUs, gloo on CPUs) and leave them at the end.
+
+    Without torchrun there is one process and nothing to join. Raises SharedError if the device cannot be had.
+    """
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    try:
+        dist = Dist(rank, world_size, local_rank, local_world_size, _device(device, local_rank, local_world_size))
+    except UserError as error:
+        raise SharedError(str(error), speaks=rank == 0) from None
+    if dist.device.type == "cuda":
+        torch.cuda.set_device(dist.device)
+    if world_size == 1:
+        yield dist
+        return
+    if dist.device.type == "cuda":
+        td.init_process_group("nccl", device_id=dist.device)
+    else:
+        td.init_process_group("gloo")
+    try:
+        yield dist
+    finally:
+        td.destroy_process_group()
+
+
+def _device(choice: str, local_rank: int, local_world_size: int) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if choice == "cpu" or (choice == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise UserError(
+            "--device cuda, but PyTorch finds no GPU here: check `nvidia-smi` and that torch.version.cuda "
+            f"({torch.version.cuda}) fits the driver, or take --device cpu"
+        )
+    if local_world_size > gpus:
+        raise UserError(f"{local_world_size} processes for {gpus} GPUs: start at most {gpus} with --nproc-per-node")
+    return torch.device("cuda", local_rank)
+
+
+def say(dist: Dist, message: str) -> None:
+    """Print a line for people, once per run."""
+    if dist.is_main:
+        print(message, flush=True)
+
+
+def together(dist: Dist, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; a UserError on any is a SharedError on all, so that none waits for another.
+
+    ``action`` must contain no collective of its own.
+    """
+    error: UserError | None = None
+    try:
+        result = action()
+    except UserError as raised:
+        error = raised
+    if dist.world_size == 1:
+        if error is not None:
+            raise error
+        return result
+    messages: list[str | None] = [None] * dist.world_size
+    td.all_gather_object(messages, None if error is None else str(error))
+    for rank, message in enumerate(messages):
+        if message is not None:
+            where = f" (on rank {rank})" if rank > 0 else ""
+            raise SharedError(message + where, dist.is_main) from error
+    return result
+
+
+def on_main(dist: Dist, action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 alone and return its (picklable) result on every rank; its UserError reaches all."""
+    result = together(dist, lambda: action() if dist.is_main else None)
+    if dist.world_size == 1:
+        return result  # type: ignore[return-value]
+    box = [result]
+    td.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def any_rank(dist: Dist, *flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any rank. A collective and, on a GPU, a host sync."""
+    if dist.world_size == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32, device=dist.device)
+    td.all_reduce(votes, op=td.ReduceOp.MAX)
+    return tuple(bool(vote) for vote in votes.tolist())
+
+
+def mean_over_ranks(dist: Dist, values: Tensor) -> Tensor:
+    """The mean of ``values`` over the ranks, on the device."""
+    if dist.world_size > 1:
+        td.all_reduce(values)
+        values = values / dist.world_size
+    return values
+
+
+def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "total *rest"]:
+    """All ranks' rows in the order of the ranks, on every rank; ``counts[r]`` is how many rank r has."""
+    assert len(rows) == counts[dist.rank]
+    if dist.world_size == 1:
+        return rows
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    td.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def share_buffers(dist: Dist, module: nn.Module) -> None:
+    """Give every rank rank 0's BN statistics. They differ only where BN is local (CPU, or SyncBN switched off)."""
+    if dist.world_size > 1:
+        for buffer in module.buffers():
+            td.broadcast(buffer, src=0)

@@ -1,0 +1,202 @@
+"""Owns what a run reports: metrics.jsonl, TensorBoard, the progress line, and the alarm for a collapsing encoder.
+
+A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
+(optimizer steps done), loss (of that step), lr, z_std, img_per_s (source images, since the last line), data_wait (share
+of that time spent waiting for the loader). A kNN line has epoch (epochs done), step and knn_top1 (percent); the first
+one is the untrained encoder's. Resuming cuts off what lies after the checkpoint: no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.disk import atomic_file, disk_error
+
+METRICS_FILE = "metrics.jsonl"
+PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
+# z_std below this share of 1/sqrt(d) counts as collapsing. Spread outputs stay within a few percent of 1/sqrt(d), and
+# without stop-gradient it falls to 0 (Chen & He 2020, figure 2).
+COLLAPSE_SHARE = 0.1
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of one run; used on rank 0 only."""
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        """Open for appending after step ``resume_step``. Raises UserError if the disk is full or not writable."""
+        from torch.utils.tensorboard import SummaryWriter  # takes over a second to import: not for every rank
+
+        self._path = run_dir / METRICS_FILE
+        try:
+            self._knn = {
+                line["step"]: line["knn_top1"] for line in cut_off(self._path, resume_step) if "knn_top1" in line
+            }
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        except OSError as error:
+            raise disk_error(error, f"writing {self._path}") or error from error
+
+    def has_knn(self, step: int) -> bool:
+        """Whether a kNN line of this step is written."""
+        return step in self._knn
+
+    def knn_ends(self) -> dict[str, float]:
+        """The untrained encoder's accuracy and the newest one, for the summary."""
+        if not self._knn:
+            return {}
+        first, last = min(self._knn), max(self._knn)
+        return {"knn_top1": self._knn[last]} | ({"knn_top1_untrained": self._knn[0]} if first == 0 else {})
+
+    def write(self, epoch: int, step: int, **values: float) -> None:
+        """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
+        line: dict[str, Any] = {"epoch": epoch, "step": step, **values}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            raise disk_error(error, f"writing {self._path}") or error from error
+        if "knn_top1" in values:
+            self._knn[step] = values["knn_top1"]
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self._board.close()
+
+
+def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines after ``step``, and a torn last line, from a file of JSON lines; returns those that stay."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    if path.exists():
+        with atomic_file(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+    return kept
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or a samples file; a last line that a killed run left half-written is left out."""
+    if not path.exists():
+        return []
+    texts = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(text) for text in texts[:-1]]  # a whole line ends in a newline
+
+
+class SampleRecord:
+    """samples-rankR.jsonl: the sample ids of each step (steps done, ids in the order of the batch) on one rank."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        """Open for appending; ``cut_off`` has dropped what lies after the checkpoint."""
+        self._file = open(run_dir / f"samples-rank{rank}.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def write(self, step: int, ids: list[int]) -> None:
+        """Append the ids of step number ``step`` (from 1)."""
+        self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the loop did since the last reading."""
+
+    img_per_s: float  # source images of all ranks
+    data_wait: float  # share of the time, 0 to 1
+    step_s: float
+
+
+class RateMeter:
+    """Measures the loop between two readings; evaluation and checkpoints are left out by ``restart``."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """``clock`` gives seconds."""
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self._start, self._steps, self._images, self._wait_s = self._clock(), 0, 0, 0.0
+
+    def step(self, images: int, wait_s: float) -> None:
+        """Count a step."""
+        self._steps, self._images, self._wait_s = self._steps + 1, self._images + images, self._wait_s + wait_s
+
+    def read(self) -> Rates:
+        """The rates since the last reading, of at least one step; begins a new interval."""
+        seconds = max(self._clock() - self._start, 1e-9)
+        rates = Rates(self._images / seconds, min(self._wait_s / seconds, 1.0), seconds / self._steps)
+        self.restart()
+        return rates
+
+
+class ProgressLine:
+    """One line on stderr that is overwritten on a terminal, and repeated now and then elsewhere."""
+
+    def __init__(
+        self, total_steps: int, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``clock`` gives seconds; ``stream`` is stderr by default."""
+        self._total, self._stream, self._clock = total_steps, stream or sys.stderr, clock
+        self._last_line_s = -math.inf
+
+    def show(self, epoch: int, step: int, loss: float, z_std: float, rates: Rates) -> None:
+        """Show the state after ``step`` steps."""
+        now = self._clock()
+        on_terminal = self._stream.isatty()
+        if not on_terminal and now - self._last_line_s < PLAIN_LINE_EVERY_S and step < self._total:
+            return
+        self._last_line_s = now
+        left = (self._total - step) * rates.step_s
+        text = (
+            f"epoch {epoch} step {step}/{self._total} loss {loss:.4f} z_std {z_std:.4f} "
+            f"{rates.img_per_s:.0f} img/s data_wait {rates.data_wait:.0%} left {duration(left)}"
+        )
+        self._stream.write(f"\r\x1b[K{text}" if on_terminal else text + "\n")
+        if on_terminal and step >= self._total:
+            self._stream.write("\n")
+        self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``41 s``, ``3 min 20 s``, ``5 h 02 min``, ``3 d 04 h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+class CollapseGuard:
+    """Warns once when z_std falls toward 0, and again only after it had recovered."""
+
+    def __init__(self, dim: int) -> None:
+        """``dim`` is the width d of z."""
+        self._threshold = COLLAPSE_SHARE / math.sqrt(dim)
+        self._healthy = 1 / math.sqrt(dim)
+        self._warned = False
+
+    def check(self, z_std: float, step: int) -> str | None:
+        """The warning, if one is due after ``step`` steps."""
+        below = not z_std >= self._threshold  # true for nan as well
+        due = below and not self._warned
+        self._warned = below
+        if not due:
+            return None
+        return (
+            f"warning: z_std is {z_std:.2g} at step {step}, below {self._threshold:.2g} (healthy is near 1/sqrt(d) = "
+            f"{self._healthy:.2g}): the encoder is collapsing to one output. Likely causes: the stop-gradient is off, "
+            "there is no trained predictor, the learning rate is too high, the heads have no batch norm, or the two "
+            "views are too alike (SimSiam is sensitive to its augmentation)"
+        )

@@ -1,0 +1,153 @@
+"""Pretrain an encoder with SimSiam on a dataset that tools/make_shards.py wrote. Chen & He 2020, algorithm 1.
+
+    torchrun --standalone --nproc-per-node=8 train/pretrain.py --data DIR --run-dir DIR
+    python train/pretrain.py --data DIR --run-dir DIR --backbone resnet_tiny --image-size 32     (one process)
+
+Owns the order of things: parse, build, resume, loop. The run folder holds config.json, plan.json, metrics.jsonl,
+tensorboard/, checkpoints/ and, at the end, summary.json.
+Exit codes: 0 done; 2 a user's mistake; 75 stopped by a signal after a checkpoint, go on with --resume; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import train.openmp  # noqa: F401  # before torch
+
+# isort: split
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from model.simsiam import SimSiamOutput, simsiam_loss, z_std
+from pipeline.errors import exit_on_user_error
+from pipeline.loader import Views, open_views
+from train.config import PretrainConfig, parse_config
+from train.dist import Dist, SharedError, any_rank, distributed, on_main, say, share_buffers
+from train.knn import OnlineKnn
+from train.optim import set_lr
+from train.preemption import EXIT_PREEMPTED, StopRequest, stop_signals
+from train.report import Reporter, StepResult
+from train.run import Run, claim_run_dir, open_knn, prepare, resume, save, write_descriptions
+
+
+def main() -> None:
+    """The script."""
+    config = parse_config()
+    try:
+        with distributed(config.device) as dist, stop_signals() as stop:
+            finished = pretrain(config, dist, stop)
+    except SharedError as error:
+        if not error.speaks:
+            sys.exit(2)  # rank 0 prints it
+        raise
+    if not finished:
+        sys.exit(EXIT_PREEMPTED)
+
+
+def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
+    """Train to the end, or until a signal: then False. Raises UserError for mistakes."""
+    run = prepare(config, dist)
+    claim_run_dir(run)
+    if config.resume:
+        resume(run)
+    write_descriptions(run)
+    knn = open_knn(run)
+    with (
+        Reporter(dist, config, run.plan, run.step) as reporter,
+        open_views(
+            run.dataset,
+            config.views,
+            config.loader,
+            seed=config.seed,
+            global_batch=config.global_batch,
+            epochs=config.epochs,
+            rank=dist.rank,
+            world_size=dist.world_size,
+            local_world_size=dist.local_world_size,
+            device=dist.device,
+            start_epoch=run.step // run.plan.steps_per_epoch,
+            start_step=run.step % run.plan.steps_per_epoch,
+            accumulate=config.accumulate,
+            dtype=run.precision.view_dtype,
+        ) as batches,
+    ):
+        return loop(run, batches, reporter, knn, stop)
+
+
+def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn | None, stop: StopRequest) -> bool:
+    """One turn is one optimizer step; between steps: kNN accuracy, checkpoint, a look at the signals."""
+    plan, dist = run.plan, run.dist
+    run.model.train()
+    while True:
+        if knn is not None and knn_is_due(run) and not reporter.has_knn(run.step):
+            with reporter.paused():
+                share_buffers(dist, run.model)
+                reporter.knn(run.step // plan.steps_per_epoch, run.step, knn.evaluate(run.model.backbone))
+        if run.step >= plan.stop_step:
+            break
+        result = train_step(run, batches)
+        run.step += 1
+        reporter.step(run.step, result)
+        stopping, timer_rang = poll(run, stop)
+        if stopping or timer_rang or run.checkpoints.is_due_at(run.step, plan.steps_per_epoch):
+            with reporter.paused():
+                save(run)
+        if stopping:
+            say(dist, f"stopped by {stop.signal_name or 'a signal'} after step {run.step:,}; go on with --resume")
+            return False
+    checkpoint = run.checkpoints.newest(run.step) or save(run)
+    on_main(dist, lambda: reporter.summary(run.step, checkpoint))
+    return True
+
+
+def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
+    """Forward and backward over the step's micro-batches, then one optimizer step. Nothing waits for the device."""
+    config, scaler = run.config, run.precision.scaler
+    lr = set_lr(run.optimizer, run.plan.schedule, run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    losses, stds, ids, wait_s = [], [], [], 0.0
+    for micro in range(config.accumulate):
+        views = next(batches)
+        with no_sync(run, last=micro == config.accumulate - 1):
+            with run.precision.autocast():
+                out: SimSiamOutput = run.parallel(views.x1, views.x2)
+            loss = simsiam_loss(*out, config.model.similarity, config.model.symmetric)
+            scaler.scale(loss / config.accumulate).backward()
+        losses.append(loss.detach())
+        stds.append((z_std(out.z1) + z_std(out.z2)) / 2)
+        ids.append(views.ids)
+        wait_s += views.wait_s
+    scaler.step(run.optimizer)
+    scaler.update()
+    return StepResult(torch.stack(losses).mean(), torch.stack(stds).mean(), lr, wait_s, np.concatenate(ids))
+
+
+def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:
+    """Gradients travel between ranks once a step, with the last micro-batch."""
+    if isinstance(run.parallel, DistributedDataParallel) and not last:
+        return run.parallel.no_sync()
+    return nullcontext()
+
+
+def knn_is_due(run: Run) -> bool:
+    """Before the first step, at every n-th epoch's end, and at the end of the run."""
+    epoch, rest = divmod(run.step, run.plan.steps_per_epoch)
+    return rest == 0 and (epoch % run.config.knn.every == 0 or run.step == run.plan.total_steps)
+
+
+def poll(run: Run, stop: StopRequest) -> tuple[bool, bool]:
+    """Whether any rank was asked to stop, and whether the checkpoint's timer rang.
+
+    Agreeing costs a host sync on GPUs, so there it happens only with the log lines, which sync anyway.
+    """
+    if run.dist.device.type == "cuda" and run.dist.world_size > 1 and run.step % run.config.log_every:
+        return False, False
+    stopping, rang = any_rank(run.dist, bool(stop), run.checkpoints.rings())
+    return stopping, rang
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,134 @@
+"""Owns the report of a running loop: every rank calls it, the means are over all ranks, rank 0 writes and prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from pipeline.disk import disk_error, write_json
+from train.config import PretrainConfig
+from train.dist import Dist, mean_over_ranks, on_main, say, together
+from train.metrics import CollapseGuard, MetricsLog, ProgressLine, RateMeter, SampleRecord, duration
+from train.plan import RunPlan
+
+PREDICT_AFTER_STEPS = 20  # steps of this session after which the run's time is predicted; the first half warms up
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step leaves behind; loss and z_std stay on the device until a line is due."""
+
+    loss: Float[Tensor, ""]
+    z_std: Float[Tensor, ""]
+    lr: float
+    wait_s: float  # time spent waiting for the loader
+    ids: Int64[np.ndarray, " rank_batch"]
+
+
+class Reporter:
+    """metrics.jsonl, TensorBoard, the progress line, the predicted time, the alarm and the summary of one session."""
+
+    def __init__(self, dist: Dist, config: PretrainConfig, plan: RunPlan, start_step: int) -> None:
+        """Open for the steps after ``start_step``; what a former session wrote after it is cut off. A collective."""
+        self._dist, self._config, self._plan, self._start_step = dist, config, plan, start_step
+        self._metrics = together(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
+        self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
+        self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
+        self._guard = CollapseGuard(config.model.dim)
+        self._prediction_start_s = self._start_s = time.perf_counter()
+        self._paused_s = 0.0
+        self._last: dict[str, float] = {}
+
+    def __enter__(self) -> Reporter:
+        """Use as a context, so that the files are closed."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
+
+    def step(self, step: int, result: StepResult) -> None:
+        """Count step number ``step`` (from 1); every ``log_every`` steps, at the first and the last one write a line.
+
+        A collective and a host sync when a line is due.
+        """
+        self._meter.step(self._plan.global_batch, result.wait_s)
+        if self._samples is not None:
+            self._samples.write(step, result.ids.tolist())
+        if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
+            loss, z_std = mean_over_ranks(self._dist, torch.stack([result.loss, result.z_std])).tolist()
+            rates = self._meter.read()
+            self._last = {"loss": loss, "lr": result.lr, "z_std": z_std, **asdict(rates)}
+            epoch = (step - 1) // self._plan.steps_per_epoch
+            if self._metrics is not None:
+                self._metrics.write(epoch, step, **self._last)
+                self._progress.show(epoch, step, loss, z_std, rates)
+                warning = self._guard.check(z_std, step)
+                if warning is not None:
+                    print(warning, file=sys.stderr, flush=True)
+        self._predict(step)
+
+    def _predict(self, step: int) -> None:
+        done = step - self._start_step
+        if done == PREDICT_AFTER_STEPS // 2:
+            self._prediction_start_s, self._paused_s = time.perf_counter(), 0.0
+        if done == PREDICT_AFTER_STEPS:
+            measured = PREDICT_AFTER_STEPS - PREDICT_AFTER_STEPS // 2
+            step_s = (time.perf_counter() - self._prediction_start_s - self._paused_s) / measured
+            left = self._plan.stop_step - step
+            say(
+                self._dist,
+                f"expected time: {duration(left * step_s)} for {left:,} more steps of {step_s:.3g} s, without kNN",
+            )
+
+    def has_knn(self, step: int) -> bool:
+        """Whether the kNN accuracy after ``step`` steps is written already, by a former session. A collective."""
+        return on_main(self._dist, lambda: self._metrics is not None and self._metrics.has_knn(step))
+
+    def knn(self, epoch: int, step: int, top1: float) -> None:
+        """Write a kNN line: ``epoch`` epochs and ``step`` steps done, ``top1`` in percent."""
+        if self._metrics is not None:
+            self._metrics.write(epoch, step, knn_top1=top1)
+            say(self._dist, f"epoch {epoch}: kNN top-1 {top1:.2f} %" + (" (untrained)" if step == 0 else ""))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the rates and the prediction."""
+        start_s = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - start_s
+        self._meter.restart()
+
+    def summary(self, step: int, checkpoint: Path) -> None:
+        """Write summary.json. On rank 0 alone."""
+        assert self._metrics is not None
+        values = {
+            "finished": step == self._plan.total_steps,
+            "step": step,
+            "epochs": step / self._plan.steps_per_epoch,
+            **self._last,
+            **self._metrics.knn_ends(),
+            "session_steps": step - self._start_step,
+            "session_s": time.perf_counter() - self._start_s,
+            "checkpoint": str(checkpoint.relative_to(self._config.run_dir)),
+        }
+        try:
+            write_json(self._config.run_dir / SUMMARY_FILE, values)
+        except OSError as error:
+            raise disk_error(error, f"writing {self._config.run_dir}") or error from error

@@ -1,0 +1,213 @@
+"""Owns a run's state (what a checkpoint holds) and its life: built, claimed, resumed, saved."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.simsiam import SimSiam
+from pipeline.disk import disk_error, write_json
+from pipeline.errors import UserError
+from pipeline.shards import ShardSet
+from train.checkpoint import CheckpointTimer, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
+from train.config import PretrainConfig, check_model
+from train.dist import Dist, on_main, say, share_buffers, together
+from train.knn import OnlineKnn, PictureSource
+from train.metrics import METRICS_FILE, cut_off
+from train.optim import build_optimizer
+from train.plan import RunPlan, make_plan
+from train.precision import Precision, choose_precision
+
+CHECKPOINTS = "checkpoints"
+SMALL_VIEW = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
+
+
+@dataclass
+class Run:
+    """One run on one rank. ``step`` moves; the rest stays."""
+
+    config: PretrainConfig
+    dist: Dist
+    dataset: ShardSet
+    plan: RunPlan
+    precision: Precision
+    model: SimSiam
+    parallel: nn.Module  # the model as the loop calls it: under DDP, compiled
+    optimizer: torch.optim.Optimizer
+    checkpoints: CheckpointTimer
+    step: int = 0  # optimizer steps done
+
+
+def prepare(config: PretrainConfig, dist: Dist) -> Run:
+    """Check everything that can be checked before the first step, build the model, print the plan.
+
+    Raises SharedError for a user's mistake on any rank. A collective.
+    """
+    timer = together(dist, lambda: CheckpointTimer(config.checkpoint_every))
+    together(dist, lambda: check_model(config.model))
+    precision = together(dist, lambda: choose_precision(config.precision, dist.device))
+    dataset = together(dist, lambda: ShardSet.open(config.data))
+    plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = True
+    model = SimSiam(config.model)
+    sync_bn = config.sync_bn and dist.world_size > 1 and dist.device.type == "cuda"
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device=dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer, implementation = together(
+        dist, lambda: build_optimizer(config.optim, model, plan.schedule.peak_lr, dist.device)
+    )
+    if config.views.image_size <= SMALL_VIEW and isinstance(model.backbone.maxpool, nn.MaxPool2d):
+        hint = "--stem cifar (stride 1) or --stem small keeps more of the picture"
+        say(
+            dist,
+            f"note: the ImageNet stem takes views of {config.views.image_size} px down to a quarter at once; {hint}",
+        )
+    weights = sum(p.numel() for p in model.backbone.parameters()) / 1e6
+    say(dist, f"plan for {config.run_dir}\n{plan.describe()}")
+    say(dist, f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {config.views.image_size} px")
+    say(dist, f"  optimizer    {implementation}")
+    say(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
+    return Run(config, dist, dataset, plan, precision, model, _parallel(model, config, dist), optimizer, timer)
+
+
+def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
+    parallel: nn.Module = model
+    if dist.world_size > 1:
+        # BN statistics differ between ranks only where BN is local; share_buffers evens them out before they are used.
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return torch.compile(parallel) if config.compile else parallel  # type: ignore[return-value]
+
+
+def _machine(dist: Dist) -> str:
+    if dist.device.type == "cuda":
+        return f"{dist.world_size} x {torch.cuda.get_device_name(dist.device)}"
+    return f"{dist.world_size} x CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _batch_norm(dist: Dist, sync_bn: bool) -> str:
+    if dist.world_size == 1:
+        return "batch norm over the whole batch of a pass"
+    if sync_bn:
+        return "batch norm over all ranks (SyncBN)"
+    reason = "torch has no SyncBN for CPUs" if dist.device.type == "cpu" else "--no-sync-bn; accuracy may suffer"
+    return f"batch norm within each rank ({reason})"
+
+
+def claim_run_dir(run: Run) -> None:
+    """Write config.json and plan.json. Raises SharedError if the folder holds a run and --resume is not given."""
+    config, run_dir = run.config, run.config.run_dir
+
+    def claim() -> None:
+        try:
+            if not config.resume and run_dir.exists() and any((run_dir / name).exists() for name in _TRACES):
+                raise UserError(
+                    f"--run-dir {run_dir} already holds a run: add --resume to go on with it, or choose another folder"
+                )
+            (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, f"making the run folder {run_dir}") or UserError(
+                f"--run-dir {run_dir} cannot be made: {error.strerror}; choose another folder"
+            ) from error
+
+    on_main(run.dist, claim)
+
+
+_TRACES = ("config.json", METRICS_FILE, CHECKPOINTS)
+
+
+def write_descriptions(run: Run) -> None:
+    """Write config.json and plan.json, once it is sure that the run goes on here. SharedError for a full disk."""
+
+    def write() -> None:
+        try:
+            write_json(run.config.run_dir / "config.json", run.config.as_json())
+            write_json(run.config.run_dir / "plan.json", run.plan.as_json())
+        except OSError as error:
+            raise disk_error(error, f"writing {run.config.run_dir}") or error from error
+
+    on_main(run.dist, write)
+
+
+def resume(run: Run) -> None:
+    """Take the newest intact checkpoint, or say that there is none. Raises SharedError if it is another run's."""
+    folder = run.config.run_dir / CHECKPOINTS
+    found = on_main(run.dist, lambda: find_checkpoint(folder))
+    for path in found.damaged:
+        say(run.dist, f"warning: the checkpoint {path} is damaged; going back to the one before")
+    if found.path is None:
+        say(run.dist, f"--resume: no checkpoint in {folder}; starting at step 0")
+    else:
+        path = found.path
+        together(run.dist, lambda: _load(run, path))
+        run.checkpoints.saved(run.step, path)
+        say(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
+    on_main(run.dist, lambda: _cut_off(run))
+
+
+def _load(run: Run, path: Path) -> None:
+    state = load_checkpoint(path)
+    check_same_run(state["identity"], run.config.identity(run.dataset.fingerprint), path)
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
+    if run.precision.scaler.is_enabled() and state["scaler"]:
+        run.precision.scaler.load_state_dict(state["scaler"])
+    run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
+
+
+def _cut_off(run: Run) -> None:
+    """Drop what the former session wrote after its last checkpoint; those steps come again."""
+    try:
+        for path in (run.config.run_dir / METRICS_FILE, *run.config.run_dir.glob("samples-rank*.jsonl")):
+            cut_off(path, run.step)
+    except OSError as error:
+        raise disk_error(error, f"writing {run.config.run_dir}") or error from error
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of the state after ``run.step`` steps. Raises SharedError for a full disk. A collective."""
+    share_buffers(run.dist, run.model)
+    epoch, step = divmod(run.step, run.plan.steps_per_epoch)
+
+    def write() -> Path:
+        state: dict[str, Any] = {
+            "epoch": epoch,  # the next step to do is step ``step`` of epoch ``epoch``
+            "step": step,
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict()["state"],
+            "scaler": run.precision.scaler.state_dict(),
+            "config": run.config.as_json(),
+            "identity": run.config.identity(run.dataset.fingerprint),
+        }
+        folder = run.config.run_dir / CHECKPOINTS
+        return save_checkpoint(folder, state, run.step, run.config.keep_checkpoints)
+
+    path = on_main(run.dist, write)
+    run.checkpoints.saved(run.step, path)
+    return path
+
+
+def open_knn(run: Run) -> OnlineKnn | None:
+    """The kNN monitor, if it is wanted and the samples have labels. Raises SharedError if --knn-data does not fit."""
+    config, source = run.config, _picture_source(run)
+    if config.knn.every == 0:
+        return None
+    if not run.dataset.has_labels:
+        say(run.dist, "  kNN          none: the dataset has no labels")
+        return None
+    knn = together(run.dist, lambda: OnlineKnn(run.dataset, config.knn, source))
+    say(run.dist, f"  kNN          {knn.describe()}")
+    return knn
+
+
+def _picture_source(run: Run) -> PictureSource:
+    return PictureSource(
+        run.config.views, run.config.loader, run.dist, run.precision.autocast, run.precision.view_dtype
+    )
