@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from pipeline.buffers import Buffers
 from pipeline.views import VIEWS, CentreCrops, ViewParams, ViewRecipe
 
 Squares = UInt8[Tensor, "n s s 3"]
@@ -34,6 +35,7 @@ class Photometric:
         self._dtype = dtype
         self._pool = pool
         self._threads = threads
+        self._buffers = Buffers()
         std = np.array(recipe.std)
         self._scale = (1 / (255 * std)).astype(np.float32)
         self._offset = (-np.array(recipe.mean) / std).astype(np.float32)
@@ -57,7 +59,7 @@ class Photometric:
     def _transform_on_cpu(self, squares: Squares, params: ViewParams, view: int) -> View:
         from pipeline.photometric_cpu import transform_pictures
 
-        out = torch.empty(squares.shape, dtype=torch.float32)
+        out = self._buffers.lend(tuple(squares.shape))
         pictures, result = squares.numpy(), out.numpy()
         recipe = self._recipe
 
