@@ -1,4 +1,4 @@
-"""Owns memory that is used again: a fresh tensor of a batch's size costs as much in page faults as the work put into it."""
+"""Owns memory that is used again: a fresh batch costs as much in page faults as the work that is put into it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Buffers:
-    """Lends float32 tensors on the CPU; the memory comes back when the last tensor that shares it is gone. Thread-safe."""
+    """Lends float32 tensors on the CPU; memory comes back when the last tensor that shares it is gone. Thread-safe."""
 
     def __init__(self) -> None:
         """Nothing is set aside before it is asked for."""
