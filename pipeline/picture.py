@@ -17,6 +17,20 @@ Verify = Literal["full", "header", "none"]
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "PPM": "ppm"}
 PICTURE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
+_TIFF_COMPRESSIONS = frozenset(
+    [
+        "raw",
+        "tiff_lzw",
+        "tiff_deflate",
+        "tiff_adobe_deflate",
+        "packbits",
+        "jpeg",
+        "group3",
+        "group4",
+        "zstd",
+    ]  # not lzma, webp, ...
+)
+_TIFF_MODES = frozenset({"RGB", "L", "P", "RGBA", "CMYK", "YCbCr", "I;16"})
 MAX_SIDE = 65535  # samples.npy keeps height and width as uint16
 _KNOWN_MAGIC = ((b"GIF8", "GIF"), (b"%PDF", "PDF"), (b"<svg", "SVG"), (b"8BPS", "Photoshop"), (b"\xff\x0a", "JPEG XL"))
 _KNOWN_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
@@ -85,9 +99,20 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadPictureError(f"larger than --max-pixels {max_pixels}")
     if max(image.size) > MAX_SIDE:
         raise BadPictureError(f"a side longer than {MAX_SIDE} pixels")
-    if image.format == "WEBP" and getattr(image, "is_animated", False):
-        raise BadPictureError("animated WebP")
+    _check_variant(image)
     return image
+
+
+def _check_variant(image: Image.Image) -> None:
+    """Refuse the variants of TIFF and PPM that PIL reads but DALI 2.4 does not, or not alike (measured)."""
+    if image.format == "PPM" and image.mode == "F":
+        raise BadPictureError("PPM with floating-point pixels is not supported")
+    if image.format == "TIFF":
+        compression = image.info.get("compression", "raw")
+        if compression not in _TIFF_COMPRESSIONS:
+            raise BadPictureError(f"TIFF with {compression} compression is not supported")
+        if image.mode not in _TIFF_MODES and not (image.mode == "1" and compression in ("group3", "group4")):
+            raise BadPictureError(f"TIFF with {image.mode} pixels is not supported")
 
 
 def _decode(image: Image.Image) -> Image.Image:

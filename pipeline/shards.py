@@ -149,7 +149,8 @@ class ShardSet:
         row = self._rows[sample_id]
         shard, length = int(row["shard"]), int(row["length"])
         try:
-            data = os.pread(self._open_shard(shard).handle, length, int(row["offset"]))
+            file = self._open_shard(shard)  # this reference keeps it open while other threads fill the cache
+            data = os.pread(file.handle, length, int(row["offset"]))
         except OSError as error:
             if error.errno in _SYSTEM_LIMITS:  # this process' trouble, not the sample's
                 raise
@@ -165,7 +166,8 @@ class ShardSet:
     def key(self, sample_id: int) -> str:
         """KEY of the sample, from the tar header before its bytes. Raises OSError or tarfile.TarError."""
         row = self._rows[sample_id]
-        header = os.pread(self._open_shard(int(row["shard"])).handle, 512, int(row["offset"]) - 512)
+        file = self._open_shard(int(row["shard"]))
+        header = os.pread(file.handle, 512, int(row["offset"]) - 512)
         return split_key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
 
     def bad_sample(self, sample_id: int, reason: str) -> BadSampleError:

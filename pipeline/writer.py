@@ -81,9 +81,7 @@ def make_dataset(
 
 
 def _make(source: str, out: Path, options: ShardingOptions, quiet: bool, lock: IO[bytes]) -> dict[str, Any] | None:
-    """The contents of dataset.json, or what is known of them while parts are missing; None if another part completed
-    it.
-    """
+    """The contents of dataset.json; what is known so far if parts are missing; None if another part completed it."""
     if options.part is None:
         for left_over in (out / PARTIAL_DIR).rglob("*.tmp-*"):
             left_over.unlink()
