@@ -12,6 +12,7 @@ import io
 import pickle
 import re
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,11 @@ def is_intact(path: Path) -> bool:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU; no code in it is executed. Raises UserError if it is none of ours."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise pickle.UnpicklingError("torch.save writes other files")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:

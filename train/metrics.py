@@ -35,9 +35,9 @@ class MetricsLog:
 
         self._path = run_dir / METRICS_FILE
         try:
-            self._knn = {
-                line["step"]: line["knn_top1"] for line in cut_off(self._path, resume_step) if "knn_top1" in line
-            }
+            kept = cut_off(self._path, resume_step)
+            self._knn = {line["step"]: line["knn_top1"] for line in kept if "knn_top1" in line}
+            self._last: dict[str, Any] = next((line for line in reversed(kept) if "loss" in line), {})
             self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
         except OSError as error:
@@ -47,12 +47,14 @@ class MetricsLog:
         """Whether a kNN line of this step is written."""
         return step in self._knn
 
-    def knn_ends(self) -> dict[str, float]:
-        """The untrained encoder's accuracy and the newest one, for the summary."""
-        if not self._knn:
-            return {}
-        first, last = min(self._knn), max(self._knn)
-        return {"knn_top1": self._knn[last]} | ({"knn_top1_untrained": self._knn[0]} if first == 0 else {})
+    def newest(self) -> dict[str, float]:
+        """For the summary: the values of the last step's line, the last kNN accuracy, the untrained encoder's."""
+        values = {name: value for name, value in self._last.items() if name not in ("epoch", "step")}
+        if self._knn:
+            values["knn_top1"] = self._knn[max(self._knn)]
+        if 0 in self._knn:
+            values["knn_top1_untrained"] = self._knn[0]
+        return values
 
     def write(self, epoch: int, step: int, **values: float) -> None:
         """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
@@ -65,6 +67,8 @@ class MetricsLog:
             raise disk_error(error, f"writing {self._path}") or error from error
         if "knn_top1" in values:
             self._knn[step] = values["knn_top1"]
+        else:
+            self._last = line
 
     def close(self) -> None:
         """Flush and close."""

@@ -48,7 +48,6 @@ class Reporter:
         self._guard = CollapseGuard(config.model.dim)
         self._prediction_start_s = self._start_s = time.perf_counter()
         self._paused_s = 0.0
-        self._last: dict[str, float] = {}
 
     def __enter__(self) -> Reporter:
         """Use as a context, so that the files are closed."""
@@ -74,10 +73,9 @@ class Reporter:
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
             loss, z_std = mean_over_ranks(self._dist, torch.stack([result.loss, result.z_std])).tolist()
             rates = self._meter.read()
-            self._last = {"loss": loss, "lr": result.lr, "z_std": z_std, **asdict(rates)}
             epoch = (step - 1) // self._plan.steps_per_epoch
             if self._metrics is not None:
-                self._metrics.write(epoch, step, **self._last)
+                self._metrics.write(epoch, step, loss=loss, lr=result.lr, z_std=z_std, **asdict(rates))
                 self._progress.show(epoch, step, loss, z_std, rates)
                 warning = self._guard.check(z_std, step)
                 if warning is not None:
@@ -122,8 +120,7 @@ class Reporter:
             "finished": step == self._plan.total_steps,
             "step": step,
             "epochs": step / self._plan.steps_per_epoch,
-            **self._last,
-            **self._metrics.knn_ends(),
+            **self._metrics.newest(),
             "session_steps": step - self._start_step,
             "session_s": time.perf_counter() - self._start_s,
             "checkpoint": str(checkpoint.relative_to(self._config.run_dir)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,11 @@ def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
     parallel: nn.Module = model
     if dist.world_size > 1:
         # BN statistics differ between ranks only where BN is local; share_buffers evens them out before they are used.
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # torch 2.15 has a new name for the option.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+        parallel = DistributedDataParallel(model, **options)
     return torch.compile(parallel) if config.compile else parallel  # type: ignore[return-value]
 
 
