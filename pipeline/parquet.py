@@ -17,7 +17,7 @@ from pipeline.disk import atomic_file
 from pipeline.errors import UserError
 from pipeline.listing import Listing, ListingBuilder
 from pipeline.picture import PICTURE_SUFFIXES
-from pipeline.tar_source import check_room, mark_spooled, spooled
+from pipeline.tar_source import check_room, mark_spooled, spool_state, spooled
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
 _ROWS_AT_ONCE = 64  # 64 photos of 110 KB are 7 MB
@@ -37,9 +37,10 @@ def spool_parquet(path: Path, subtree: str, labels: str, spool: Path, quiet: boo
     Raises UserError if pyarrow is missing, a file is damaged, or there is no image column.
     """
     container, saved = spool / "pictures.bin", spool / "spooled-listing"
-    if spooled(path, spool) and container.exists():
-        return container, Listing.load(saved)
     files = parquet_files(path, subtree)
+    state = spool_state(files, "unlabelled" if labels == "none" else "labelled")
+    if spooled(spool, state) and container.exists():
+        return container, Listing.load(saved)
     if len(splits := {file.name.split("-")[0] for file in files}) > 1 and not subtree:
         raise UserError(
             f"{path} holds parquet files of {', '.join(sorted(splits))}: choose with --subtree, a prefix of the names"
@@ -54,7 +55,7 @@ def spool_parquet(path: Path, subtree: str, labels: str, spool: Path, quiet: boo
             bar.update(1)
     listing = reader.named(builder.build())
     listing.save(saved)
-    mark_spooled(path, spool)
+    mark_spooled(spool, state)
     return container, listing
 
 

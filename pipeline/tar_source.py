@@ -169,7 +169,8 @@ def unpack_tar(path: Path, spool: Path, quiet: bool) -> Path:
     Raises UserError if the archive is damaged or the disk cannot hold it.
     """
     plain = spool / "unpacked.tar"
-    if spooled(path, spool) and plain.exists():
+    state = spool_state([path])
+    if spooled(spool, state) and plain.exists():
         return plain
     check_room(spool, path.stat().st_size, f"unpacking {path}")
     module = compression(path)
@@ -186,7 +187,7 @@ def unpack_tar(path: Path, spool: Path, quiet: bool) -> Path:
                     bar.update(packed.tell() - bar.n)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is damaged or cut off ({error}): fetch it again") from error
-    mark_spooled(path, spool)
+    mark_spooled(spool, state)
     return plain
 
 
@@ -200,17 +201,17 @@ def check_room(folder: Path, needed: int, doing: str) -> None:
         )
 
 
-def _state(path: Path) -> list[list[Any]]:
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def spool_state(files: list[Path], *choices: str) -> list[Any]:
+    """What a spool depends on: the files (name, bytes, time of change) and the choices made when it was filled."""
+    return [[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files], list(choices)]
 
 
-def spooled(path: Path, spool: Path) -> bool:
-    """Whether an earlier run has unpacked ``path`` into ``spool`` completely, and ``path`` is still the same."""
+def spooled(spool: Path, state: list[Any]) -> bool:
+    """Whether an earlier run filled ``spool`` completely from just this."""
     marker = spool / "spool.json"
-    return marker.exists() and json.loads(marker.read_text()) == _state(path)
+    return marker.exists() and json.loads(marker.read_text()) == state
 
 
-def mark_spooled(path: Path, spool: Path) -> None:
-    """Record that ``spool`` holds all of ``path``."""
-    write_json(spool / "spool.json", _state(path))
+def mark_spooled(spool: Path, state: list[Any]) -> None:
+    """Record that ``spool`` is complete."""
+    write_json(spool / "spool.json", state)
