@@ -1,0 +1,179 @@
+"""Plot a pretraining run: python tools/plot_run.py RUN_DIR [OUT.png]
+
+Three panels over the same steps: the loss, z_std beside its healthy value 1/sqrt(d), and the kNN accuracy from the
+untrained encoder upward. A run that is still going can be plotted at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from pipeline.errors import UserError, exit_on_user_error
+from train.metrics import METRICS_FILE, read_lines
+
+INK, QUIET = "#22313f", "#8a949e"
+LOSS_COLOUR, STD_COLOUR, KNN_COLOUR = "#1f5fa8", "#b4511d", "#1d7a4f"
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Loss, z_std and kNN accuracy of a run."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run folder, as train/pretrain.py wrote it."""
+    out: Annotated[Path | None, tyro.conf.Positional] = None
+    """The PNG to write; default: RUN_DIR/plot.png."""
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """What a run folder tells: per logged step loss and z_std, per evaluation the kNN accuracy."""
+
+    name: str
+    title: str
+    steps: tuple[int, ...]
+    loss: tuple[float, ...]
+    z_std: tuple[float, ...]
+    knn_steps: tuple[int, ...]
+    knn_top1: tuple[float, ...]  # percent
+    dim: int  # width d of z
+    classes: int | None  # for the line of chance; None where it is unknown
+    steps_per_epoch: int
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(PlotConfig, description=__doc__)
+    out = config.run_dir / "plot.png" if config.out is None else config.out
+    if out.suffix.lower() != ".png":
+        raise UserError(f"{out}: the plot is written as PNG; give a name that ends in .png")
+    figure = draw(read_run(config.run_dir))
+    try:
+        figure.savefig(out, dpi=130)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
+    print(out)
+
+
+def read_run(run_dir: Path) -> RunHistory:
+    """Read config.json, plan.json and metrics.jsonl. Raises UserError if they are missing, damaged or still empty."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no folder: give a run folder of train/pretrain.py (its --run-dir)")
+    config, plan = (_read_json(run_dir / name) for name in ("config.json", "plan.json"))
+    try:
+        lines = read_lines(run_dir / METRICS_FILE)
+        logged = [line for line in lines if "loss" in line]
+        knn = [line for line in lines if "knn_top1" in line]
+        if not logged:
+            raise UserError(f"{run_dir / METRICS_FILE} has no logged step yet: let the run do its first step")
+        return RunHistory(
+            name=str(run_dir),
+            title=f"{config['model']['backbone']} at {config['views']['image_size']} px, "
+            f"global batch {plan['global_batch']}, {plan['num_samples']:,} pictures",
+            steps=tuple(line["step"] for line in logged),
+            loss=tuple(line["loss"] for line in logged),
+            z_std=tuple(line["z_std"] for line in logged),
+            knn_steps=tuple(line["step"] for line in knn),
+            knn_top1=tuple(line["knn_top1"] for line in knn),
+            dim=config["model"]["dim"],
+            classes=_count_classes(Path(config["data"])),
+            steps_per_epoch=plan["steps_per_epoch"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{run_dir} is no run folder that this version wrote ({error!r}); give another one") from error
+
+
+def draw(run: RunHistory) -> Figure:
+    """Three panels sharing the axis of steps; without labels the third one says that there is no kNN."""
+    figure = Figure(figsize=(8, 8.4), layout="constrained")
+    figure.suptitle(f"SimSiam run {run.name}\n{run.title}", fontsize=11, color=INK)
+    loss_axes, std_axes, knn_axes = figure.subplots(3, 1, sharex=True)
+    _draw_loss(loss_axes, run)
+    _draw_std(std_axes, run)
+    _draw_knn(knn_axes, run)
+    for axes in (loss_axes, std_axes, knn_axes):
+        axes.grid(color="#e4e7ea", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+    knn_axes.set_xlabel("optimizer steps")
+    knn_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    knn_axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    per_epoch = run.steps_per_epoch
+    epochs = loss_axes.secondary_xaxis("top", functions=(lambda s: s / per_epoch, lambda e: e * per_epoch))
+    epochs.set_xlabel("epochs")
+    epochs.spines["top"].set_visible(False)
+    return figure
+
+
+def _draw_loss(axes: Axes, run: RunHistory) -> None:
+    axes.plot(run.steps, run.loss, color=LOSS_COLOUR, linewidth=1.6, marker="." if len(run.steps) < 3 else None)
+    axes.set_ylim(-1.04, max(0.04, 1.05 * _highest(run.loss)))
+    axes.set_ylabel("loss\n(negative cosine, −1 to 1)")
+
+
+def _draw_std(axes: Axes, run: RunHistory) -> None:
+    healthy = 1 / math.sqrt(run.dim)
+    axes.axhline(healthy, color=QUIET, linestyle="--", linewidth=1.2)
+    axes.plot(run.steps, run.z_std, color=STD_COLOUR, linewidth=1.6, marker="." if len(run.steps) < 3 else None)
+    axes.set_ylim(0, 1.25 * max(healthy, _highest(run.z_std)))
+    axes.set_ylabel("std of l2-normalised z\n(0 = collapsed)")
+    axes.set_title(f"dashed: healthy, 1/√{run.dim} = {healthy:.4f}", loc="right", fontsize=10, color=INK)
+
+
+def _draw_knn(axes: Axes, run: RunHistory) -> None:
+    axes.set_ylabel("kNN top-1 (%)")
+    if not run.knn_top1:
+        axes.set_yticks([])
+        axes.text(
+            0.5, 0.5, "no kNN accuracy in this run", ha="center", va="center", color=QUIET, transform=axes.transAxes
+        )
+        return
+    axes.plot(run.knn_steps, run.knn_top1, color=KNN_COLOUR, linewidth=1.6, marker="o", markersize=4.5)
+    axes.set_ylim(0, min(105.0, 1.15 * max(run.knn_top1)))
+    first, last = run.knn_top1[0], run.knn_top1[-1]
+    told = [f"untrained {first:.1f} %"] if run.knn_steps[0] == 0 else []
+    told += [f"last {last:.1f} %"] if len(run.knn_top1) > len(told) else []
+    if run.classes:
+        chance = 100 / run.classes
+        axes.axhline(chance, color=QUIET, linestyle="--", linewidth=1.2)
+        told.append(f"dashed: chance {chance:.3g} %")
+    axes.set_title(", ".join(told), loc="right", fontsize=10, color=INK)
+
+
+def _highest(values: tuple[float, ...]) -> float:
+    """The highest finite value; a run that went wrong has others, which are left out of the curve."""
+    return max((value for value in values if math.isfinite(value)), default=0.0)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: give a run folder of train/pretrain.py (its --run-dir)") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give another run folder") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not what train/pretrain.py writes: give another run folder")
+    return value
+
+
+def _count_classes(data: Path) -> int | None:
+    """The dataset may have been moved since; then there is no line of chance."""
+    try:
+        return len(json.loads((data / "dataset.json").read_text(encoding="utf-8"))["classes"]) or None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
