@@ -30,7 +30,7 @@ from train.knn import OnlineKnn
 from train.optim import set_lr
 from train.preemption import EXIT_PREEMPTED, StopRequest, stop_signals
 from train.report import Reporter, StepResult
-from train.run import Run, claim_run_dir, open_knn, prepare, resume, save, write_descriptions
+from train.run import Run, check_run_dir, claim_run_dir, open_knn, prepare, resume, save
 
 
 def main() -> None:
@@ -50,11 +50,11 @@ def main() -> None:
 def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
     """Train to the end, or until a signal: then False. Raises UserError for mistakes."""
     run = prepare(config, dist)
-    claim_run_dir(run)
+    check_run_dir(run)
     if config.resume:
         resume(run)
-    write_descriptions(run)
     knn = open_knn(run)
+    claim_run_dir(run)
     with (
         Reporter(dist, config, run.plan, run.step) as reporter,
         open_views(

@@ -25,7 +25,7 @@ from train.optim import build_optimizer
 from train.plan import RunPlan, make_plan
 from train.precision import Precision, choose_precision
 
-CHECKPOINTS = "checkpoints"
+CONFIG_FILE, PLAN_FILE, CHECKPOINTS = "config.json", "plan.json", "checkpoints"
 SMALL_VIEW = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
 
 
@@ -106,39 +106,33 @@ def _batch_norm(dist: Dist, sync_bn: bool) -> str:
     return f"batch norm within each rank ({reason})"
 
 
+def check_run_dir(run: Run) -> None:
+    """Look whether the run may live in its folder; write nothing yet. Raises SharedError if another run lives there."""
+    run_dir = run.config.run_dir
+
+    def check() -> None:
+        taken = any((run_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS))
+        if taken and not run.config.resume:
+            raise UserError(f"--run-dir {run_dir} already holds a run: add --resume to go on with it, or name another")
+
+    on_main(run.dist, check)
+
+
 def claim_run_dir(run: Run) -> None:
-    """Write config.json and plan.json. Raises SharedError if the folder holds a run and --resume is not given."""
-    config, run_dir = run.config, run.config.run_dir
+    """Write config.json and plan.json, once everything is checked. SharedError if the folder cannot be written."""
+    run_dir = run.config.run_dir
 
     def claim() -> None:
         try:
-            if not config.resume and run_dir.exists() and any((run_dir / name).exists() for name in _TRACES):
-                raise UserError(
-                    f"--run-dir {run_dir} already holds a run: add --resume to go on with it, or choose another folder"
-                )
-            (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / CONFIG_FILE, run.config.as_json())
+            write_json(run_dir / PLAN_FILE, run.plan.as_json())
         except OSError as error:
-            raise disk_error(error, f"making the run folder {run_dir}") or UserError(
-                f"--run-dir {run_dir} cannot be made: {error.strerror}; choose another folder"
+            raise disk_error(error, f"writing {run_dir}") or UserError(
+                f"--run-dir {run_dir} cannot be made: {error.strerror}; name another folder"
             ) from error
 
     on_main(run.dist, claim)
-
-
-_TRACES = ("config.json", METRICS_FILE, CHECKPOINTS)
-
-
-def write_descriptions(run: Run) -> None:
-    """Write config.json and plan.json, once it is sure that the run goes on here. SharedError for a full disk."""
-
-    def write() -> None:
-        try:
-            write_json(run.config.run_dir / "config.json", run.config.as_json())
-            write_json(run.config.run_dir / "plan.json", run.plan.as_json())
-        except OSError as error:
-            raise disk_error(error, f"writing {run.config.run_dir}") or error from error
-
-    on_main(run.dist, write)
 
 
 def resume(run: Run) -> None:
