@@ -27,6 +27,28 @@ from pipeline.views import VIEWS, CentreCrops, ViewParams
 GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
 
 
+class _Inputs:
+    """What DALI pulls. Apart from the pipeline, so that no cycle keeps that alive: a forked child would abort on it."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.first = next(batches, None)
+        self._next = self.first
+        self.in_flight: deque[Batch] = deque()
+
+    def pull(self) -> list[list[NDArray]]:
+        """One batch's inputs, as DALI asks for them; StopIteration at the end."""
+        batch = next(self._batches) if self._next is None else self._next
+        self._next = None
+        self.in_flight.append(batch)
+        match batch.windows:
+            case ViewParams(crop=crop):
+                windows = [crop[:, view, corner : corner + 2] for view in range(VIEWS) for corner in (0, 2)]
+            case CentreCrops(start=start, end=end):
+                windows = [start, end]
+        return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]
+
+
 class DaliSquares:
     """An iterator over batches of cut squares, uint8 ``[n, s, s, 3]`` for each view, on ``device``."""
 
@@ -40,12 +62,10 @@ class DaliSquares:
         config: DaliConfig,
     ) -> None:
         """``batches`` is pulled ``config.prefetch`` ahead; all its batches hold views, or all hold centre crops."""
-        self._batches = batches
+        self._inputs = _Inputs(batches)
         self._image_size = image_size
         self._device = device
         self._config = config
-        self._in_flight: deque[Batch] = deque()
-        self._first = next(batches, None)
         self._pipeline = Pipeline(
             batch_size=max_batch,
             num_threads=threads,
@@ -55,7 +75,8 @@ class DaliSquares:
             exec_dynamic=True,
         )
         with self._pipeline:
-            centre = self._first is not None and isinstance(self._first.windows, CentreCrops)
+            first = self._inputs.first
+            centre = first is not None and isinstance(first.windows, CentreCrops)
             self._pipeline.set_outputs(*(self._centre_squares() if centre else self._view_squares()))
         self._pipeline.build()
 
@@ -69,8 +90,8 @@ class DaliSquares:
         try:
             outputs = self._pipeline.run(stream)
         except RuntimeError as error:
-            raise UndecodableBatchError(self._in_flight.popleft(), str(error)) from error
-        return self._in_flight.popleft(), [torch.from_dlpack(output.as_tensor()) for output in outputs]
+            raise UndecodableBatchError(self._inputs.in_flight.popleft(), str(error)) from error
+        return self._inputs.in_flight.popleft(), [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _decode(self, encoded: DataNode) -> DataNode:
         mixed = self._device.type == "cuda" and self._config.decoder == "mixed"
@@ -94,7 +115,7 @@ class DaliSquares:
 
     def _view_squares(self) -> list[DataNode]:
         """Cut, then resize: nothing outside the window may bleed in."""
-        encoded, *windows = fn.external_source(source=self._pull, num_outputs=1 + 2 * VIEWS, batch=True)
+        encoded, *windows = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * VIEWS, batch=True)
         pictures = self._decode(encoded)
         return [
             self._resize(fn.slice(pictures, start=start, shape=shape, axes=(0, 1)))
@@ -103,19 +124,5 @@ class DaliSquares:
 
     def _centre_squares(self) -> list[DataNode]:
         """Resize as if the whole picture were resized, but compute its centre alone."""
-        encoded, start, end = fn.external_source(source=self._pull, num_outputs=3, batch=True)
+        encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
         return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
-
-    def _pull(self) -> list[list[NDArray]]:
-        """One batch's inputs, as DALI asks for them; StopIteration at the end."""
-        if self._first is not None:
-            batch, self._first = self._first, None
-        else:
-            batch = next(self._batches)
-        self._in_flight.append(batch)
-        match batch.windows:
-            case ViewParams(crop=crop):
-                windows = [crop[:, view, corner : corner + 2] for view in range(VIEWS) for corner in (0, 2)]
-            case CentreCrops(start=start, end=end):
-                windows = [start, end]
-        return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]

@@ -1,0 +1,146 @@
+"""The whole CPU loader against a rewrite of the official one: python benchmarks/loader_vs_official.py DATASET
+
+The yardstick is what facebookresearch/simsiam's main_simsiam.py does: an image folder, PIL, torchvision's transforms
+with PIL's Gaussian blur, and a DataLoader with as many worker processes as cores. Both read the same pictures with the
+same recipe on the same cores, in turn. Reported: source images per second and CPU milliseconds an image.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from measuring import Spread, alternate, describe_machine, ratio, write_json
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.loader import open_views, share_of_cores
+from pipeline.loader_config import LoaderConfig
+from pipeline.shards import ShardSet
+from pipeline.views import ViewRecipe
+
+
+@dataclass(frozen=True)
+class Config:
+    """Loader against loader."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Dataset folder; its pictures are copied to a temporary image folder for the yardstick."""
+    samples: int = 1000
+    """Pictures a run, at most."""
+    batch: int = 64
+    """Pictures a batch."""
+    repeats: int = 5
+    """Runs of each after a warm-up."""
+    json: Path | None = None
+    """Write the results here too."""
+
+
+class PilBlur:
+    """Gaussian blur of a radius drawn from ``sigma``, as MoCo v2 and SimSiam do it."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        """``sigma``: from, to; px."""
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Blur one picture."""
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.sigma)))
+
+
+class TwoViews:
+    """Two draws of one transform."""
+
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        """``transform`` draws anew at each call."""
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> list[torch.Tensor]:
+        """Both views of one picture."""
+        return [self.transform(image), self.transform(image)]
+
+
+def official_loader(folder: Path, recipe: ViewRecipe, batch: int, workers: int) -> DataLoader:
+    """The yardstick."""
+    jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(recipe.image_size, scale=recipe.crop_scale),
+            transforms.RandomApply([jitter], p=recipe.jitter_prob),
+            transforms.RandomGrayscale(p=recipe.gray_prob),
+            transforms.RandomApply([PilBlur(recipe.blur_sigma)], p=recipe.blur_prob),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=recipe.mean, std=recipe.std),
+        ]
+    )
+    dataset = datasets.ImageFolder(str(folder), TwoViews(transform))
+    return DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=workers, drop_last=True)
+
+
+def write_folder(dataset: ShardSet, samples: int, folder: Path) -> None:
+    """The pictures as the official loader wants them: files in a class folder."""
+    (folder / "class").mkdir()
+    for sample in range(samples):
+        (folder / "class" / f"{sample:06d}.jpg").write_bytes(dataset.read(sample))
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(Config, description=__doc__)
+    dataset = ShardSet.open(config.data)
+    samples = min(config.samples, dataset.num_samples) // config.batch * config.batch
+    if samples == 0:
+        raise UserError(f"{config.data} has {dataset.num_samples} samples, fewer than --batch {config.batch}")
+    recipe, cores = ViewRecipe(), share_of_cores(1)
+    folder = Path(tempfile.mkdtemp(prefix="official-"))
+
+    def ours() -> None:
+        with open_views(
+            dataset,
+            recipe,
+            LoaderConfig(threads=cores),
+            seed=0,
+            global_batch=config.batch,
+            epochs=1,
+            rank=0,
+            world_size=1,
+            local_world_size=1,
+            device=torch.device("cpu"),
+        ) as batches:
+            for _, _views in zip(range(samples // config.batch), batches, strict=False):
+                pass
+
+    def official() -> None:
+        for _ in official_loader(folder, recipe, config.batch, cores):
+            pass
+
+    print(describe_machine(), flush=True)
+    try:
+        write_folder(dataset, samples, folder)
+        runs = alternate({"siamstream": ours, "official": official}, config.repeats)
+    finally:
+        shutil.rmtree(folder)
+    rates = {name: Spread.of([samples / run.wall_s for run in of]) for name, of in runs.items()}
+    cpu_ms = {name: Spread.of([1e3 * run.cpu_s / samples for run in of]) for name, of in runs.items()}
+    faster, cheaper = ratio(runs, "siamstream", "official"), ratio(runs, "siamstream", "official", "cpu_s")
+    print(f"{samples} pictures, {cores} cores, {config.repeats} runs each in turn; median (minimum .. maximum)")
+    print(f"{'':12} {'images/s':>24} {'CPU ms/image':>24}")
+    for name in runs:
+        print(f"{name:12} {rates[name]!s:>24} {cpu_ms[name]!s:>24}")
+    print(f"siamstream is {faster} times as fast, and {cheaper} times as cheap in CPU time")
+    if config.json:
+        write_json(config.json, {"images_per_s": rates, "cpu_ms_per_image": cpu_ms, "speed_ratio": faster})
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
