@@ -70,7 +70,7 @@ class IndexJob(Job):
         """Number of tars."""
         return len(self.tars)
 
-    def pictures(self) -> None:
+    def pictures(self, numbers: list[int]) -> None:
         """Unknown before the tars are read."""
         return None
 

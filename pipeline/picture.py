@@ -94,7 +94,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise BadPictureError(_describe_unknown(data)) from None
     except Exception as error:  # noqa: BLE001 a parser may raise anything on hostile bytes
-        raise BadPictureError(f"damaged header: {_first_line(error)}") from None
+        raise BadPictureError(_reason(error, "damaged header")) from None
     if image.width * image.height > max_pixels:
         raise BadPictureError(f"larger than --max-pixels {max_pixels}")
     if max(image.size) > MAX_SIDE:
@@ -123,17 +123,17 @@ def _decode(image: Image.Image) -> Image.Image:
             image.load()
             return image if image.mode in ("RGB", "L") else image.convert("RGB")
     except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
-        raise BadPictureError(_decode_reason(error)) from None
+        raise BadPictureError(_reason(error, "cannot be decoded")) from None
 
 
 def _format(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with further frames behind the first
 
 
-def _decode_reason(error: Exception) -> str:
+def _reason(error: Exception, what: str) -> str:
     if "truncated" in str(error).lower():
         return "truncated"  # one reason for the summary: PIL's message counts the bytes that are left
-    return f"cannot be decoded: {_first_line(error)}"
+    return f"{what}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

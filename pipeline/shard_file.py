@@ -61,8 +61,8 @@ class Job:
         """Number of shards."""
         raise NotImplementedError
 
-    def pictures(self) -> int | None:
-        """Number of pictures to look at, over all shards; None if it is not known before."""
+    def pictures(self, numbers: list[int]) -> int | None:
+        """Number of pictures to look at in shards ``numbers``; None if it is not known before."""
         raise NotImplementedError
 
     def room(self, numbers: list[int]) -> int:
@@ -128,9 +128,10 @@ class WriteJob(Job):
         """Number of shards."""
         return -(-len(self.order) // self.options.samples_per_shard)
 
-    def pictures(self) -> int:
-        """Number of pictures to be written, before any is refused."""
-        return len(self.order)
+    def pictures(self, numbers: list[int]) -> int:
+        """Number of pictures to be written in shards ``numbers``, before any is refused."""
+        per_shard = self.options.samples_per_shard
+        return sum(min(per_shard, len(self.order) - n * per_shard) for n in numbers)
 
     def room(self, numbers: list[int]) -> int:
         """The pictures' bytes and their tar headers."""

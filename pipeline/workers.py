@@ -29,14 +29,14 @@ _REPORT_EVERY = 32  # pictures between two looks at the shared counters
 def build_missing(job: Job, options: ShardingOptions, quiet: bool) -> None:
     """Build the shards of this part that have no marker yet. Raises UserError, or OSError as the disk does."""
     part, parts = options.part_of()
-    records = {n: job.done(n) for n in range(len(job))}
-    missing = [n for n in range(part, len(job), parts) if records[n] is None]
-    finished = sum(r["shard"]["samples"] + len(r["rejected"]) for r in records.values() if r is not None)
+    mine = list(range(part, len(job), parts))
+    missing = [n for n in mine if job.done(n) is None]
     check_room(job.out, job.room(missing), "writing the shards")
-    workers = min(options.workers or len(os.sched_getaffinity(0)), len(missing))
-    with tqdm(
-        total=job.pictures(), initial=finished, unit=" pictures", disable=quiet or not missing, smoothing=0.05
-    ) as bar:
+    workers = min(options.workers or cores(), len(missing))
+    total, left = job.pictures(mine), job.pictures(missing)
+    done = 0 if total is None or left is None else total - left
+    quiet = quiet or not missing
+    with tqdm(total=total, initial=done, unit=" pictures", disable=quiet, smoothing=0.05) as bar:
         meter = _Meter(bar)
         if workers == 1:
             for number in missing:
@@ -49,6 +49,11 @@ def build_missing(job: Job, options: ShardingOptions, quiet: bool) -> None:
                     "a worker process was killed, most likely for lack of memory: run the same command again with "
                     "fewer --workers; it goes on with the missing shards"
                 ) from error
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Meter:

@@ -235,9 +235,12 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
 
 
 def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:
-    """Save the listing and the order for the workers. numpy keeps PCG64's permutation stable across versions."""
+    """Save the listing and the order for the workers.
+
+    The order sorts by raw 64-bit numbers, which numpy promises to keep; what Generator.permutation gives may change.
+    """
     listing.save(out / PARTIAL_DIR / "listing")
-    order = np.random.Generator(np.random.PCG64(options.seed)).permutation(len(listing))
+    order = np.argsort(np.random.PCG64(options.seed).random_raw(len(listing)), kind="stable")
     with atomic_file(out / PARTIAL_DIR / "order.npy") as file:
         np.save(file, order[: options.limit])
 

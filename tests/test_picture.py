@@ -58,6 +58,7 @@ BAD = {
     "without its last byte": (lambda: jpeg()[:-2], "truncated"),
     "header only": (lambda: jpeg()[: jpeg().index(b"\xff\xda")], "cannot be decoded"),
     "truncated png": (lambda: picture_bytes(1, encoding="PNG")[:-300], "truncated"),
+    "cut inside the header": (lambda: jpeg()[:200], "truncated"),
     "zeros behind the magic": (lambda: jpeg()[:4] + bytes(2000), ""),
     "pfm": (lambda: picture_bytes(1, mode="F", encoding="PPM"), "floating-point"),
     "float tiff": (lambda: picture_bytes(1, mode="F", encoding="TIFF"), "TIFF with F pixels"),
