@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from photos import write_photo_folder
 
 from pipeline.options import ShardingOptions
 from pipeline.shards import ShardSet
 from pipeline.writer import make_dataset
+
+# The same examples in every run, and no deadline: a busy machine must not turn a test red.
+settings.register_profile("deterministic", deadline=None, derandomize=True)
+settings.load_profile("deterministic")
 
 
 @pytest.fixture(scope="session")
