@@ -68,6 +68,7 @@ def distributed(device: Literal["auto", "cuda", "cpu"]) -> Iterator[Dist]:
         td.init_process_group("gloo")
     try:
         yield dist
+        td.barrier()  # torchrun ends the others as soon as one has left with an exit code of its own
     finally:
         td.destroy_process_group()
 

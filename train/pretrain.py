@@ -37,7 +37,7 @@ def main() -> None:
     """The script."""
     config = parse_config()
     try:
-        with distributed(config.device) as dist, stop_signals() as stop:
+        with stop_signals() as stop, distributed(config.device) as dist:
             finished = pretrain(config, dist, stop)
     except SharedError as error:
         if not error.speaks:

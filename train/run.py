@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.simsiam import SimSiam
+from pipeline.backends import choose_backend
 from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
@@ -55,6 +56,7 @@ def prepare(config: PretrainConfig, dist: Dist) -> Run:
     precision = together(dist, lambda: choose_precision(config.precision, dist.device))
     dataset = together(dist, lambda: ShardSet.open(config.data))
     plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
+    backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model = SimSiam(config.model)
@@ -75,6 +77,7 @@ def prepare(config: PretrainConfig, dist: Dist) -> Run:
     say(dist, f"plan for {config.run_dir}\n{plan.describe()}")
     say(dist, f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {config.views.image_size} px")
     say(dist, f"  optimizer    {implementation}")
+    say(dist, f"  loader       {backend} ({reason})")
     say(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
     return Run(config, dist, dataset, plan, precision, model, _parallel(model, config, dist), optimizer, timer)
 
