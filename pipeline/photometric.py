@@ -62,19 +62,23 @@ class Photometric:
         out = self._buffers.lend(tuple(squares.shape))
         pictures, result = squares.numpy(), out.numpy()
         recipe = self._recipe
+        fields = (params.jitter, params.order, params.factors, params.gray, params.sigma, params.solarize, params.flip)
+        # Contiguous, so that every part has the one memory layout that the function is compiled for.
+        columns = [np.ascontiguousarray(field[:, view]) for field in fields]
 
         def transform(part: slice) -> None:
+            jitter, order, factors, gray, sigma, solarize, flip = (column[part] for column in columns)
             transform_pictures(
                 pictures[part],
-                params.jitter[part, view],
-                params.order[part, view],
-                params.factors[part, view],
-                params.gray[part, view],
-                params.sigma[part, view],
+                jitter,
+                order,
+                factors,
+                gray,
+                sigma,
                 recipe.blur_window // 2,
-                params.solarize[part, view],
+                solarize,
                 recipe.solarize_threshold,
-                params.flip[part, view],
+                flip,
                 self._scale,
                 self._offset,
                 result[part],
