@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class DaliConfig:
@@ -14,6 +16,12 @@ class DaliConfig:
     hw_decoder_load: float = 0.65  # share of a batch for the hardware decoder (DALI's default)
     preallocate_side: int = 0  # px; GPU memory for pictures of this side is set aside at the start; 0: grows as needed
     prefetch: int = 2  # batches in DALI's own queue
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers that DALI cannot work with."""
+        _check("--dali.hw-decoder-load", self.hw_decoder_load, 0 <= self.hw_decoder_load <= 1, "a share lies in 0 .. 1")
+        _check("--dali.preallocate-side", self.preallocate_side, self.preallocate_side >= 0, "it is 0 px or more")
+        _check("--dali.prefetch", self.prefetch, self.prefetch >= 1, "DALI's queue holds at least 1 batch")
 
 
 @dataclass(frozen=True)
@@ -26,3 +34,15 @@ class LoaderConfig:
     read_ahead: int = 4  # batches whose bytes are read before they are needed
     max_bad_samples: int = 100  # pictures that may turn out bad and be replaced before the run stops
     dali: DaliConfig = field(default_factory=DaliConfig)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers with which no batch would ever come, or all at once."""
+        _check("--threads", self.threads, self.threads >= 0, "it is 0 (all cores) or a number of threads")
+        _check("--prefetch", self.prefetch, self.prefetch >= 1, "at least 1 finished batch must find room")
+        _check("--read-ahead", self.read_ahead, self.read_ahead >= 1, "at least 1 batch must be read")
+        _check("--max-bad-samples", self.max_bad_samples, self.max_bad_samples >= 0, "it is 0 or more")
+
+
+def _check(flag: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{flag} {value}: {rule}")

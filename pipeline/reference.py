@@ -21,6 +21,9 @@ from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEWS, CentreC
 
 Picture = UInt8[Tensor, "3 h w"]
 
+# PIL stops at 179 million pixels with an error of a class of its own. What is too large was refused when it was sharded.
+Image.MAX_IMAGE_PIXELS = None
+
 
 def decode(encoded: bytes) -> Picture:
     """Decode an encoded picture as PIL does; EXIF orientation is ignored, 16 bits are scaled to 8.
