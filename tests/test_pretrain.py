@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -254,6 +255,23 @@ def test_mistakes(
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "run").exists()  # the mistake corrected, the same folder serves
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_a_full_disk_ends_with_code_2_and_the_run_goes_on_when_there_is_room(
+    undisturbed: Path, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = flags(photo_dataset_path, tmp_path / "run", "--checkpoint-every", "3steps")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # bytes; a checkpoint has 5.5 MB
+    try:
+        assert run_here(monkeypatch, arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "writing the checkpoint" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert run_here(monkeypatch, [*arguments, "--resume"]) == 0
+    assert losses(tmp_path / "run") == losses(undisturbed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -85,6 +85,16 @@ def is_intact(path: Path) -> bool:
     return match is not None and file_sha256(path).startswith(match[2])
 
 
+def is_damaged(path: Path) -> bool:
+    """Whether the file has a checkpoint's name and other bytes than that names; false for files of another name."""
+    return _NAME.fullmatch(path.name) is not None and not is_intact(path)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint by name, for those who only read; it may be damaged."""
+    return next(iter(_list(folder)), None)
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU; no code in it is executed. Raises UserError if it is none of ours."""
     try:
