@@ -23,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
 # z_std below this share of 1/sqrt(d) counts as collapsing: spread outputs stay near 1/sqrt(d), collapsing ones fall to
 # 0 (Chen & He 2020, figure 2). Measured with resnet_tiny at 16 px, batch 64, d 64, lr 0.1, 300 steps: never below 0.90
-# with the paper's method; without stop-gradient 0.51 after 50 steps and 0.31 after 300; without predictor 0.53 and 0.31.
+# as it is; without stop-gradient 0.51 after 50 steps and 0.31 after 300; without predictor 0.53 and 0.31.
 COLLAPSE_SHARE = 0.5
 
 
