@@ -21,7 +21,7 @@ from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEWS, CentreC
 
 Picture = UInt8[Tensor, "3 h w"]
 
-# PIL stops at 179 million pixels with an error of a class of its own. What is too large was refused when it was sharded.
+# PIL stops at 179 million pixels with an error of a class of its own. Pictures too large were refused when sharded.
 Image.MAX_IMAGE_PIXELS = None
 
 
