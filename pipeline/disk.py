@@ -7,10 +7,13 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from tqdm import tqdm
 
 from pipeline.errors import UserError
 
@@ -19,9 +22,12 @@ _REMEDY = {
     errno.EDQUOT: "your quota is used up: free some space or choose another disk",
     errno.EFBIG: "a file grew over the limit of this file system or of `ulimit -f`: make smaller shards or lift it",
     errno.EROFS: "the disk is mounted read-only: choose another folder",
-    errno.EACCES: "choose a folder that you may write to, or change its permissions",
-    errno.EPERM: "choose a folder that you may write to, or change its permissions",
+    errno.EACCES: "see to the permissions, or choose another folder",
+    errno.EPERM: "see to the permissions, or choose another folder",
 }
+
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
 def disk_error(error: OSError, doing: str) -> UserError | None:
@@ -72,7 +78,8 @@ def write_json(path: Path, value: Any, workshop: Path | None = None) -> None:
 def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
     """Hold ``path`` locked (flock, released by the system when the process dies).
 
-    ``shared`` lets others hold it shared as well. Raises UserError if another process holds it.
+    ``shared`` lets others hold it shared as well. Raises UserError if another process holds it. A file system without
+    locks is announced, and the work goes on.
     """
     with open(path, "ab") as file:
         try:
@@ -81,4 +88,23 @@ def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
             raise UserError(
                 f"another make_shards is writing to {path.parent.parent}: wait for it, or end it, then try again"
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            text = f"note: no file locks at {path.parent} ({error.strerror}): run one make_shards at a time there"
+            print(text, file=sys.stderr)
         yield file
+
+
+def make_exclusive(lock: IO[bytes]) -> None:
+    """Wait until a shared lock is exclusive; at once where the file system has none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def progress(quiet: bool, **settings: Any) -> tqdm:
+    """A progress bar on stderr: ten lines a second for a person, one in ten seconds for a log file."""
+    return tqdm(disable=quiet, mininterval=0.1 if sys.stderr.isatty() else 10.0, **settings)

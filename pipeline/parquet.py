@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from pipeline.disk import atomic_file
+from pipeline.disk import atomic_file, progress
 from pipeline.errors import UserError
 from pipeline.listing import Listing, ListingBuilder
 from pipeline.picture import PICTURE_SUFFIXES
@@ -49,7 +49,7 @@ def spool_parquet(path: Path, subtree: str, labels: str, spool: Path, quiet: boo
     reader = _ParquetReader(files, labels)
     builder = ListingBuilder(str(path))
     text = f"copying pictures of {path.name} once into {spool.name} (removed at the end)"
-    with atomic_file(container) as out, tqdm(total=reader.rows, unit=" pictures", desc=text, disable=quiet) as bar:
+    with atomic_file(container) as out, progress(quiet, total=reader.rows, unit=" pictures", desc=text) as bar:
         for name, data, label in reader.pictures():
             _copy(out, builder, name, data, label)
             bar.update(1)
@@ -113,8 +113,6 @@ class _ParquetReader:
 
     def named(self, listing: Listing) -> Listing:
         """The listing with class names: those of the file's metadata, the sorted words, or the numbers themselves."""
-        from dataclasses import replace
-
         labels = np.maximum(listing.labels, -1)
         if self._words:
             words = sorted(self._words)

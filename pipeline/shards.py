@@ -17,9 +17,11 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,21 @@ class Shard:
     sha256: str
 
 
+class _Shards(Sequence[Shard]):
+    """The entries of dataset.json, made into objects when asked for: a million of them would take seconds."""
+
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return tuple(Shard(**entry) for entry in self._entries[number])
+        return Shard(**self._entries[number])
+
+
 class _OpenFile:
     """A file handle that closes when nobody uses it any more: a reader's own reference keeps it open while it reads."""
 
@@ -91,7 +108,7 @@ class ShardSet:
         self.samples = samples
         self._rows = samples.view(np.ndarray)  # the same memory; indexing a memmap object costs several times more
         self.verify_checksums = verify_checksums
-        self.shards = tuple(Shard(**shard) for shard in info["shards"])
+        self.shards = tuple(Shard(**{name: shard[name] for name in _SHARD_TYPES}) for shard in info["shards"])
         self.classes: tuple[str, ...] = tuple(info["classes"])
         self.num_samples: int = info["num_samples"]
         self.has_labels: bool = info["has_labels"]  # True: every sample has a label
@@ -127,9 +144,18 @@ class ShardSet:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 that identifies the content (pictures, order, labels), wherever the files lie."""
-        shards = [[s.samples, s.bytes, s.sha256] for s in self.shards]
+        shards = [[s["samples"], s["bytes"], s["sha256"]] for s in self.info["shards"]]
         parts = [FORMAT_VERSION, self.num_samples, self.classes, self.info["samples_sha256"], shards]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @cached_property
+    def shard_samples(self) -> np.ndarray:
+        """Int64[shards]: samples of each shard; sample ids count on from shard to shard."""
+        return np.array([shard["samples"] for shard in self.info["shards"]], np.int64)
+
+    def shards_of(self, ids: ArrayLike) -> np.ndarray:
+        """Int64[n]: the shards that hold samples ``ids`` (int64[n])."""
+        return self._rows[np.asarray(ids, np.int64)]["shard"].astype(np.int64)
 
     def sizes(self, ids: ArrayLike) -> np.ndarray:
         """Int32[n, 2]: height and width in pixels of samples ``ids`` (int64[n]), as stored."""
@@ -212,34 +238,53 @@ def read_dataset_file(path: Path) -> dict[str, Any]:
         if (path / PARTIAL_DIR).exists():
             raise UserError(f"the dataset at {path} is half-written: {_REMEDY}")
         raise UserError(f"{path} is no dataset: it has no {DATASET_FILE}; write one with tools/make_shards.py")
+    damaged = UserError(f"{file} is damaged: write the dataset again with --overwrite")
     try:
         info = json.loads(file.read_bytes())
         version = info["format_version"]
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: write the dataset again with --overwrite") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise damaged from None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {version}, this program reads {FORMAT_VERSION}: "
             "use the version of siamstream that wrote it, or write it again with --overwrite"
         )
-    try:
-        _check_files(path, info)
-    except (KeyError, TypeError):
-        raise UserError(f"{file} is damaged: an entry is missing; write the dataset again with --overwrite") from None
+    if not _has_types(info, _DATASET_TYPES) or not all(_has_types(shard, _SHARD_TYPES) for shard in info["shards"]):
+        raise damaged
+    _check_files(path, info)
     return info
+
+
+_DATASET_TYPES: dict[str, Any] = {
+    "source": str,
+    "split": (str, type(None)),
+    "seed": int,
+    "recipe": dict,
+    "num_samples": int,
+    "rejected": dict,
+    "classes": list,
+    "has_labels": bool,
+    "samples_sha256": str,
+    "shards": list,
+}
+_SHARD_TYPES = {"name": str, "index": str, "samples": int, "bytes": int, "sha256": str}
+
+
+def _has_types(value: Any, types: dict[str, Any]) -> bool:
+    return isinstance(value, dict) and all(name in value and isinstance(value[name], types[name]) for name in types)
 
 
 def _check_files(path: Path, info: dict[str, Any]) -> None:
     if sum(shard["samples"] for shard in info["shards"]) != info["num_samples"]:
         raise UserError(f"{path / DATASET_FILE} is damaged: its shards do not add up to {info['num_samples']} samples")
     for shard in info["shards"]:
-        file = path / shard["name"]
+        file = os.path.join(path, shard["name"])  # a Path for each of a million shards would take as long as the look
         try:
-            size = file.stat().st_size
-        except OSError as error:
-            raise UserError(f"shard {file} is missing or unreadable ({error.strerror}): {_REPLACE}") from None
+            size = os.stat(file).st_size
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"shard {file} is missing or unreadable ({error}): {_REPLACE}") from None
         if size != shard["bytes"]:
             raise UserError(f"shard {file} has {size} bytes instead of {shard['bytes']}: {_REPLACE}")
 
@@ -251,12 +296,12 @@ def _open_samples(path: Path, info: dict[str, Any]) -> np.ndarray:
     file = path / SAMPLES_FILE
     broken = UserError(f"{file} is missing, damaged or belongs to another dataset: {_REPLACE}")
     try:
+        if file.stat().st_size <= _HASHED_AT_OPEN and file_sha256(file) != info["samples_sha256"]:
+            raise broken
         samples = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # what numpy raises for a damaged header
         raise broken from None
     if samples.dtype != SAMPLE_DTYPE or samples.shape != (info["num_samples"],):
-        raise broken
-    if samples.nbytes <= _HASHED_AT_OPEN and file_sha256(file) != info["samples_sha256"]:
         raise broken
     return samples
 

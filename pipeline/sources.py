@@ -12,19 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from pipeline.disk import progress
 from pipeline.errors import UserError
 from pipeline.label_file import adopt_classes, dataset_classes, label_by_file
 from pipeline.listing import UNKNOWN_LENGTH, Listing, ListingBuilder, label_by_folder
 from pipeline.options import ShardingOptions
 from pipeline.parquet import parquet_files, spool_parquet
+from pipeline.synthetic import SyntheticPictures
 from pipeline.tar_source import compression, is_plain_tar, list_tar, unpack_tar
-
-if TYPE_CHECKING:
-    from pipeline.synthetic import SyntheticPictures
 
 
 class Reader(Protocol):
@@ -86,20 +85,20 @@ class SyntheticReader:
 
     @cached_property
     def _pictures(self) -> SyntheticPictures:
-        from pipeline.synthetic import SyntheticPictures
-
         return SyntheticPictures(self.count, self.seed)
 
 
-def open_folder(root: Path, subtree: str) -> Source:
+def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
     """List a folder of pictures, in sorted order; hidden files are left out, links are followed once."""
     top = root / subtree
     if not top.is_dir():
         raise UserError(f"{top} is not a folder: check SOURCE and --subtree")
     builder = ListingBuilder(str(top))
     try:
-        for path, length in _walk(top, "", (), builder):
-            builder.add(path, 0, length)
+        with progress(quiet, unit=" files", desc=f"listing {top}") as bar:
+            for path, length in _walk(top, "", (), builder):
+                builder.add(path, 0, length)
+                bar.update(1)
     except PermissionError as error:
         raise UserError(f"cannot list {error.filename}: permission denied; change its permissions") from error
     return Source(root.resolve().name, builder.build(), FolderReader(top))
@@ -132,8 +131,6 @@ def _walk(
 
 def open_synthetic(count_text: str, options: ShardingOptions) -> Source:
     """``synthetic:N``: N pictures drawn by numpy from the seed, with labels."""
-    from pipeline.synthetic import SyntheticPictures
-
     if options.subtree:
         raise UserError(f"--subtree {options.subtree} does not go with synthetic:N, which has no folders: leave it out")
     if not count_text.isdecimal() or int(count_text) < 1:
@@ -178,13 +175,13 @@ def _open_path(path: Path, options: ShardingOptions, spool: Path, quiet: bool) -
         container, listing = spool_parquet(path, options.subtree, options.labels, spool, quiet)
         return Source(title, listing, ContainerReader(container))
     if path.is_dir():
-        return open_folder(path, options.subtree)
+        return open_folder(path, options.subtree, quiet)
     container = path if compression(path) is None else unpack_tar(path, spool, quiet)
     if not is_plain_tar(container):
         raise UserError(
             f"SOURCE {path} is neither a tar (plain, gz, bz2, xz) nor a parquet file: unpack it, or convert it"
         )
-    return Source(title, list_tar(container, options.subtree), ContainerReader(container))
+    return Source(title, list_tar(container, options.subtree, quiet), ContainerReader(container))
 
 
 def _with_labels(listing: Listing, source: str, options: ShardingOptions) -> Listing:

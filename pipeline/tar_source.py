@@ -21,9 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
-from pipeline.disk import atomic_file, write_json
+from pipeline.disk import atomic_file, progress, write_json
 from pipeline.errors import UserError
 from pipeline.listing import Listing, ListingBuilder
 
@@ -101,12 +99,14 @@ def _refusal(info: tarfile.TarInfo) -> str | None:
     return None
 
 
-def list_tar(path: Path, subtree: str) -> Listing:
+def list_tar(path: Path, subtree: str, quiet: bool) -> Listing:
     """The pictures of a plain tar below ``subtree``; members that are tars count as folders of their stem's name."""
     builder = ListingBuilder(f"{path}{f' below {subtree}' if subtree else ''}")
     below = plain_name(subtree)
-    with open(path, "rb") as file:
+    total, text = path.stat().st_size, f"listing {path.name}"
+    with open(path, "rb") as file, progress(quiet, total=total, unit="B", unit_scale=True, desc=text) as bar:
         for member in scan_tar(path):
+            bar.update(member.offset + member.length - bar.n)
             name = _inside(member.name, below)
             if name is None:
                 continue
@@ -178,7 +178,7 @@ def unpack_tar(path: Path, spool: Path, quiet: bool) -> Path:
     text = f"unpacking {path.name} once into {spool.name} (removed at the end)"
     with (
         open(path, "rb") as packed,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=text, disable=quiet) as bar,
+        progress(quiet, total=path.stat().st_size, unit="B", unit_scale=True, desc=text) as bar,
     ):
         try:
             with module.open(packed) as source, atomic_file(plain) as file:
@@ -196,7 +196,7 @@ def check_room(folder: Path, needed: int, doing: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{doing} needs at least {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
+            f"{doing} needs at least {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free: "
             "free some space or choose another disk for OUT"
         )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.disk import progress
 from pipeline.errors import UserError
 from pipeline.options import ShardingOptions
 from pipeline.shard_file import Job, keep_torch_out
@@ -26,8 +27,11 @@ from pipeline.tar_source import check_room
 _REPORT_EVERY = 32  # pictures between two looks at the shared counters
 
 
-def build_missing(job: Job, options: ShardingOptions, quiet: bool) -> None:
-    """Build the shards of this part that have no marker yet. Raises UserError, or OSError as the disk does."""
+def build_missing(job: Job, options: ShardingOptions, quiet: bool, in_process: bool = False) -> None:
+    """Build the shards of this part that have no marker yet. Raises UserError, or OSError as the disk does.
+
+    ``in_process``: without worker processes, one shard after the other.
+    """
     part, parts = options.part_of()
     mine = list(range(part, len(job), parts))
     missing = [n for n in mine if job.done(n) is None]
@@ -36,9 +40,9 @@ def build_missing(job: Job, options: ShardingOptions, quiet: bool) -> None:
     total, left = job.pictures(mine), job.pictures(missing)
     done = 0 if total is None or left is None else total - left
     quiet = quiet or not missing
-    with tqdm(total=total, initial=done, unit=" pictures", disable=quiet, smoothing=0.05) as bar:
+    with progress(quiet, total=total, initial=done, unit=" pictures", smoothing=0.05) as bar:
         meter = _Meter(bar)
-        if workers == 1:
+        if in_process:
             for number in missing:
                 job.build(number, meter.add)
         elif missing:

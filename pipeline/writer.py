@@ -7,7 +7,6 @@ a dataset.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.completion import complete
-from pipeline.disk import atomic_file, disk_error, exclusive_lock, write_json
+from pipeline.disk import atomic_file, disk_error, exclusive_lock, make_exclusive, write_json
 from pipeline.errors import UserError
 from pipeline.foreign import IndexJob, listing_fingerprint, open_tars
 from pipeline.label_file import dataset_classes
@@ -50,13 +49,18 @@ class Summary:
 
 
 def make_dataset(
-    source: str, out: str | Path, options: ShardingOptions | None = None, *, quiet: bool = False
+    source: str,
+    out: str | Path,
+    options: ShardingOptions | None = None,
+    *,
+    quiet: bool = False,
+    in_process: bool = False,
 ) -> Summary:
     """Write the pictures of SOURCE as a dataset into folder ``out``; go on if an earlier call was interrupted.
 
     The bytes written depend on the pictures, the seed and the options, not on the number of workers or interruptions.
-    ``quiet`` turns the progress bar off. Raises UserError for everything a user can mend: a missing source, a full
-    disk, an interrupted run with other options, no usable picture, ...
+    ``quiet`` turns the progress bar off; ``in_process`` does without worker processes. Raises UserError for everything
+    a user can mend: a missing source, a full disk, an interrupted run with other options, no usable picture, ...
     """
     options = options or ShardingOptions()
     options.check()
@@ -69,18 +73,20 @@ def make_dataset(
             return _already_complete(source, out, options, started)
         (out / PARTIAL_DIR).mkdir(parents=True, exist_ok=True)
         with exclusive_lock(out / PARTIAL_DIR / "lock", shared=options.part is not None) as lock:
-            info = _make(source, out, options, quiet, lock)
+            info = _make(source, out, options, lock, quiet, in_process)
             if info is None:
                 return _already_complete(source, out, options, started)
             return _summary(out, info, started)
     except OSError as error:
-        mended = disk_error(error, f"writing the dataset to {out}")
+        mended = disk_error(error, f"making the dataset in {out}")
         if mended is None:
             raise
         raise mended from error
 
 
-def _make(source: str, out: Path, options: ShardingOptions, quiet: bool, lock: IO[bytes]) -> dict[str, Any] | None:
+def _make(
+    source: str, out: Path, options: ShardingOptions, lock: IO[bytes], quiet: bool, in_process: bool
+) -> dict[str, Any] | None:
     """The contents of dataset.json; what is known so far if parts are missing; None if another part completed it."""
     if options.part is None:
         for left_over in (out / PARTIAL_DIR).rglob("*.tmp-*"):
@@ -90,9 +96,9 @@ def _make(source: str, out: Path, options: ShardingOptions, quiet: bool, lock: I
     except UserError:
         _forget_beginning(out, options)
         raise
-    build_missing(job, options, quiet)
+    build_missing(job, options, quiet, in_process)
     if options.part is not None:  # parts run side by side; completing is for one of them
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        make_exclusive(lock)
         if (out / DATASET_FILE).exists():
             return None
     info = complete(job, about)

@@ -27,7 +27,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photo_dataset_path(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of ``photo_dataset``, for scripts that take --data."""
     out = tmp_path_factory.mktemp("dataset") / "photos"
-    make_dataset(str(photo_folder), out, ShardingOptions(samples_per_shard=10, workers=1), quiet=True)
+    make_dataset(str(photo_folder), out, ShardingOptions(samples_per_shard=10), quiet=True, in_process=True)
     return out
 
 

@@ -19,7 +19,8 @@ from pipeline.writer import Summary, make_dataset
 
 
 def index(pattern: str, out: Path, **options: object) -> Summary:
-    return make_dataset(f"wds:{pattern}", out, ShardingOptions(**{"workers": 1, **options}), quiet=True)  # type: ignore[arg-type]
+    in_process = "workers" not in options
+    return make_dataset(f"wds:{pattern}", out, ShardingOptions(**options), quiet=True, in_process=in_process)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_dataset_beside_its_tars_can_be_moved_and_removed(tars: Path, tmp_path
 
 def test_an_overwritten_index_leaves_tars_outside_alone(tars: Path, tmp_path: Path) -> None:
     index(str(tars / "*.tar"), tmp_path / "out")
-    make_dataset("synthetic:5", tmp_path / "out", ShardingOptions(overwrite=True, workers=1), quiet=True)
+    make_dataset("synthetic:5", tmp_path / "out", ShardingOptions(overwrite=True), quiet=True, in_process=True)
     assert len(list(tars.glob("*.tar"))) == 2
     assert not list((tmp_path / "out").glob("index-*"))
 

@@ -6,11 +6,14 @@ import json
 import pickle
 import shutil
 import tarfile
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from photos import CLASSES, PER_CLASS
 
 import pipeline.shards
@@ -195,3 +198,31 @@ def test_dalis_own_reader_and_index_tool_agree_with_our_index(photo_dataset: Sha
     for i in range(len(photo_dataset)):
         assert bytes(np.asarray(pictures[i])) == photo_dataset.read(i)
         assert int(bytes(np.asarray(labels[i]))) == photo_dataset.labels([i])[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damage_anywhere_gives_documented_errors_or_the_right_bytes(
+    photo_dataset_path: Path, data: st.DataObject
+) -> None:
+    """Overwrite, cut or lengthen any file of the dataset: what is read is right, or refused as documented."""
+    whole = ShardSet.open(photo_dataset_path)
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(shutil.copytree(photo_dataset_path, Path(place) / "copy"))
+        name = data.draw(st.sampled_from(["dataset.json", "dataset.json", "samples.npy", "shard-000001.tar"]))
+        content = bytearray((copy / name).read_bytes())
+        start = data.draw(st.integers(0, len(content) - 1))
+        junk = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from([b"null", b"-1", b"[]", b'"', b"}", b"9e9"])))
+        content[start : start + data.draw(st.integers(0, 8))] = junk
+        (copy / name).write_bytes(content)
+        try:
+            dataset = ShardSet.open(copy)
+        except UserError:
+            return
+        for sample_id in range(min(len(dataset), len(whole))):
+            try:
+                picture = dataset.read(sample_id)
+            except BadSampleError:
+                continue
+            assert picture == whole.read(sample_id)
+        assert dataset.labels(range(48)).tolist() == whole.labels(range(48)).tolist()
