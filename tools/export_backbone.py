@@ -1,0 +1,143 @@
+"""Take an encoder elsewhere: python tools/export_backbone.py CHECKPOINT OUT --format torchvision
+
+CHECKPOINT is a checkpoint of train/pretrain.py or the folder of a run (its newest one), or any other file that
+train/linear.py reads: official SimSiam checkpoints, torchvision's and timm's weights, safetensors.
+
+torchvision   .pth, state_dict of torchvision.models without the classifier
+timm          .pth, the same names: timm has them from torchvision
+detectron2    .pth, {"model", "__author__", "matching_heuristics"} with detectron2's names. Its DetectionCheckpointer
+              takes it as MODEL.WEIGHTS; unlike the .pkl of its own converters it is read without running code
+official      .pth, {"arch", "state_dict"} as facebookresearch/simsiam writes it, with projector and predictor if
+              CHECKPOINT has them
+safetensors   .safetensors, torchvision's names, and in the header the architecture and the pixels it expects
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors.torch
+import torch
+import tyro
+from typing_extensions import assert_never
+
+from model.backbone import Stem
+from pipeline.disk import atomic_file, disk_error
+from pipeline.errors import UserError, exit_on_user_error
+from train.layouts import State, to_detectron2, to_official
+from train.weights import METADATA, Pixels, Weights, read_weights
+
+FormatName = Literal["torchvision", "timm", "detectron2", "official", "safetensors"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Arguments of export_backbone."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """File with an encoder, or the folder of a run."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """File to write."""
+    format: FormatName = "torchvision"
+    """Whose names the weights get."""
+    backbone: str | None = None
+    """What CHECKPOINT holds, as in --backbone resnet50. Default: found out."""
+    stem: Stem | None = None
+    """Its first layers, where the shapes leave it open. Default: found out."""
+    overwrite: bool = False
+    """Write over OUT if it exists."""
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(ExportConfig, description=__doc__, prog="export_backbone.py")
+    check_out(config)
+    weights = read_weights(config.checkpoint, config.backbone, config.stem)
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        write(config.out, config.format, weights)
+    except OSError as error:
+        raise disk_error(error, f"writing {config.out}") or UserError(
+            f"cannot write {config.out}: {error.strerror}; name another file"
+        ) from error
+    print(f"wrote {config.out}: {weights.describe()}\n{how_to_load(config.out, config.format, weights)}")
+
+
+def check_out(config: ExportConfig) -> None:
+    """Raise UserError for a file that exists, or a name by which others would read it wrongly."""
+    suffix = config.out.suffix
+    if config.format == "safetensors" and suffix != ".safetensors":
+        raise UserError(f"{config.out}: readers know safetensors by its name, so let OUT end in .safetensors")
+    if config.format != "safetensors" and suffix not in (".pth", ".pt"):
+        raise UserError(f"{config.out}: --format {config.format} writes a file of torch.save, so let OUT end in .pth")
+    if config.out.exists() and not config.overwrite:
+        raise UserError(f"{config.out} exists: add --overwrite, or name another file")
+
+
+def write(out: Path, layout: FormatName, weights: Weights) -> None:
+    """Write the file, whole or not at all. Raises OSError as the disk does."""
+    backbone = _plain(weights.parts.backbone)
+    with atomic_file(out) as file:
+        match layout:
+            case "torchvision" | "timm":
+                torch.save(backbone, file)
+            case "detectron2":
+                content: dict[str, Any] = {"model": to_detectron2(backbone)}
+                torch.save({**content, "__author__": "siamstream", "matching_heuristics": True}, file)
+            case "official":
+                torch.save({"arch": weights.backbone, "state_dict": _plain(to_official(weights.parts))}, file)
+            case "safetensors":
+                file.write(safetensors.torch.save(backbone, {METADATA: json.dumps(_about(weights)), "format": "pt"}))
+            case unreachable:
+                assert_never(unreachable)
+
+
+def how_to_load(out: Path, layout: FormatName, weights: Weights) -> str:
+    """What the other program needs to be told."""
+    pixels = weights.pixels or Pixels()
+    name = weights.backbone
+    match layout:
+        case "torchvision":
+            how = f'm = torchvision.models.{name}(); m.fc = nn.Identity(); m.load_state_dict(torch.load("{out}"))'
+        case "timm":
+            how = f'timm.create_model("{name}", num_classes=0, checkpoint_path="{out}")'
+        case "detectron2":
+            means, stds = ([round(255 * value, 3) for value in values] for values in (pixels.mean, pixels.std))
+            how = (
+                f"MODEL.WEIGHTS {out}, MODEL.PIXEL_MEAN {means}, MODEL.PIXEL_STD {stds}, INPUT.FORMAT RGB, "
+                "MODEL.RESNETS.STRIDE_IN_1X1 False"
+            )
+        case "official":
+            how = f"python main_lincls.py --arch {name} --pretrained {out}"
+        case "safetensors":
+            how = f'm = torchvision.models.{name}(); m.fc = nn.Identity(); m.load_state_dict(load_file("{out}"))'
+        case unreachable:
+            assert_never(unreachable)
+    size = f"{pixels.image_size} px" if weights.pixels else "unknown size"
+    lines = [f"load it: {how}", f"pictures: RGB, trained at {size}, mean {pixels.mean}, std {pixels.std}"]
+    if name == "resnet_tiny" or weights.stem != "imagenet":
+        lines.append(
+            f"note: {name} with the {weights.stem} stem exists here only (model/backbone.py); "
+            "others must build the same first layers to load it"
+        )
+    if layout == "official" and not weights.parts.projector:
+        lines.append("note: there were no projector and predictor to write; its linear evaluation needs none")
+    return "\n".join(lines)
+
+
+def _plain(state: State) -> State:
+    """Tensors that share no memory and lie in the usual order: channels-last is this project's affair."""
+    return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+
+
+def _about(weights: Weights) -> dict[str, Any]:
+    """The part of a run's configuration that ``read_weights`` looks for."""
+    about: dict[str, Any] = {"model": {"backbone": weights.backbone, "stem": weights.stem}}
+    return {**about, "views": asdict(weights.pixels)} if weights.pixels else about
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
