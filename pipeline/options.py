@@ -15,7 +15,7 @@ _HOW = ("workers", "part", "overwrite")  # how the work is done; everything else
 
 @dataclass(frozen=True)
 class ShardingOptions:
-    """Options of make_shards."""
+    """What decides the bytes of a dataset, and how the work is done."""
 
     samples_per_shard: int = 2048
     """Pictures in one tar; 2048 ImageNet pictures are about 225 MB, the size WebDataset recommends."""

@@ -35,14 +35,14 @@ class Command:
     """A folder of pictures, a tar, parquet files, synthetic:N or wds:PATTERN."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the dataset; made if it is not there."""
-    options: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
+    sharding: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
 
 
 def main() -> None:
     """Parse the command line, write the dataset, say what was done."""
     command = tyro.cli(Command, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        summary = make_dataset(command.source, command.out, command.options)
+        summary = make_dataset(command.source, command.out, command.sharding)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on with what is missing in {command.out}", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C
