@@ -8,6 +8,7 @@ resumed run replaces alike.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.batch import Batch
 from pipeline.errors import UserError
+from pipeline.read_costs import ReadCosts
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import CentreCrops, ViewParams
 
@@ -62,12 +64,20 @@ class BadSamples:
 class Assembler:
     """Reads batches of one dataset."""
 
-    def __init__(self, dataset: ShardSet, draw: DrawWindows, pool: ThreadPoolExecutor, bad: BadSamples) -> None:
-        """``draw`` says what to cut out of each sample; ``pool`` reads."""
+    def __init__(
+        self,
+        dataset: ShardSet,
+        draw: DrawWindows,
+        pool: ThreadPoolExecutor,
+        bad: BadSamples,
+        costs: ReadCosts | None = None,
+    ) -> None:
+        """``draw`` says what to cut out of each sample; ``pool`` reads; ``costs`` hears how long each read took."""
         self._dataset = dataset
         self._draw = draw
         self._pool = pool
         self._bad = bad
+        self._costs = costs
 
     def read_ahead(self, places: Iterable[Place], depth: int) -> Iterator[Batch]:
         """The batches of ``places`` in order, ``depth`` of them being read while one is used."""
@@ -92,7 +102,15 @@ class Assembler:
         return [self._pool.submit(self._read_group, group) for group in groups]
 
     def _read_group(self, group: list[int]) -> list[Read]:
-        return [self._read(sample_id) for sample_id in group]
+        if self._costs is None:
+            return [self._read(sample_id) for sample_id in group]
+        reads, seconds = [], []
+        for sample_id in group:
+            start = time.perf_counter()
+            reads.append(self._read(sample_id))
+            seconds.append(time.perf_counter() - start)
+        self._costs.add(self._dataset.shards_of([source for source, _ in reads]), seconds)
+        return reads
 
     def _batch(self, epoch: int, step: int, ids: Int64[np.ndarray, " n"], reads: list[Read]) -> Batch:
         sources = np.array([source for source, _ in reads], dtype=np.int64)

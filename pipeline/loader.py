@@ -22,7 +22,8 @@ from pipeline.assemble import Assembler, BadSamples, DrawWindows, Place
 from pipeline.backends import Delivered, ViewMaker
 from pipeline.feeder import fed_ahead
 from pipeline.loader_config import LoaderConfig
-from pipeline.order import batch_ids, rank_slice, steps_per_epoch
+from pipeline.order import OrderConfig, batch_positions, choose_order, rank_slice, steps_per_epoch
+from pipeline.read_costs import ReadCosts
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 
@@ -68,21 +69,23 @@ def open_views(
     start_step: int = 0,
     accumulate: int = 1,
     dtype: torch.dtype = torch.float32,
+    order: OrderConfig = OrderConfig(),  # noqa: B008  # frozen
     on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
+    read_costs: ReadCosts | None = None,
 ) -> Iterator[Iterator[Views]]:
     """One rank's views from step ``start_step`` of ``start_epoch`` to the end of ``epochs``.
 
     Each step comes as ``accumulate`` micro-batches of ``global_batch / world_size / accumulate`` samples. The iterator
-    raises UserError when too many samples are bad.
+    raises UserError when too many samples are bad. ``read_costs`` is told how long each shard's reads took.
     """
     assert global_batch % (world_size * accumulate) == 0
-    num_samples = dataset.num_samples
-    steps = steps_per_epoch(num_samples, global_batch)
+    steps = steps_per_epoch(dataset.num_samples, global_batch)
+    sample_ids = choose_order(order, seed, dataset.shard_samples)
 
     def places() -> Iterator[Place]:
         for epoch in range(start_epoch, epochs):
             for step in range(start_step if epoch == start_epoch else 0, steps):
-                ids = rank_slice(batch_ids(num_samples, seed, epoch, step, global_batch), rank, world_size)
+                ids = sample_ids(epoch, batch_positions(step, global_batch, rank, world_size))
                 for micro in range(accumulate):
                     yield epoch, step, rank_slice(ids, micro, accumulate)
 
@@ -90,7 +93,7 @@ def open_views(
         return draw_views(recipe, seed, epoch, ids, dataset.sizes(ids))
 
     max_batch = global_batch // world_size // accumulate
-    settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
+    settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample, read_costs)
     with _delivered(settings, draw, places) as delivered:
         yield (
             Views(x1, x2, batch.ids, batch.sources, batch.epoch, batch.step, wait_s)
@@ -137,6 +140,7 @@ class _Settings:
     device: torch.device
     dtype: torch.dtype
     on_bad_sample: Callable[[BadSampleError], None]
+    read_costs: ReadCosts | None = None
 
 
 @contextmanager
@@ -152,7 +156,7 @@ def _delivered(
     ):
         bad = BadSamples(config.max_bad_samples, settings.on_bad_sample)
         maker = ViewMaker(
-            Assembler(settings.dataset, draw, readers, bad),
+            Assembler(settings.dataset, draw, readers, bad, settings.read_costs),
             settings.recipe,
             config,
             max_batch=settings.max_batch,

@@ -4,19 +4,66 @@ The order is a keyed permutation that answers for any position in constant time 
 a rank no more than a thousand. It is a Feistel network over pairs (Black & Rogaway 2002, "Ciphers with arbitrary
 finite domains"): a sample number is written as left * columns + right, and each round adds to one half a hash of the
 other. The few values that land outside the data set are permuted again until they land inside ("cycle walking").
+
+For storage that hates random reads there is a second order, by blocks: the shards are permuted, and samples are
+shuffled only within groups of a few shards. It remembers a few numbers for each shard, none for a sample.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import assert_never
 
 from pipeline.counter_rng import philox4x32, seed_key, splitmix64
+from pipeline.errors import UserError
 
 FEISTEL_ROUNDS = 12  # six per half; four in all are proven enough for large halves (Luby & Rackoff 1988)
 ORDER_STREAM = 0x0D0E  # keeps the order's counters apart from those of the views
+SHARD_STREAM = 0x0D5A  # the permutation of shards
+BLOCK_STREAM = 0x0D81  # those within groups of shards
+
+Order = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]  # (epoch, positions in it) -> sample ids
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """In which order an epoch visits the samples."""
+
+    epoch_order: Literal["random", "blocks"] = "random"  # blocks: few shards at a time, where random reads are slow
+    block_shards: int = 16  # shards whose samples are shuffled together; with 2048 ImageNet pictures each, 3.6 GB
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a group without shards."""
+        if self.block_shards < 1:
+            raise UserError(f"--block-shards {self.block_shards}: a group has at least 1 shard")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the order, and so the run's numbers."""
+        match self.epoch_order:
+            case "random":
+                return {"epoch_order": self.epoch_order}
+            case "blocks":
+                return {"epoch_order": self.epoch_order, "block_shards": self.block_shards}
+            case _:
+                assert_never(self.epoch_order)
+
+
+def choose_order(config: OrderConfig, seed: int, shard_samples: NDArray[np.int64]) -> Order:
+    """The order of a dataset whose shard ``s`` holds ``shard_samples[s]`` samples, numbered on from shard to shard."""
+    match config.epoch_order:
+        case "random":
+            return partial(epoch_order, int(shard_samples.sum()), seed)
+        case "blocks":
+            return BlockOrder(shard_samples, config.block_shards, seed)
+        case _:
+            assert_never(config.epoch_order)
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -25,11 +72,54 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: NDArray[np.i
     ``positions``: int64 ``[n]`` in ``0 .. num_samples - 1``. Returns int64 ``[n]``; over all positions it is a
     permutation of ``0 .. num_samples - 1``, another one for each seed and epoch.
     """
+    return _permute(num_samples, _round_keys(seed, epoch, ORDER_STREAM), positions)
+
+
+class BlockOrder:
+    """``(epoch, positions) -> sample ids``: shards permuted, samples shuffled within groups of ``group`` shards.
+
+    Remembers a few numbers a shard, of the epoch asked for last. Thread-safe.
+    """
+
+    def __init__(self, shard_samples: NDArray[np.int64], group: int, seed: int) -> None:
+        """``shard_samples``: int64 ``[shards]``, samples of each; sample ids count on from shard to shard."""
+        self._samples = shard_samples
+        self._first = np.cumsum(shard_samples) - shard_samples
+        self._group = group
+        self._seed = seed
+        self._newest = (-1, (self._first, self._first))  # of no epoch yet
+
+    def __call__(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sample ids at ``positions`` of ``epoch``: int64 ``[n]`` both; over all positions a permutation."""
+        known, layout = self._newest
+        if known != epoch:
+            layout = self._lay_out(epoch)
+            self._newest = (epoch, layout)
+        shards, starts = layout
+        groups = (np.searchsorted(starts, positions, side="right") - 1) // self._group
+        places = np.empty_like(positions)
+        for number in np.unique(groups):
+            mine = groups == number
+            start, end = starts[number * self._group], starts[min((number + 1) * self._group, len(shards))]
+            keys = _round_keys(self._seed, epoch, BLOCK_STREAM, int(number))
+            places[mine] = start + _permute(int(end - start), keys, positions[mine] - start)
+        at = np.searchsorted(starts, places, side="right") - 1
+        return self._first[shards[at]] + places - starts[at]
+
+    def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The shards in the order of an epoch, without empty ones, and where each starts; the end of the last too."""
+        keys = _round_keys(self._seed, epoch, SHARD_STREAM)
+        shards = _permute(len(self._samples), keys, np.arange(len(self._samples)))
+        shards = shards[self._samples[shards] > 0]
+        return shards, np.concatenate([[0], np.cumsum(self._samples[shards])])
+
+
+def _permute(num_samples: int, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A keyed permutation of ``0 .. num_samples - 1`` at some positions: int64 ``[n]``."""
     assert num_samples > 0
     assert positions.size == 0 or (positions.min() >= 0 and positions.max() < num_samples)
     rows = math.isqrt(num_samples - 1) + 1
     columns = -(-num_samples // rows)
-    keys = _round_keys(seed, epoch)
     ids = _permute_grid(positions.astype(np.uint64), rows, columns, keys)
     outside = np.flatnonzero(ids >= num_samples)
     while outside.size:
@@ -50,6 +140,16 @@ def batch_ids(num_samples: int, seed: int, epoch: int, step: int, global_batch: 
     return epoch_order(num_samples, seed, epoch, positions)
 
 
+def batch_positions(step: int, global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """The positions in the epoch of one rank's part of global batch ``step``: int64 ``[global_batch / world_size]``.
+
+    A rank asks the order for its own part alone, so that its cost does not grow with the number of ranks.
+    """
+    assert global_batch % world_size == 0
+    rank_batch = global_batch // world_size
+    return step * global_batch + rank * rank_batch + np.arange(rank_batch, dtype=np.int64)
+
+
 def rank_slice(ids: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
     """One rank's contiguous part of a global batch: int64 ``[len(ids) / world_size]``."""
     assert len(ids) % world_size == 0
@@ -57,12 +157,13 @@ def rank_slice(ids: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np
     return ids[rank * rank_batch : (rank + 1) * rank_batch]
 
 
-def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    """One 64-bit key for each Feistel round: uint64 ``[FEISTEL_ROUNDS]``."""
+def _round_keys(seed: int, epoch: int, stream: int, number: int = 0) -> NDArray[np.uint64]:
+    """One 64-bit key for each Feistel round of permutation ``number`` of a stream: uint64 ``[FEISTEL_ROUNDS]``."""
     counters = np.zeros((FEISTEL_ROUNDS, 4), dtype=np.uint32)
     counters[:, 0] = np.arange(FEISTEL_ROUNDS)
+    counters[:, 1] = number
     counters[:, 2] = epoch
-    counters[:, 3] = ORDER_STREAM << 16
+    counters[:, 3] = stream << 16
     words = philox4x32(counters, seed_key(seed)).astype(np.uint64)
     return words[:, 0] << np.uint64(32) | words[:, 1]
 

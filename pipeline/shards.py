@@ -83,8 +83,8 @@ class _Shards(Sequence[Shard]):
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
-            return tuple(Shard(**entry) for entry in self._entries[number])
-        return Shard(**self._entries[number])
+            return tuple(self[at] for at in range(*number.indices(len(self))))
+        return Shard(**{name: self._entries[number][name] for name in _SHARD_TYPES})
 
 
 class _OpenFile:
@@ -108,7 +108,7 @@ class ShardSet:
         self.samples = samples
         self._rows = samples.view(np.ndarray)  # the same memory; indexing a memmap object costs several times more
         self.verify_checksums = verify_checksums
-        self.shards = tuple(Shard(**{name: shard[name] for name in _SHARD_TYPES}) for shard in info["shards"])
+        self.shards: Sequence[Shard] = _Shards(info["shards"])
         self.classes: tuple[str, ...] = tuple(info["classes"])
         self.num_samples: int = info["num_samples"]
         self.has_labels: bool = info["has_labels"]  # True: every sample has a label
