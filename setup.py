@@ -7,6 +7,7 @@ RUNTIME = [
     "torchvision>=0.26",
     "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
     "webdataset>=1.0",
+    "braceexpand>=0.1.7",
     "numpy>=1.26",
     "numba>=0.61",
     "pillow>=10",

@@ -60,9 +60,6 @@ def inspect_picture(data: bytes, verify: Verify, max_pixels: int) -> Picture:
     image = _open(data, max_pixels)
     picture = Picture(EXTENSIONS[_format(image)], image.height, image.width)
     if verify == "full":
-        # An eighth of the size for JPEG: libjpeg reads and entropy-decodes every byte all the same, and what it leaves
-        # out, the inverse DCT, cannot fail. Measured on 300 ImageNet pictures: 752 against 522 pictures/s per core.
-        image.draft(None, (1, 1))
         _decode(image)
     return picture
 
