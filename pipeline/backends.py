@@ -131,7 +131,7 @@ class ViewMaker:
         try:
             next(self._make(iter([batch.only(sample)])))
         except UndecodableBatchError as error:
-            return error.reason
+            return f"cannot be decoded: {error.reason}"
         return None
 
 

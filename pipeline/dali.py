@@ -90,7 +90,7 @@ class DaliSquares:
         try:
             outputs = self._pipeline.run(stream)
         except RuntimeError as error:
-            raise UndecodableBatchError(self._inputs.in_flight.popleft(), str(error)) from error
+            raise UndecodableBatchError(self._inputs.in_flight.popleft(), _reason(error)) from error
         return self._inputs.in_flight.popleft(), [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _decode(self, encoded: DataNode) -> DataNode:
@@ -126,3 +126,12 @@ class DaliSquares:
         """Resize as if the whole picture were resized, but compute its centre alone."""
         encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
         return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
+
+
+def _reason(error: RuntimeError) -> str:
+    """DALI's message in one line, without the trace of the graph's making that comes before it."""
+    message = str(error).rpartition("encountered:")[2]
+    lines = (line.strip() for line in message.splitlines())
+    return "DALI: " + " ".join(
+        line for line in lines if line and not line.startswith(("C++ context", "Current pipeline"))
+    )

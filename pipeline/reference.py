@@ -32,7 +32,7 @@ def decode(encoded: bytes) -> Picture:
     """
     with Image.open(io.BytesIO(encoded)) as file:
         image: Image.Image = file
-        if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255 instead of scaling
+        if image.mode.startswith("I"):  # 16 bits, in 32 for PPM; PIL's own conversion would clip at 255, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
