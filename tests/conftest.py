@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import train.openmp  # noqa: F401  # before torch
+
+# isort: split
 from pathlib import Path
 
 import pytest
