@@ -1,0 +1,214 @@
+"""DALI's squares against PIL and torchvision, and what happens around a picture that DALI cannot decode."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from encoded import HEIGHT, WIDTH, bad_pictures, batch_of, encode, good_pictures, only_pil_decodes
+from photos import picture_bytes, smooth_pixels
+from PIL import Image
+
+from pipeline import reference
+from pipeline.batch import Batch, UndecodableBatchError
+from pipeline.errors import UserError
+from pipeline.loader_config import DaliConfig
+from pipeline.shards import ShardSet
+from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
+
+if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+    pytest.skip("needs NVIDIA DALI, which exists for Linux: pip install nvidia-dali-cuda130", allow_module_level=True)
+
+from pipeline.dali import DaliSquares
+
+SIDE = 40
+RECIPE = ViewRecipe(image_size=SIDE)
+CPU = torch.device("cpu")
+DEVICES = [
+    pytest.param(CPU, id="cpu"),
+    pytest.param(
+        torch.device("cuda"),
+        id="cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ],
+    ),
+]
+
+
+def squares_of(
+    batches: Iterator[Batch], device: torch.device = CPU, side: int = SIDE, largest: int = 48
+) -> DaliSquares:
+    return DaliSquares(batches, side, largest, 2, device, DaliConfig())
+
+
+def assert_close(made: torch.Tensor, expected: list[torch.Tensor]) -> None:
+    """As close as the whole loader has to be: 0.5 of 255 in the mean, 99 % of the values within 4."""
+    apart = (made.cpu().int() - torch.stack(expected).permute(0, 2, 3, 1).int()).abs().float()
+    assert apart.mean() <= 0.5
+    assert (apart <= 4).float().mean() >= 0.99
+
+
+def photo_batch(dataset: ShardSet, side: int, centre: bool) -> tuple[Batch, list[torch.Tensor]]:
+    ids = np.arange(dataset.num_samples)
+    sizes, encoded = dataset.sizes(ids), [dataset.read(sample) for sample in ids]
+    recipe = ViewRecipe(image_size=side)
+    windows: ViewParams | CentreCrops = centre_crops(side, sizes) if centre else draw_views(recipe, 1, 0, ids, sizes)
+    batch = Batch(0, 0, ids, ids, [np.frombuffer(data, dtype=np.uint8) for data in encoded], windows)
+    return batch, [reference.decode(data) for data in encoded]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("side", [32, 96])
+def test_squares_are_torchvisions(photo_dataset: ShardSet, side: int, device: torch.device) -> None:
+    batch, pictures = photo_batch(photo_dataset, side, centre=False)
+    delivered, squares = next(squares_of(iter([batch]), device, side))
+    assert delivered is batch
+    for view, made in enumerate(squares):
+        assert made.dtype == torch.uint8
+        assert made.is_contiguous()
+        assert_close(
+            made, [reference.resized_crop(pic, batch.windows, i, view, side) for i, pic in enumerate(pictures)]
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("side", [32, 96])
+def test_centre_squares_are_torchvisions(photo_dataset: ShardSet, side: int, device: torch.device) -> None:
+    batch, pictures = photo_batch(photo_dataset, side, centre=True)
+    _, (made,) = next(squares_of(iter([batch]), device, side))
+    assert_close(made, [reference.centre_crop(pic, batch.windows, i, side) for i, pic in enumerate(pictures)])
+
+
+def whole_picture_batch(encoded: list[bytes], side: int) -> Batch:
+    """Windows as large as the views, so that nothing is resized and every byte is the decoder's."""
+    recipe = ViewRecipe(image_size=side)
+    batch = batch_of(encoded, recipe)
+    windows = batch.windows
+    assert isinstance(windows, ViewParams)
+    windows.crop[:, 0] = [0, 0, side, side]
+    windows.crop[:, 1] = [HEIGHT - side, WIDTH - side, side, side]
+    return batch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_kinds_of_pictures_decode_as_pil_decodes_them(device: torch.device) -> None:
+    pictures = good_pictures()
+    _, squares = next(squares_of(iter([whole_picture_batch(list(pictures.values()), SIDE)]), device))
+    for sample, (kind, encoded) in enumerate(pictures.items()):
+        expected = reference.decode(encoded).permute(1, 2, 0).int()
+        corners = expected[:SIDE, :SIDE], expected[HEIGHT - SIDE :, WIDTH - SIDE :]
+        for made, corner in zip(squares, corners, strict=True):
+            apart = (made[sample].cpu().int() - corner).abs()
+            if "16 bits" in kind:  # DALI rounds what PIL cuts off
+                assert apart.max() <= 1, kind
+            elif device == CPU or "JPEG" not in kind:
+                assert apart.max() == 0, kind
+            else:  # nvJPEG's inverse DCT and chroma upsampling are its own
+                assert apart.float().mean() <= 2, kind
+
+
+def test_single_pixels_and_lines() -> None:
+    images = [(1, 1), (1, 200), (200, 1), (2, 3)]
+    encoded = [encode(Image.fromarray(smooth_pixels(i, *size)), "PNG") for i, size in enumerate(images)]
+    ids = np.arange(len(images))
+    params = draw_views(RECIPE, 0, 0, ids, np.array(images, dtype=np.int32))
+    batch = Batch(0, 0, ids, ids, [np.frombuffer(data, dtype=np.uint8) for data in encoded], params)
+    _, squares = next(squares_of(iter([batch])))
+    for view, made in enumerate(squares):
+        assert_close(
+            made,
+            [reference.resized_crop(reference.decode(data), params, i, view, SIDE) for i, data in enumerate(encoded)],
+        )
+
+
+def good_batch(step: int, count: int = 4) -> Batch:
+    return batch_of([picture_bytes(100 * step + i) for i in range(count)], RECIPE, step=step)
+
+
+def assert_right(delivered: tuple[Batch, list[torch.Tensor]], expected: Batch) -> None:
+    batch, squares = delivered
+    assert batch is expected
+    for view, made in enumerate(squares):
+        assert len(made) == len(batch)
+        pictures = [reference.decode(data.tobytes()) for data in batch.encoded]
+        crops = [reference.resized_crop(pic, batch.windows, i, view, SIDE) for i, pic in enumerate(pictures)]
+        assert_close(made, crops)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad_steps", [{0}, {3}, {7}, {2, 3}, {0, 1, 2}, {5, 7}, set(range(8))], ids=str)
+def test_batches_around_undecodable_ones_are_right(bad_steps: set[int], device: torch.device) -> None:
+    """Wherever they lie in DALI's queue: each is named once, and no other batch is lost, late or changed."""
+    batches = [good_batch(step, count=3 if step == 7 else 4) for step in range(8)]
+    kinds = list(bad_pictures().values())
+    for step in bad_steps:
+        batches[step].encoded[step % 3] = np.frombuffer(kinds[step % len(kinds)], dtype=np.uint8)
+    squares = squares_of(iter(batches), device)
+    for step, batch in enumerate(batches):
+        if step in bad_steps:
+            with pytest.raises(UndecodableBatchError) as caught:
+                next(squares)
+            assert caught.value.batch is batch
+        else:
+            assert_right(next(squares), batch)
+    assert next(squares, None) is None
+    assert next(squares, None) is None
+
+
+@pytest.mark.parametrize("kind", bad_pictures() | only_pil_decodes())
+def test_every_kind_of_undecodable_picture_is_noticed(kind: str) -> None:
+    batches = [good_batch(0), good_batch(1)]
+    batches[0].encoded[1] = np.frombuffer((bad_pictures() | only_pil_decodes())[kind], dtype=np.uint8)
+    squares = squares_of(iter(batches))
+    with pytest.raises(UndecodableBatchError) as caught:
+        next(squares)
+    assert caught.value.reason.startswith("DALI: ")
+    assert "\n" not in caught.value.reason
+    assert_right(next(squares), batches[1])
+
+
+def test_the_last_batch_may_be_smaller() -> None:
+    batches = [good_batch(0, 5), good_batch(1, 5), good_batch(2, 2)]
+    for made, batch in zip(squares_of(iter(batches), largest=5), batches, strict=True):
+        assert_right(made, batch)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_squares_stay_as_they_were_while_later_batches_come(device: torch.device) -> None:
+    """They share DALI's memory: it must not be used again as long as they live."""
+    squares = squares_of((good_batch(step) for step in range(12)), device)
+    held = [next(squares)[1] for _ in range(3)]
+    copies = [[square.clone() for square in views] for views in held]
+    rest = [next(squares)[1] for _ in range(5)]
+    del rest
+    list(squares)
+    del squares
+    for views, copied in zip(held, copies, strict=True):
+        for view, copy in zip(views, copied, strict=True):
+            assert torch.equal(view, copy)
+
+
+def test_no_batches_at_all() -> None:
+    assert next(squares_of(iter(())), None) is None
+
+
+def test_an_error_in_the_making_of_batches_comes_through_as_it_is() -> None:
+    def batches() -> Iterator[Batch]:
+        yield good_batch(0)
+        raise UserError("too many bad samples")
+
+    with pytest.raises(UserError, match="too many bad samples"):
+        list(squares_of(batches()))
+
+
+def test_a_window_outside_the_picture_is_an_error_not_wrong_pixels() -> None:
+    batch = good_batch(0)
+    assert isinstance(batch.windows, ViewParams)
+    batch.windows.crop[2, 1] = [0, 0, HEIGHT + 1, 10]
+    with pytest.raises(UndecodableBatchError, match="out of bounds"):
+        next(squares_of(iter([batch])))
