@@ -79,29 +79,33 @@ class IndexJob(Job):
         tar = self.tars[number]
         parts = ShardParts([], [], [])
         with open(tar, "rb") as file:
-            for key, members in _samples(tar, parts.rejected):
+            for key, members in tar_samples(tar, parts.rejected):
                 length = 0
                 try:
                     picture, row = self._sample(file.fileno(), members)
                     parts.rows.append(row)
-                    parts.samples.append([Component(split_key(m.name)[1], m.offset, m.length, m.name) for m in members])
+                    parts.samples.append(components(members))
                     length = picture.length
                 except BadPictureError as error:
                     parts.rejected.append(Rejected(f"{tar.name}/{key}", str(error)))
                 tick(1, length)
         size, sha256 = tar.stat().st_size, file_sha256(tar)
-        self.finish(number, self._place(tar), size, sha256, parts, f"index-{number:06d}.idx")
+        self.finish(number, self._place(tar), size, sha256, parts, self.index_name(number))
+
+    def index_name(self, number: int) -> str:
+        """Name of the index of tar ``number`` in OUT."""
+        return f"index-{number:06d}.idx"
 
     def _sample(self, handle: int, members: list[Member]) -> tuple[Member, tuple[int, ...]]:
         """(the picture's member, its row). Raises BadPictureError."""
-        pictures = [m for m in members if split_key(m.name)[1].rpartition(".")[2].lower() in PICTURE_SUFFIXES]
-        if not pictures:
+        member = picture_member(members)
+        if member is None:
             raise BadPictureError("no picture among its members")
-        data = os.pread(handle, pictures[0].length, pictures[0].offset)
+        data = os.pread(handle, member.length, member.offset)
         picture = inspect_picture(data, self.options.verify, self.options.max_pixels)
-        label = -1 if self.options.labels == "none" else _label(handle, members)
-        row = (0, pictures[0].offset, len(data), label, picture.height, picture.width, zlib.crc32(data))
-        return pictures[0], row
+        label = -1 if self.options.labels == "none" else read_label(handle, members)
+        row = (0, member.offset, len(data), label, picture.height, picture.width, zlib.crc32(data))
+        return member, row
 
     def _place(self, tar: Path) -> str:
         """Relative where the tar lies below OUT, so that the whole folder can be moved."""
@@ -109,7 +113,7 @@ class IndexJob(Job):
         return tar.relative_to(out).as_posix() if tar.is_relative_to(out) else str(tar)
 
 
-def _samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list[Member]]]:
+def tar_samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list[Member]]]:
     """(key, members) of consecutive members with one key, as WebDataset groups them; others go to ``rejected``."""
 
     def usable() -> Iterator[Member]:
@@ -123,7 +127,18 @@ def _samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list[Me
         yield key, list(members)
 
 
-def _label(handle: int, members: list[Member]) -> int:
+def picture_member(members: list[Member]) -> Member | None:
+    """The member of a sample that is its picture: the first with a picture's extension."""
+    return next((m for m in members if split_key(m.name)[1].rpartition(".")[2].lower() in PICTURE_SUFFIXES), None)
+
+
+def components(members: list[Member]) -> list[Component]:
+    """A sample's members as DALI's index lists them."""
+    return [Component(split_key(m.name)[1], m.offset, m.length, m.name) for m in members]
+
+
+def read_label(handle: int, members: list[Member]) -> int:
+    """The class number in a sample's .cls member; -1 without one. Raises BadPictureError if it is no number."""
     member = next((m for m in members if split_key(m.name)[1].lower() == "cls"), None)
     if member is None:
         return -1

@@ -244,10 +244,15 @@ def _layout(key: str, members: dict[str, bytes], start: int) -> list[Component]:
 
 
 def write_index(path: Path, samples: Iterable[list[Component]], workshop: Path | None = None) -> None:
+    """DALI's index of a tar, atomically."""
+    with atomic_file(path, workshop) as file:
+        file.write(index_bytes(samples))
+
+
+def index_bytes(samples: Iterable[list[Component]]) -> bytes:
     """DALI's index, as its wds2idx tool writes it: one line a sample, `extension offset length name` a member."""
     lines = [" ".join(f"{c.extension} {c.offset} {c.length} {c.name}" for c in sample) for sample in samples]
-    with atomic_file(path, workshop) as file:
-        file.write("\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("utf-8", "surrogateescape"))
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("utf-8", "surrogateescape")
 
 
 def keep_torch_out() -> None:
