@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +22,12 @@ from pipeline.options import ShardingOptions
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe
 from pipeline.writer import make_dataset
-from train import knn as knn_module
+from train import knn
+from train import neighbours as neighbours_module
 from train.dist import Dist
-from train.knn import (
-    KnnConfig,
-    OnlineKnn,
-    PictureSource,
-    bank_ids,
-    extract_features,
-    knn_accuracy,
-    knn_predict,
-    split_ids,
-)
+from train.features import PictureSource, Samples, extract_features, split_ids
+from train.knn import KnnConfig, OnlineKnn, bank_ids, score_neighbours
+from train.neighbours import knn_accuracy, knn_predict
 
 CPU = torch.device("cpu")
 ALONE = Dist(0, 1, 0, 1, CPU)
@@ -73,9 +71,10 @@ def reference(
     return predicted
 
 
-@pytest.mark.parametrize("chunk_numbers", [1, 500, 1 << 27])
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk_numbers: int) -> None:
-    monkeypatch.setattr(knn_module, "SIMILARITIES_AT_ONCE", chunk_numbers)
+@pytest.mark.parametrize(("chunk_numbers", "rows"), [(1, 7), (500, 90), (500, 33), (1 << 27, 1 << 14)])
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk_numbers: int, rows: int) -> None:
+    monkeypatch.setattr(neighbours_module, "SIMILARITIES_AT_ONCE", chunk_numbers)
+    monkeypatch.setattr(neighbours_module, "BANK_ROWS_AT_ONCE", rows)
     rng = np.random.default_rng(0)
     bank, queries = rng.normal(size=(90, 8)), rng.normal(size=(33, 8))
     labels = rng.integers(0, 5, 90)
@@ -127,18 +126,18 @@ def test_features_leave_the_mode_of_the_backbone(photo_dataset: ShardSet) -> Non
 
 
 def test_online_accuracy_of_held_out_samples(photo_dataset: ShardSet) -> None:
-    knn = OnlineKnn(photo_dataset, KnnConfig(k=5, bank_size=30), SOURCE)
+    monitor = OnlineKnn(photo_dataset, KnnConfig(k=5, bank_size=30), SOURCE)
     ids = bank_ids(photo_dataset.num_samples, 30)
     features = extract_features(MeanColour(), photo_dataset, ids, SOURCE)
     labels = torch.from_numpy(photo_dataset.labels(ids).astype(np.int64))
     expected = knn_accuracy(features[:27], labels[:27], features[27:], labels[27:], 5, 0.07, 4)
-    assert knn.evaluate(MeanColour()) == pytest.approx(expected)
-    assert "3 queries held out" in knn.describe()
+    assert monitor.evaluate(MeanColour()) == pytest.approx(expected)
+    assert "3 queries held out" in monitor.describe()
 
 
 def test_online_accuracy_with_the_training_set_as_queries(photo_dataset: ShardSet) -> None:
-    knn = OnlineKnn(photo_dataset, KnnConfig(data=photo_dataset.path, k=1), SOURCE)
-    assert knn.evaluate(MeanColour()) == 100.0  # each sample is its own nearest neighbour
+    monitor = OnlineKnn(photo_dataset, KnnConfig(data=photo_dataset.path, k=1), SOURCE)
+    assert monitor.evaluate(MeanColour()) == 100.0  # each sample is its own nearest neighbour
 
 
 def test_query_set_must_have_the_same_classes(photo_dataset: ShardSet, photo_folder: Path, tmp_path: Path) -> None:
@@ -156,3 +155,94 @@ def test_query_set_must_have_labels(photo_dataset: ShardSet, photo_folder: Path,
     make_dataset(str(flat), tmp_path / "set", ShardingOptions(workers=1), quiet=True)
     with pytest.raises(UserError, match="no labels"):
         OnlineKnn(photo_dataset, KnnConfig(data=tmp_path / "set"), SOURCE)
+
+
+def rot(dataset: ShardSet, sample_id: int) -> None:
+    """Change a byte of a picture where it lies."""
+    row = dataset.samples[sample_id]
+    with open(dataset.shard_path(int(row["shard"])), "r+b") as file:
+        file.seek(int(row["offset"]) + int(row["length"]) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.fixture
+def rotten(photo_dataset: ShardSet, tmp_path: Path) -> ShardSet:
+    """A copy of the dataset in which sample 7 has rotted."""
+    shutil.copytree(photo_dataset.path, tmp_path / "rotten")
+    dataset = ShardSet.open(tmp_path / "rotten")
+    rot(dataset, 7)
+    return dataset
+
+
+def test_an_evaluation_refuses_pictures_that_have_rotted(rotten: ShardSet) -> None:
+    with pytest.raises(UserError, match=r"(?s)sample 7 \(key .*checksum differs.*counts every picture once"):
+        extract_features(MeanColour(), rotten, np.arange(rotten.num_samples), SOURCE)
+    extract_features(MeanColour(), rotten, np.arange(7), SOURCE)
+
+
+def test_the_monitor_leaves_rotten_pictures_out(photo_dataset: ShardSet, rotten: ShardSet, capsys: Any) -> None:
+    good = np.delete(np.arange(photo_dataset.num_samples), 7)
+    ids = np.arange(photo_dataset.num_samples)
+    scores = [
+        score_neighbours(
+            MeanColour(), Samples(bank, kept), Samples(asked, kept), SOURCE, ks=[3], temperature=0.07, tolerant=True
+        )[3]
+        for bank, asked, kept in ((photo_dataset, photo_dataset, good), (rotten, rotten, ids))
+    ]
+    assert scores[0] == scores[1]
+    assert scores[1].total == len(good)
+    assert "left out of the accuracy: sample 7" in capsys.readouterr().out
+
+
+def test_half_precision_and_several_k(photo_dataset: ShardSet) -> None:
+    samples = Samples.all_of(photo_dataset)
+    whole, half = (
+        score_neighbours(MeanColour(), samples, samples, SOURCE, ks=[1, 5, 999], temperature=0.07, dtype=dtype)
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert whole == half
+    assert whole[1].correct == whole[1].total == photo_dataset.num_samples
+    features = extract_features(MeanColour(), photo_dataset, samples.ids, SOURCE)
+    labels = torch.from_numpy(photo_dataset.labels(samples.ids).astype(np.int64))
+    for k in (5, 999):
+        assert whole[k].top1 == pytest.approx(knn_accuracy(features, labels, features, labels, k, 0.07, 4))
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    command = ["knn.py", "--device", "cpu", "--backend", "torchvision", "--threads", "1", *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        knn.exit_on_user_error(knn.main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_script(photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    data = ["--data", photo_dataset_path, "--val-data", photo_dataset_path, "--checkpoint", "untrained:resnet_tiny"]
+    out = tmp_path / "knn.json"
+    assert run_script(monkeypatch, *data, "--image-size", 16, "--k", "5,1", "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert [row["k"] for row in result["knn"]] == [1, 5]
+    assert result["knn"][0] == {"k": 1, "top1": 100.0, "correct": 48, "total": 48}
+    assert "k 1          top-1 100.00 % (48 of 48)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--k", "20;200"], "--k 20;200: write whole numbers"),
+        (["--temperature", "0"], "--temperature 0.0: it must be above 0"),
+        (["--val-data", "/nowhere"], "no dataset at /nowhere"),
+        (["--checkpoint", "/nowhere"], "cannot read the checkpoint /nowhere"),
+        (["--json", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
+    ],
+)
+def test_mistakes_of_the_script(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, more: list[str], message: str
+) -> None:
+    data = ["--data", photo_dataset_path, "--val-data", photo_dataset_path, "--checkpoint", "untrained:resnet_tiny"]
+    assert run_script(monkeypatch, *data, "--image-size", 16, *more) == 2
+    assert message in capsys.readouterr().err

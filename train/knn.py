@@ -1,34 +1,57 @@
-"""Owns the weighted k-nearest-neighbour accuracy of an encoder: Wu et al. 2018 (arXiv:1805.01978), section 3.4."""
+"""kNN accuracy of an encoder's features: weighted vote of the nearest neighbours, Wu et al. 2018 (arXiv:1805.01978).
+
+    torchrun --standalone --nproc-per-node=8 train/knn.py --data DIR --val-data DIR --checkpoint FILE
+    python train/knn.py --data DIR --val-data DIR --checkpoint RUN_DIR --k 1,20,200                     (one process)
+
+Owns what is compared with what: as a script, and as the monitor that pretraining calls. Each rank keeps its share of
+the training features and sees the others' one share at a time. Memory of a rank in bytes: 4 x dimensions x (2 shares of
+the training features, or 1 in one process + its share of the validation features); half of the training part with
+--feature-dtype float16; about 1 GB beside them. ImageNet's 1.28 M x 2048 are 10.5 GB in one process (5.2 GB in float16)
+and 2.6 GB (1.3 GB) on each of eight GPUs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import train.openmp  # noqa: F401  # before torch
+
+# isort: split
+import re
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as td
-import torch.nn.functional as F
 import tyro
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Int64
+from torch import nn
 
-from pipeline.errors import UserError
-from pipeline.loader import open_pictures
+from pipeline.disk import disk_error, write_json
+from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader_config import LoaderConfig
 from pipeline.order import epoch_order
 from pipeline.shards import ShardSet
-from pipeline.views import ViewRecipe
-from train.dist import Dist, gather_rows
+from train.dist import Dist, SharedError, distributed, on_main, say, together
+from train.features import (
+    NOT_SEEN,
+    EncoderConfig,
+    PictureSource,
+    Samples,
+    check_same_classes,
+    each_rank,
+    labelled_features,
+    open_frozen,
+    open_labelled,
+    split_ids,
+)
+from train.neighbours import Neighbours
+from train.precision import PrecisionName, choose_precision
 
 BANK_SEED = 0  # which samples make the bank is the same in every run, so that accuracies compare
 HELD_OUT = 0.1  # share of the bank's samples that become queries where no --knn-data is given
 MAX_QUERIES_HELD_OUT = 10_000
-PICTURES_PER_PASS = 256
-SIMILARITIES_AT_ONCE = 1 << 27  # numbers of the similarity matrix held at a time: 512 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -43,88 +66,54 @@ class KnnConfig:
     every: Annotated[int, tyro.conf.arg(name="knn-every")] = 1  # epochs between two evaluations; 0 = never
 
 
-def knn_accuracy(
-    train_feats: Float[Tensor, "n d"],
-    train_labels: Int64[Tensor, " n"],
-    test_feats: Float[Tensor, "m d"],
-    test_labels: Int64[Tensor, " m"],
-    k: int,
-    temperature: float,
-    num_classes: int,
-) -> float:
-    """Top-1 accuracy in percent of classifying the test features by their k nearest training features."""
-    predicted = knn_predict(train_feats, train_labels, test_feats, k, temperature, num_classes)
-    return 100.0 * (predicted == test_labels).double().mean().item()
-
-
-@torch.no_grad()
-def knn_predict(
-    bank: Float[Tensor, "n d"],
-    bank_labels: Int64[Tensor, " n"],
-    queries: Float[Tensor, "m d"],
-    k: int,
-    temperature: float,
-    num_classes: int,
-) -> Int64[Tensor, " m"]:
-    """The class with the largest sum of exp(cos / temperature) over the k nearest neighbours (all of them if n < k).
-
-    Features are l2-normalised here. Computed in chunks of queries, so that memory grows with n alone.
-    """
-    bank = F.normalize(bank.float(), dim=1)
-    queries = F.normalize(queries.float(), dim=1)
-    parts = []
-    for chunk in queries.split(max(1, SIMILARITIES_AT_ONCE // len(bank))):
-        similarity, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(chunk), num_classes, device=chunk.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        parts.append(votes.argmax(dim=1))
-    return torch.cat(parts) if parts else bank_labels.new_empty(0)
-
-
 @dataclass(frozen=True)
-class PictureSource:
-    """How features are made: from which pictures, through which loader, on how many ranks, in which number format."""
+class Score:
+    """Queries classified rightly, and how many there were."""
 
-    recipe: ViewRecipe
-    loader: LoaderConfig
-    dist: Dist
-    autocast: Callable[[], AbstractContextManager[object]]
-    dtype: torch.dtype
+    correct: int
+    total: int
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in percent."""
+        return 100.0 * self.correct / max(self.total, 1)
 
 
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module, dataset: ShardSet, ids: Int64[np.ndarray, " n"], source: PictureSource
-) -> Float[Tensor, "part d"]:
-    """This rank's part of the features of samples ``ids``: rows ``split_ids(...)``, float32, on its device.
+def score_neighbours(
+    backbone: nn.Module,
+    bank: Samples,
+    queries: Samples,
+    source: PictureSource,
+    *,
+    ks: list[int],
+    temperature: float,
+    dtype: torch.dtype = torch.float32,
+    tolerant: bool = False,
+) -> dict[int, Score]:
+    """Classify ``queries`` by the k nearest of ``bank``, for each k; every rank gets the same scores. A collective.
 
-    The backbone computes in evaluation mode and is given back in the mode it came in.
+    ``dtype``: how the bank's features are kept. ``tolerant``: leave out pictures that cannot be read, which otherwise
+    raise SharedError.
     """
     dist = source.dist
-    mine = split_ids(ids, dist.world_size)[dist.rank]
-    was_training = backbone.training
-    backbone.eval()
-    features = []
-    with open_pictures(
-        dataset,
-        source.recipe,
-        source.loader,
-        ids=mine if len(mine) else ids[:1],  # a rank without pictures still learns how wide features are
-        batch=PICTURES_PER_PASS,
-        local_world_size=dist.local_world_size,
-        device=dist.device,
-        dtype=source.dtype,
-    ) as batches:
-        for x, _ in batches:
-            with source.autocast():
-                features.append(backbone(x).float())
-    backbone.train(was_training)
-    return torch.cat(features)[: len(mine)]
-
-
-def split_ids(ids: Int64[np.ndarray, " n"], parts: int) -> list[Int64[np.ndarray, " part"]]:
-    """Contiguous parts that differ by at most one in length; together they are ``ids``, none doubled or dropped."""
-    return np.array_split(ids, parts)
+    mine, my_labels = labelled_features(backbone, bank, source, dtype=dtype, tolerant=tolerant)
+    asked, answers = labelled_features(backbone, queries, source, tolerant=tolerant)
+    neighbours = Neighbours(asked, min(max(ks), len(bank.ids)))
+    counts = [len(part) for part in split_ids(bank.ids, dist.world_size)]
+    parts = zip(each_rank(dist, mine, counts), each_rank(dist, my_labels, counts), strict=True)
+    for features, labels in parts:
+        seen = labels != NOT_SEEN
+        if not tolerant or bool(seen.all()):
+            neighbours.add(features, labels)
+        else:
+            neighbours.add(features[seen], labels[seen])
+    classes = len(bank.dataset.classes)
+    right = [(neighbours.vote(k, temperature, classes) == answers).sum() for k in ks]
+    counted = torch.stack([*right, (answers != NOT_SEEN).sum()])
+    if dist.world_size > 1:
+        td.all_reduce(counted)
+    *correct, total = counted.tolist()
+    return {k: Score(n, total) for k, n in zip(ks, correct, strict=True)}
 
 
 class OnlineKnn:
@@ -132,44 +121,34 @@ class OnlineKnn:
 
     def __init__(self, train: ShardSet, config: KnnConfig, source: PictureSource) -> None:
         """Raises UserError if --knn-data does not fit the training set."""
-        self._config, self._source, self._bank_set = config, source, train
+        self._config, self._source = config, source
         ids = bank_ids(train.num_samples, config.bank_size)
         if config.data is None:
-            self._query_set = train
             queries = min(max(1, int(len(ids) * HELD_OUT)), MAX_QUERIES_HELD_OUT)
-            self._bank, self._queries = ids[:-queries], ids[-queries:]
+            self._bank, self._queries = Samples(train, ids[:-queries]), Samples(train, ids[-queries:])
         else:
-            self._query_set = _open_queries(train, config.data)
-            self._bank, self._queries = ids, np.arange(self._query_set.num_samples)
-        if len(self._bank) == 0:
+            query_set = open_labelled(config.data, "--knn-data")
+            check_same_classes("--knn-data", query_set, train)
+            self._bank, self._queries = Samples(train, ids), Samples.all_of(query_set)
+        if len(self._bank.ids) == 0:
             raise UserError(f"kNN needs more than {train.num_samples} sample(s) to compare with: take --knn-every 0")
 
     def describe(self) -> str:
         """What is compared with what, for people."""
+        queries, bank = len(self._queries.ids), len(self._bank.ids)
         held_out = " held out of them (the encoder trains on their pictures)" if self._config.data is None else ""
-        return (
-            f"{len(self._queries):,} queries{held_out} against {len(self._bank):,} training samples, k {self._config.k}"
-        )
+        return f"{queries:,} queries{held_out} against {bank:,} training samples, k {self._config.k}"
 
     def evaluate(self, backbone: nn.Module) -> float:
-        """Top-1 accuracy in percent, the same on every rank. A collective."""
-        dist, source = self._source.dist, self._source
-        counts = [len(part) for part in split_ids(self._bank, dist.world_size)]
-        bank = gather_rows(dist, extract_features(backbone, self._bank_set, self._bank, source), counts)
-        queries = extract_features(backbone, self._query_set, self._queries, source)
-        my_queries = split_ids(self._queries, dist.world_size)[dist.rank]
-        predicted = knn_predict(
-            bank,
-            _labels(self._bank_set, self._bank, dist.device),
-            queries,
-            self._config.k,
-            self._config.temperature,
-            len(self._bank_set.classes),
+        """Top-1 accuracy in percent, the same on every rank. A collective.
+
+        A picture that rotted since it was sharded is left out, and does not stop the training.
+        """
+        k, temperature = self._config.k, self._config.temperature
+        scores = score_neighbours(
+            backbone, self._bank, self._queries, self._source, ks=[k], temperature=temperature, tolerant=True
         )
-        correct = (predicted == _labels(self._query_set, my_queries, dist.device)).sum()
-        if dist.world_size > 1:
-            td.all_reduce(correct)
-        return 100.0 * correct.item() / len(self._queries)
+        return scores[k].top1
 
 
 def bank_ids(num_samples: int, bank_size: int) -> Int64[np.ndarray, " n"]:
@@ -177,19 +156,85 @@ def bank_ids(num_samples: int, bank_size: int) -> Int64[np.ndarray, " n"]:
     return epoch_order(num_samples, BANK_SEED, 0, np.arange(min(bank_size, num_samples), dtype=np.int64))
 
 
-def _labels(dataset: ShardSet, ids: Int64[np.ndarray, " n"], device: torch.device) -> Int64[Tensor, " n"]:
-    return torch.from_numpy(dataset.labels(ids).astype(np.int64)).to(device)
+@dataclass(frozen=True)
+class KnnEvalConfig:
+    """Weighted kNN accuracy of an encoder: the pictures of --val-data are classified by their neighbours in --data."""
+
+    data: Path  # labelled dataset to compare with
+    val_data: Path  # labelled dataset to classify, of the same classes; every picture counts exactly once
+    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
+    k: str = "20"  # neighbours; several separated by commas cost one pass
+    temperature: float = 0.07  # Wu et al. 2018, section 4
+    bank_size: int | None = None  # take only so many samples of --data, spread over it; None: all
+    feature_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the memory of the training features
+    json: Path | None = None  # write the accuracies to this file as well
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: PrecisionName = "auto"  # of the forward pass; auto: bf16 on a GPU, fp32 on a CPU
+    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 
 
-def _open_queries(train: ShardSet, path: Path) -> ShardSet:
-    queries = ShardSet.open(path)
-    if not queries.has_labels:
-        raise UserError(f"--knn-data {path} has no labels: shard it from class folders, or leave --knn-data away")
-    if queries.classes != train.classes:
-        only_there = sorted(set(queries.classes) - set(train.classes))
-        only_here = sorted(set(train.classes) - set(queries.classes))
-        raise UserError(
-            f"--knn-data {path} has other classes than --data {train.path}: only in the first {only_there[:5]}, "
-            f"only in the second {only_here[:5]}; both must be sharded from the same class names"
-        )
-    return queries
+def main() -> None:
+    """The script."""
+    config = tyro.cli(KnnEvalConfig, prog="knn.py")
+    try:
+        with distributed(config.device) as dist:
+            evaluate(config, dist)
+    except SharedError as error:
+        if not error.speaks:
+            sys.exit(2)  # rank 0 prints it
+        raise
+
+
+def evaluate(config: KnnEvalConfig, dist: Dist) -> dict[int, Score]:
+    """Print the accuracies and write them. Raises UserError for mistakes. A collective."""
+    ks = together(dist, lambda: _check(config))
+    bank, queries = together(dist, lambda: _open(config))
+    encoder = together(dist, lambda: open_frozen(config.encoder, dist.device))
+    precision = together(dist, lambda: choose_precision(config.precision, dist.device))
+    source = PictureSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
+    say(
+        dist, f"encoder      {encoder.weights.describe()}, pictures of {encoder.pixels.image_size} px, {precision.name}"
+    )
+    say(dist, f"kNN          {len(queries.ids):,} queries against {len(bank.ids):,} samples")
+    dtype = torch.float16 if config.feature_dtype == "float16" else torch.float32
+    scores = score_neighbours(encoder.trunk, bank, queries, source, ks=ks, temperature=config.temperature, dtype=dtype)
+    for k, score in scores.items():
+        say(dist, f"k {k:<10} top-1 {score.top1:.2f} % ({score.correct:,} of {score.total:,})")
+    if config.json is not None:
+        on_main(dist, lambda: _write(config, config.json, scores))
+    return scores
+
+
+def _check(config: KnnEvalConfig) -> list[int]:
+    """The numbers of neighbours. Raises UserError for values that make no sense."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.k):
+        raise UserError(f"--k {config.k}: write whole numbers from 1 up, separated by commas, as in 10,20,200")
+    if config.temperature <= 0:
+        raise UserError(f"--temperature {config.temperature}: it must be above 0")
+    if config.bank_size is not None and config.bank_size < 1:
+        raise UserError(f"--bank-size {config.bank_size}: it must be at least 1")
+    return sorted({int(k) for k in config.k.split(",")})
+
+
+def _open(config: KnnEvalConfig) -> tuple[Samples, Samples]:
+    train, val = open_labelled(config.data, "--data"), open_labelled(config.val_data, "--val-data")
+    check_same_classes("--val-data", val, train)
+    bank = Samples.all_of(train)
+    if config.bank_size is not None:
+        bank = Samples(train, bank_ids(train.num_samples, config.bank_size))
+    return bank, Samples.all_of(val)
+
+
+def _write(config: KnnEvalConfig, path: Path | None, scores: dict[int, Score]) -> None:
+    assert path is not None
+    values: dict[str, Any] = {"checkpoint": config.encoder.checkpoint, "temperature": config.temperature}
+    rows = [{"k": k, "top1": score.top1, "correct": score.correct, "total": score.total} for k, score in scores.items()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**values, "knn": rows})
+    except OSError as error:
+        raise disk_error(error, f"writing {path}") or UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,211 @@
+"""Owns features: pictures through a frozen trunk, each sample exactly once over all ranks, and the labels to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as td
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+
+from model.backbone import Stem
+from pipeline.errors import UserError
+from pipeline.loader import open_pictures
+from pipeline.loader_config import LoaderConfig
+from pipeline.shards import BadSampleError, ShardSet
+from pipeline.views import ViewRecipe
+from train.dist import Dist, together
+from train.weights import Pixels, Weights, open_encoder
+
+PICTURES_PER_PASS = 256
+NOT_SEEN = -1  # label of a picture that could not be read
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which encoder is evaluated."""
+
+    # Checkpoint of train/pretrain.py or the folder of a run (its newest), official SimSiam checkpoint, weights of
+    # torchvision or timm, .safetensors; or untrained:BACKBONE, as in untrained:resnet50
+    checkpoint: str
+    backbone: str | None = None  # what the checkpoint holds; None: found out
+    stem: Stem | None = None  # its first layers, where their shape leaves it open; None: found out
+    image_size: int | None = None  # px; None: as in training if the checkpoint says so, else 224
+    seed: int = 0  # of untrained weights, and of all that is drawn
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An encoder to evaluate: in evaluation mode, without gradients, on its device."""
+
+    trunk: nn.Module
+    width: int  # of its features
+    pixels: Pixels
+    weights: Weights
+
+    @property
+    def recipe(self) -> ViewRecipe:
+        """The size and normalisation of pictures that it expects, otherwise untouched."""
+        return ViewRecipe(image_size=self.pixels.image_size, mean=self.pixels.mean, std=self.pixels.std)
+
+
+def open_frozen(config: EncoderConfig, device: torch.device) -> Frozen:
+    """Read the encoder. Raises UserError if there is none in the file, or another one than said."""
+    trunk, width, weights = open_encoder(config.checkpoint, config.backbone, config.stem, config.seed)
+    pixels = weights.pixels or Pixels()
+    if config.image_size is not None:
+        pixels = replace(pixels, image_size=config.image_size)
+    trunk = trunk.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Frozen(trunk, width, pixels, weights)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of a dataset."""
+
+    dataset: ShardSet
+    ids: Int64[np.ndarray, " n"]
+
+    @classmethod
+    def all_of(cls, dataset: ShardSet) -> Samples:
+        """Every sample, in the order of the shards."""
+        return cls(dataset, np.arange(dataset.num_samples))
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """How features are made: from which pictures, through which loader, on how many ranks, in which number format."""
+
+    recipe: ViewRecipe
+    loader: LoaderConfig
+    dist: Dist
+    autocast: Callable[[], AbstractContextManager[object]]
+    dtype: torch.dtype  # of the pictures
+
+
+def refuse_bad_sample(error: BadSampleError) -> None:
+    """A picture that cannot be read ends an evaluation: counted with another's pixels it would be silently wrong."""
+    raise UserError(
+        f"{error}\nAn accuracy counts every picture once, so none may be left out or replaced: copy the dataset again "
+        "from where it came from, or write it again without this picture"
+    )
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module,
+    dataset: ShardSet,
+    ids: Int64[np.ndarray, " n"],
+    source: PictureSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    on_bad_sample: Callable[[BadSampleError], None] = refuse_bad_sample,
+) -> Float[Tensor, "part d"]:
+    """This rank's part of the features of samples ``ids``: rows ``split_ids(...)``, in ``dtype``, on its device.
+
+    The backbone computes in evaluation mode and is given back in the mode it came in. A picture that cannot be read
+    goes to ``on_bad_sample``; if that returns, the row holds another picture's features. Contains no collective.
+    """
+    dist = source.dist
+    mine = split_ids(ids, dist.world_size)[dist.rank]
+    was_training = backbone.training
+    backbone.eval()
+    features, filled = torch.empty(0), 0
+    with open_pictures(
+        dataset,
+        source.recipe,
+        source.loader,
+        ids=mine if len(mine) else ids[:1],  # a rank without pictures still learns how wide features are
+        batch=PICTURES_PER_PASS,
+        local_world_size=dist.local_world_size,
+        device=dist.device,
+        dtype=source.dtype,
+        on_bad_sample=on_bad_sample,
+    ) as batches:
+        for x, _ in batches:
+            with source.autocast():
+                part = backbone(x)
+            if filled == 0:
+                features = torch.empty((max(len(mine), 1), part.shape[1]), dtype=dtype, device=part.device)
+            features[filled : filled + len(part)] = part
+            filled += len(part)
+    backbone.train(was_training)
+    return features[: len(mine)]
+
+
+def labelled_features(
+    backbone: nn.Module,
+    samples: Samples,
+    source: PictureSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tolerant: bool = False,
+) -> tuple[Float[Tensor, "part d"], Int64[Tensor, " part"]]:
+    """This rank's features with their labels.
+
+    A picture that cannot be read raises SharedError; if ``tolerant`` it is warned of and labelled NOT_SEEN instead. A
+    collective.
+    """
+    dist, bad = source.dist, set[int]()
+
+    def note(error: BadSampleError) -> None:
+        if error.sample_id not in bad:
+            print(f"bad sample, left out of the accuracy: {error}", flush=True)
+        bad.add(error.sample_id)
+
+    features = together(
+        dist,
+        lambda: extract_features(
+            backbone,
+            samples.dataset,
+            samples.ids,
+            source,
+            dtype=dtype,
+            on_bad_sample=note if tolerant else refuse_bad_sample,
+        ),
+    )
+    mine = split_ids(samples.ids, dist.world_size)[dist.rank]
+    labels = samples.dataset.labels(mine).astype(np.int64)
+    labels[np.isin(mine, list(bad))] = NOT_SEEN
+    return features, torch.from_numpy(labels).to(dist.device)
+
+
+def split_ids(ids: Int64[np.ndarray, " n"], parts: int) -> list[Int64[np.ndarray, " part"]]:
+    """Contiguous parts that differ by at most one in length; together they are ``ids``, none doubled or dropped."""
+    return np.array_split(ids, parts)
+
+
+def each_rank(
+    dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]
+) -> Iterator[Shaped[Tensor, "count *rest"]]:
+    """Every rank's rows in turn, on every rank; only one rank's are held beside one's own. A collective."""
+    assert len(rows) == counts[dist.rank]
+    for rank, count in enumerate(counts):
+        part = rows if rank == dist.rank else rows.new_empty((count, *rows.shape[1:]))
+        if dist.world_size > 1 and count > 0:
+            td.broadcast(part, src=rank)
+        yield part
+
+
+def open_labelled(path: Path, flag: str) -> ShardSet:
+    """Open a dataset that must have labels. Raises UserError otherwise."""
+    dataset = ShardSet.open(path)
+    if not dataset.has_labels:
+        raise UserError(f"{flag} {path} has no labels: shard it from class folders, or with a label file (--labels)")
+    return dataset
+
+
+def check_same_classes(flag: str, dataset: ShardSet, train: ShardSet) -> None:
+    """Raise UserError unless ``dataset``, given by ``flag``, numbers the same classes alike."""
+    if dataset.classes != train.classes:
+        only_there = sorted(set(dataset.classes) - set(train.classes))
+        only_here = sorted(set(train.classes) - set(dataset.classes))
+        raise UserError(
+            f"{flag} {dataset.path} has other classes than --data {train.path}: only in the first {only_there[:5]}, "
+            f"only in the second {only_here[:5]}; shard it with --classes-from {train.path}"
+        )
