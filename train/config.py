@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +13,10 @@ from model.backbone import BACKBONES
 from model.simsiam import SimSiamConfig
 from pipeline.errors import UserError
 from pipeline.loader_config import LoaderConfig
+from pipeline.order import OrderConfig
 from pipeline.views import ViewRecipe
 from train.knn import KnnConfig
+from train.loader_tuning import check_agreement, load_tuning
 from train.optim import OptimConfig
 from train.precision import PrecisionName
 
@@ -38,10 +40,12 @@ class PretrainConfig:
     checkpoint_every: str = "1epoch"  # or 500steps, or 10m (minutes)
     keep_checkpoints: int = 3  # the newest ones
     log_every: int = 10  # steps between lines of metrics.jsonl
+    loader_tuning: Path | None = None  # file of profile_throughput.py --tune: sets the loader where no flag does
     record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
     # Nested fields are flags of their own name, without their component's; only --dali.* keeps a prefix.
     model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
     views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
+    order: Annotated[OrderConfig, tyro.conf.arg(name="")] = field(default_factory=OrderConfig)
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     knn: Annotated[KnnConfig, tyro.conf.arg(name="")] = field(default_factory=KnnConfig)
@@ -55,7 +59,7 @@ class PretrainConfig:
 
         The number of processes, the loader, the precision and the optimizer's implementation are free to change.
         """
-        run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed}
+        run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
         parts: dict[str, Any] = {"model": self.model, "views": self.views, "optim": self.optim}
         fields = {f"{part}.{name}": value for part, config in parts.items() for name, value in asdict(config).items()}
         del fields["optim.optimizer"]
@@ -63,8 +67,19 @@ class PretrainConfig:
 
 
 def parse_config(arguments: list[str] | None = None) -> PretrainConfig:
-    """Read the command line. tyro prints mistakes and exits with code 2."""
-    return tyro.cli(PretrainConfig, args=arguments, prog="pretrain.py")
+    """Read the command line. tyro prints mistakes and exits with code 2.
+
+    A tuning file takes the place of the loader's defaults. Raises UserError where a flag disagrees with it.
+    """
+    config = tyro.cli(PretrainConfig, args=arguments, prog="pretrain.py")
+    path = config.loader_tuning
+    if path is None:
+        return config
+    tuning = load_tuning(path)
+    tuned = replace(config, loader=tuning.fill(LoaderConfig()))
+    config = tyro.cli(PretrainConfig, args=arguments, default=tuned, prog="pretrain.py")
+    check_agreement(path, tuning, config.loader)
+    return config
 
 
 def check_model(model: SimSiamConfig) -> None:

@@ -2,8 +2,9 @@
 
 A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
 (optimizer steps done), loss (of that step), lr, z_std, img_per_s (source images, since the last line), data_wait (share
-of that time spent waiting for the loader). A kNN line has epoch (epochs done), step and knn_top1 (percent); the first
-one is the untrained encoder's. Resuming cuts off what lies after the checkpoint: no step appears twice.
+of that time that the slowest rank waited for the loader); of several ranks data_wait_rankR too. A kNN line has epoch
+(epochs done), step and knn_top1 (percent); the first one is the untrained encoder's. Resuming cuts off what lies after
+the checkpoint: no step appears twice.
 """
 
 from __future__ import annotations
@@ -135,6 +136,16 @@ class RateMeter:
         """Count a step."""
         self._steps, self._images, self._wait_s = self._steps + 1, self._images + images, self._wait_s + wait_s
 
+    @property
+    def steps(self) -> int:
+        """Steps since the last reading."""
+        return self._steps
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for the loader since the last reading."""
+        return self._wait_s
+
     def read(self) -> Rates:
         """The rates since the last reading, of at least one step; begins a new interval."""
         seconds = max(self._clock() - self._start, 1e-9)
@@ -153,8 +164,10 @@ class ProgressLine:
         self._total, self._stream, self._clock = total_steps, stream or sys.stderr, clock
         self._last_line_s = -math.inf
 
-    def show(self, epoch: int, step: int, loss: float, z_std: float, rates: Rates) -> None:
-        """Show the state after ``step`` steps."""
+    def show(
+        self, epoch: int, step: int, loss: float, z_std: float, rates: Rates, data_wait: str | None = None
+    ) -> None:
+        """Show the state after ``step`` steps. ``data_wait`` says more of it than the rates do."""
         now = self._clock()
         on_terminal = self._stream.isatty()
         if not on_terminal and now - self._last_line_s < PLAIN_LINE_EVERY_S and step < self._total:
@@ -163,7 +176,7 @@ class ProgressLine:
         left = (self._total - step) * rates.step_s
         text = (
             f"epoch {epoch} step {step}/{self._total} loss {loss:.4f} z_std {z_std:.4f} "
-            f"{rates.img_per_s:.0f} img/s data_wait {rates.data_wait:.0%} left {duration(left)}"
+            f"{rates.img_per_s:.0f} img/s data_wait {data_wait or format(rates.data_wait, '.0%')} left {duration(left)}"
         )
         self._stream.write(f"\r\x1b[K{text}" if on_terminal else text + "\n")
         if on_terminal and step >= self._total:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.simsiam import SimSiamOutput, simsiam_loss, z_std
 from pipeline.errors import exit_on_user_error
 from pipeline.loader import Views, open_views
+from pipeline.read_costs import ReadCosts
 from train.config import PretrainConfig, parse_config
 from train.dist import Dist, SharedError, any_rank, distributed, on_main, say, share_buffers
 from train.knn import OnlineKnn
@@ -53,7 +54,7 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
     check_run_dir(run)
     if config.resume:
         resume(run)
-    knn = open_knn(run)
+    knn, costs = open_knn(run), ReadCosts(len(run.dataset.shards))
     claim_run_dir(run)
     with (
         Reporter(dist, config, run.plan, run.step) as reporter,
@@ -72,9 +73,13 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
             start_step=run.step % run.plan.steps_per_epoch,
             accumulate=config.accumulate,
             dtype=run.precision.view_dtype,
+            order=config.order,
+            read_costs=costs,
         ) as batches,
     ):
-        return loop(run, batches, reporter, knn, stop)
+        finished = loop(run, batches, reporter, knn, stop)
+        reporter.say_what_cost_most(run.dataset, costs)
+        return finished
 
 
 def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn | None, stop: StopRequest) -> bool:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -16,13 +16,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pipeline.disk import disk_error, write_json
+from pipeline.read_costs import ReadCosts
+from pipeline.shards import ShardSet
 from train.config import PretrainConfig
 from train.dist import Dist, mean_over_ranks, on_main, say, together
-from train.metrics import CollapseGuard, MetricsLog, ProgressLine, RateMeter, SampleRecord, duration
+from train.metrics import CollapseGuard, MetricsLog, ProgressLine, RateMeter, Rates, SampleRecord, duration
 from train.plan import RunPlan
+from train.waits import Waits, costliest_shard, describe_shard, describe_waits
 
 PREDICT_AFTER_STEPS = 20  # steps of this session after which the run's time is predicted; the first half warms up
 SUMMARY_FILE = "summary.json"
+RANKS_LOGGED = 64  # up to so many ranks each have a data_wait of their own in metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Reporter:
         self._guard = CollapseGuard(config.model.dim)
         self._prediction_start_s = self._start_s = time.perf_counter()
         self._paused_s = 0.0
+        self._waited, self._logged_s = [0.0] * dist.world_size, 0.0
 
     def __enter__(self) -> Reporter:
         """Use as a context, so that the files are closed."""
@@ -71,16 +76,37 @@ class Reporter:
         if self._samples is not None:
             self._samples.write(step, result.ids.tolist())
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
-            loss, z_std = mean_over_ranks(self._dist, torch.stack([result.loss, result.z_std])).tolist()
-            rates = self._meter.read()
+            loss, z_std, rates, waits = self._read(result)
             epoch = (step - 1) // self._plan.steps_per_epoch
             if self._metrics is not None:
-                self._metrics.write(epoch, step, loss=loss, lr=result.lr, z_std=z_std, **asdict(rates))
-                self._progress.show(epoch, step, loss, z_std, rates)
+                self._metrics.write(
+                    epoch, step, loss=loss, lr=result.lr, z_std=z_std, **asdict(rates), **_per_rank(waits)
+                )
+                self._progress.show(epoch, step, loss, z_std, rates, str(waits))
                 warning = self._guard.check(z_std, step)
                 if warning is not None:
                     print(warning, file=sys.stderr, flush=True)
         self._predict(step)
+
+    def _read(self, result: StepResult) -> tuple[float, float, Rates, Waits]:
+        """Loss and z_std of the last step and the rates since the last line; data_wait is the slowest rank's."""
+        own_wait = torch.zeros(self._dist.world_size, device=result.loss.device)
+        own_wait[self._dist.rank] = self._meter.wait_s * self._dist.world_size
+        values = torch.cat([torch.stack([result.loss, result.z_std]), own_wait])
+        loss, z_std, *seconds = mean_over_ranks(self._dist, values).tolist()
+        steps = self._meter.steps
+        rates = self._meter.read()
+        waits = Waits(tuple(seconds), steps * rates.step_s)
+        self._waited = [sum(both) for both in zip(self._waited, seconds, strict=True)]
+        self._logged_s += waits.of_s
+        return loss, z_std, replace(rates, data_wait=max(waits.shares)), waits
+
+    def say_what_cost_most(self, dataset: ShardSet, costs: ReadCosts) -> None:
+        """Print which rank waited longest for its data, and which shard cost most to read. A collective."""
+        shard = costliest_shard(self._dist, dataset, costs)
+        say(self._dist, describe_waits(Waits(tuple(self._waited), self._logged_s)))
+        if shard is not None:
+            say(self._dist, describe_shard(shard))
 
     def _predict(self, step: int) -> None:
         done = step - self._start_step
@@ -129,3 +155,10 @@ class Reporter:
             write_json(self._config.run_dir / SUMMARY_FILE, values)
         except OSError as error:
             raise disk_error(error, f"writing {self._config.run_dir}") or error from error
+
+
+def _per_rank(waits: Waits) -> dict[str, float]:
+    """data_wait of each rank for metrics.jsonl, where there are several."""
+    if not 1 < len(waits.seconds) <= RANKS_LOGGED:
+        return {}
+    return {f"data_wait_rank{rank}": share for rank, share in enumerate(waits.shares)}

@@ -21,6 +21,7 @@ from train.checkpoint import CheckpointTimer, check_same_run, find_checkpoint, l
 from train.config import PretrainConfig, check_model
 from train.dist import Dist, on_main, say, share_buffers, together
 from train.knn import OnlineKnn, PictureSource
+from train.loader_tuning import check_ranks
 from train.metrics import METRICS_FILE, cut_off
 from train.optim import build_optimizer
 from train.plan import RunPlan, make_plan
@@ -54,6 +55,7 @@ def prepare(config: PretrainConfig, dist: Dist) -> Run:
     timer = together(dist, lambda: CheckpointTimer(config.checkpoint_every))
     together(dist, lambda: check_model(config.model))
     precision = together(dist, lambda: choose_precision(config.precision, dist.device))
+    together(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
     dataset = together(dist, lambda: ShardSet.open(config.data))
     plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
     backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
