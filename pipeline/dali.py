@@ -42,8 +42,8 @@ class _Inputs:
         self._next = None
         self.in_flight.append(batch)
         match batch.windows:
-            case ViewParams(crop=crop):
-                windows = [crop[:, view, corner : corner + 2] for view in range(VIEWS) for corner in (0, 2)]
+            case ViewParams(crop=crop, views=views):
+                windows = [crop[:, view, corner : corner + 2] for view in range(views) for corner in (0, 2)]
             case CentreCrops(start=start, end=end):
                 windows = [start, end]
         return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]
@@ -76,8 +76,14 @@ class DaliSquares:
         )
         with self._pipeline:
             first = self._inputs.first
-            centre = first is not None and isinstance(first.windows, CentreCrops)
-            self._pipeline.set_outputs(*(self._centre_squares() if centre else self._view_squares()))
+            match first.windows if first is not None else None:
+                case CentreCrops():
+                    squares = self._centre_squares()
+                case ViewParams(views=views):
+                    squares = self._view_squares(views)
+                case None:  # nothing will come
+                    squares = self._view_squares(VIEWS)
+            self._pipeline.set_outputs(*squares)
         self._pipeline.build()
 
     def __iter__(self) -> DaliSquares:
@@ -113,9 +119,9 @@ class DaliSquares:
         side = self._image_size
         return fn.resize(pictures, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True, **window)
 
-    def _view_squares(self) -> list[DataNode]:
+    def _view_squares(self, views: int) -> list[DataNode]:
         """Cut, then resize: nothing outside the window may bleed in."""
-        encoded, *windows = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * VIEWS, batch=True)
+        encoded, *windows = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * views, batch=True)
         pictures = self._decode(encoded)
         return [
             self._resize(fn.slice(pictures, start=start, shape=shape, axes=(0, 1)))

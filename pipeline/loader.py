@@ -22,7 +22,7 @@ from pipeline.assemble import Assembler, BadSamples, DrawWindows, Place
 from pipeline.backends import Delivered, ViewMaker
 from pipeline.feeder import fed_ahead
 from pipeline.loader_config import LoaderConfig
-from pipeline.order import OrderConfig, batch_positions, choose_order, rank_slice, steps_per_epoch
+from pipeline.order import OrderConfig, batch_positions, choose_order, epoch_order, rank_slice, steps_per_epoch
 from pipeline.read_costs import ReadCosts
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
@@ -36,6 +36,17 @@ class Views:
     x2: Float[Tensor, "n 3 s s"]
     ids: Int64[np.ndarray, " n"]  # the samples that the order asked for
     sources: Int64[np.ndarray, " n"]  # the samples that are seen: ids, but where a picture was bad
+    epoch: int
+    step: int  # within the epoch
+    wait_s: float  # how long the consumer waited for this batch
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One rank's part of one micro-batch, each sample once."""
+
+    x: Float[Tensor, "n 3 s s"]  # normalised, channels-last in memory
+    sources: Int64[np.ndarray, " n"]  # the samples that are seen, whose labels belong to x
     epoch: int
     step: int  # within the epoch
     wait_s: float  # how long the consumer waited for this batch
@@ -99,6 +110,45 @@ def open_views(
             Views(x1, x2, batch.ids, batch.sources, batch.epoch, batch.step, wait_s)
             for (batch, (x1, x2)), wait_s in delivered
         )
+
+
+@contextmanager
+def open_crops(
+    dataset: ShardSet,
+    recipe: ViewRecipe,
+    config: LoaderConfig,
+    *,
+    ids: Int64[np.ndarray, " n"],
+    seed: int,
+    global_batch: int,
+    epochs: int,
+    rank: int,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+    start_epoch: int = 0,
+    accumulate: int = 1,
+    dtype: torch.dtype = torch.float32,
+    on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
+) -> Iterator[Iterator[Crops]]:
+    """One random view of each of samples ``ids`` an epoch, for training with labels; otherwise as ``open_views``."""
+    assert global_batch % (world_size * accumulate) == 0
+
+    def places() -> Iterator[Place]:
+        for epoch in range(start_epoch, epochs):
+            for step in range(steps_per_epoch(len(ids), global_batch)):
+                positions = batch_positions(step, global_batch, rank, world_size)
+                mine = ids[epoch_order(len(ids), seed, epoch, positions)]
+                for micro in range(accumulate):
+                    yield epoch, step, rank_slice(mine, micro, accumulate)
+
+    def draw(epoch: int, sources: Int64[np.ndarray, " n"]) -> ViewParams:
+        return draw_views(recipe, seed, epoch, sources, dataset.sizes(sources)).only_view(0)
+
+    max_batch = global_batch // world_size // accumulate
+    settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
+    with _delivered(settings, draw, places) as delivered:
+        yield (Crops(x, batch.sources, batch.epoch, batch.step, wait_s) for (batch, (x,)), wait_s in delivered)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.batch import Batch, UndecodableBatchError
-from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEWS, CentreCrops, ViewParams, ViewRecipe
+from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, CentreCrops, ViewParams, ViewRecipe
 
 Picture = UInt8[Tensor, "3 h w"]
 
@@ -129,7 +129,7 @@ class TorchvisionViews:
         side = self._recipe.image_size
         match batch.windows:
             case ViewParams() as params:
-                views = [transform(picture, params, sample, view, self._recipe) for view in range(VIEWS)]
+                views = [transform(picture, params, sample, view, self._recipe) for view in range(params.views)]
             case CentreCrops() as crops:
                 views = [centre_crop(picture, crops, sample, side)]
         return [normalise(view, self._recipe) for view in views]

@@ -7,6 +7,7 @@ their parameters are those of torchvision's transforms of the same names.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -88,18 +89,28 @@ def _check(flag: str, value: object, holds: bool, rule: str) -> None:
 class ViewParams:
     """What is done to n samples, each seen in two views, in the order of the fields; axes are sample and view."""
 
-    crop: Int32[np.ndarray, "n 2 4"]  # top, left, height, width; px of the picture
-    jitter: Bool[np.ndarray, "n 2"]  # whether the four colour operations are applied
-    order: Int8[np.ndarray, "n 2 4"]  # in which order: BRIGHTNESS, CONTRAST, SATURATION, HUE
-    factors: Float32[np.ndarray, "n 2 4"]  # of brightness, contrast, saturation; and the hue's shift in turns
-    gray: Bool[np.ndarray, "n 2"]
-    sigma: Float32[np.ndarray, "n 2"]  # of the blur, px of the view; 0: none
-    solarize: Bool[np.ndarray, "n 2"]
-    flip: Bool[np.ndarray, "n 2"]
+    crop: Int32[np.ndarray, "n views 4"]  # top, left, height, width; px of the picture
+    jitter: Bool[np.ndarray, "n views"]  # whether the four colour operations are applied
+    order: Int8[np.ndarray, "n views 4"]  # in which order: BRIGHTNESS, CONTRAST, SATURATION, HUE
+    factors: Float32[np.ndarray, "n views 4"]  # of brightness, contrast, saturation; and the hue's shift in turns
+    gray: Bool[np.ndarray, "n views"]
+    sigma: Float32[np.ndarray, "n views"]  # of the blur, px of the view; 0: none
+    solarize: Bool[np.ndarray, "n views"]
+    flip: Bool[np.ndarray, "n views"]
 
     def __len__(self) -> int:
         """Samples."""
         return len(self.crop)
+
+    @property
+    def views(self) -> int:
+        """Views of each sample."""
+        return self.crop.shape[1]
+
+    def only_view(self, view: int) -> ViewParams:
+        """The same samples in one of their views."""
+        part = slice(view, view + 1)
+        return ViewParams(**{field.name: getattr(self, field.name)[:, part] for field in dataclasses.fields(self)})
 
 
 def draw_views(
