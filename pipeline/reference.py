@@ -20,6 +20,7 @@ from pipeline.batch import Batch, UndecodableBatchError
 from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, CentreCrops, ViewParams, ViewRecipe
 
 Picture = UInt8[Tensor, "3 h w"]
+Square = UInt8[Tensor, "3 s s"]
 
 # PIL stops at 179 million pixels with an error of a class of its own. Pictures too large were refused when sharded.
 Image.MAX_IMAGE_PIXELS = None
@@ -38,13 +39,13 @@ def decode(encoded: bytes) -> Picture:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def resized_crop(picture: Picture, params: ViewParams, sample: int, view: int, image_size: int) -> Picture:
+def resized_crop(picture: Picture, params: ViewParams, sample: int, view: int, image_size: int) -> Square:
     """The view's window, resized to a square of ``image_size`` px."""
     top, left, height, width = params.crop[sample, view].tolist()
     return F.resized_crop(picture, top, left, height, width, [image_size, image_size], antialias=True)
 
 
-def centre_crop(picture: Picture, crops: CentreCrops, sample: int, image_size: int) -> Picture:
+def centre_crop(picture: Picture, crops: CentreCrops, sample: int, image_size: int) -> Square:
     """The evaluation view: the picture resized, then its centre."""
     resized = F.resize(picture, crops.resized[sample].tolist(), antialias=True)
     top, left = crops.corner[sample].tolist()
@@ -84,7 +85,7 @@ def blur_and_flip(picture: Picture, params: ViewParams, sample: int, view: int, 
     return picture
 
 
-def transform(picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Picture:
+def transform(picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
     """One view of a decoded picture, before it is normalised."""
     cropped = resized_crop(picture, params, sample, view, recipe.image_size)
     return blur_and_flip(colour(cropped, params, sample, view), params, sample, view, recipe)
