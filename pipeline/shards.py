@@ -175,6 +175,8 @@ class ShardSet:
         row = self._rows[sample_id]
         shard, length = int(row["shard"]), int(row["length"])
         try:
+            if int(row["offset"]) + length > self.shards[shard].bytes:
+                raise self.bad_sample(sample_id, "samples.npy points beyond the end of the shard")
             file = self._open_shard(shard)  # this reference keeps it open while other threads fill the cache
             data = os.pread(file.handle, length, int(row["offset"]))
         except OSError as error:
@@ -202,7 +204,7 @@ class ShardSet:
         name = self.shards[shard].name if shard < len(self.shards) else f"shard {shard}"
         try:
             key = self.key(sample_id)
-        except (OSError, IndexError, tarfile.TarError):
+        except (OSError, IndexError, OverflowError, tarfile.TarError):
             key = "(unreadable)"
         return BadSampleError(int(sample_id), name, key, reason)
 
@@ -255,6 +257,8 @@ def read_dataset_file(path: Path, *, check_files: bool = True) -> dict[str, Any]
             "use the version of siamstream that wrote it, or write it again with --overwrite"
         )
     if not _has_types(info, _DATASET_TYPES) or not all(_has_types(shard, _SHARD_TYPES) for shard in info["shards"]):
+        raise damaged
+    if any(Path(shard["index"]).name != shard["index"] for shard in info["shards"]):  # a repair writes there
         raise damaged
     if check_files:
         _check_files(path, info)

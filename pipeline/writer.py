@@ -154,7 +154,10 @@ def _recorded(out: Path) -> tuple[str | None, list[str]]:
         info = json.loads((out / DATASET_FILE).read_bytes())
         title, shards = info["source"], info["shards"]
         names = [shard["index"] for shard in shards]
-        return title, names if title.startswith(WDS) else [*names, *(shard["name"] for shard in shards)]
+        names += [] if title.startswith(WDS) else [shard["name"] for shard in shards]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("files of a dataset lie in its own folder")
+        return title, names
     if not (out / PARTIAL_DIR).exists():
         return None, []
     job_file = out / PARTIAL_DIR / "job.json"

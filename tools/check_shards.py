@@ -1,0 +1,140 @@
+"""Check a dataset that tools/make_shards.py wrote, and make its sidecar files again where they are damaged.
+
+    python tools/check_shards.py data/photos
+    python tools/check_shards.py data/photos --decode full --json report.json
+    python tools/check_shards.py data/photos --repair
+
+Compares the tars with dataset.json (lengths, sha256), samples.npy (places, lengths, labels, sizes, crc32) and DALI's
+indexes, decodes some pictures of each shard or all of them, looks for pictures that are there twice, and counts the
+classes. --repair writes dataset.json, samples.npy, rejected.jsonl and the indexes again from the tars, which are never
+touched, and checks the result.
+Exit codes: 0 nothing is damaged; 1 something is; 2 a user's mistake.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipeline.disk import disk_error, write_json
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.inspection import Duplicates, Inspection, inspect_dataset
+from pipeline.repair import repair_dataset
+from pipeline.shard_check import CheckOptions
+
+CLASSES_SHOWN = 5  # smallest and largest classes that the report names
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command line: DIR and the options of the check."""
+
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Folder of the dataset."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the report to this file as JSON, too."""
+    repair: bool = False
+    """Make damaged sidecar files again from the tars, then check."""
+    global_batch: int = 512
+    """Batch that the report's last line is about; the paper's by default."""
+    quiet: bool = False
+    """No progress bar."""
+    options: Annotated[CheckOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckOptions)
+
+
+def main() -> None:
+    """Parse the command line, repair if asked to, check, report."""
+    command = tyro.cli(Command, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    if command.global_batch < 1:
+        raise UserError(f"--global-batch {command.global_batch}: must be at least 1")
+    try:
+        if command.repair:
+            _repair(command)
+        inspection = inspect_dataset(command.dir, command.options, quiet=command.quiet)
+    except KeyboardInterrupt:
+        print("\ninterrupted; no tar was touched", file=sys.stderr)
+        sys.exit(130)  # the shell's code for Ctrl-C
+    print(describe(inspection, command.global_batch))
+    if command.json is not None:
+        try:
+            write_json(command.json, inspection.as_json())
+        except OSError as error:
+            raise disk_error(error, f"writing {command.json}") or UserError(
+                f"--json {command.json} cannot be written: {error.strerror}; name another file"
+            ) from error
+    if not inspection.fine:
+        sys.exit(1)
+
+
+def _repair(command: Command) -> None:
+    repaired = repair_dataset(command.dir, command.options.workers, quiet=command.quiet)
+    for name in repaired.rewritten:
+        print(f"repaired: {name}")
+    if not repaired.rewritten:
+        print("nothing to repair: every sidecar file agrees with the tars")
+    for what in repaired.lost:
+        print(f"could not be restored: {what}")
+
+
+def describe(inspection: Inspection, global_batch: int) -> str:
+    """The report for people."""
+    lines = [str(inspection.path)]
+    if inspection.samples:
+        lines[0] += (
+            f": {inspection.samples:,} samples in {inspection.shards:,} shards of {inspection.shard_samples[0]:,} to "
+            f"{inspection.shard_samples[1]:,}, {inspection.bytes / 1e6:,.1f} MB; {inspection.decoded:,} decoded"
+        )
+    lines += [f"  DAMAGED  {damage}" for damage in inspection.damage]
+    if inspection.readable_rows:
+        lines += [f"  {line}" for line in (*_classes(inspection), *_duplicates(inspection.duplicates))]
+    if inspection.samples:
+        lines.append(f"  {_batches(inspection.samples, global_batch)}")
+    lines.append("nothing is damaged" if inspection.fine else _remedy(inspection))
+    return "\n".join(lines)
+
+
+def _remedy(inspection: Inspection) -> str:
+    return (
+        f"{len(inspection.damage)} kinds of damage in all. What concerns a .tar: copy that tar again from where the "
+        "dataset came from. What concerns other files: --repair makes them again from tars as they were written"
+    )
+
+
+def _classes(inspection: Inspection) -> list[str]:
+    counts = sorted(inspection.class_counts.items(), key=lambda entry: entry[1])
+    lines = [f"{inspection.unlabelled:,} samples have no label"] if inspection.unlabelled else []
+    if len(counts) == 0:
+        return lines
+    empty = sum(count == 0 for _, count in counts)
+    lines.append(f"{len(counts):,} classes, {empty:,} of them empty; samples in the smallest and the largest:")
+    ends = [counts[:CLASSES_SHOWN], counts[CLASSES_SHOWN:][-CLASSES_SHOWN:]]
+    lines += [f"  {count:9,}  {name}" for end in ends for name, count in end]
+    return lines
+
+
+def _duplicates(found: Duplicates) -> list[str]:
+    if found.groups == 0:
+        return ["no picture is there twice"]
+    shown = "; ".join(str(list(group)) for group in found.listed[:CLASSES_SHOWN])
+    lines = [f"{found.groups:,} pictures are there more than once, {found.redundant:,} samples too many: ids {shown}"]
+    if found.other_labels:
+        lines.append(f"{found.other_labels:,} of these pictures have several labels")
+    return lines
+
+
+def _batches(samples: int, global_batch: int) -> str:
+    """Ranks and shards need not fit each other, since the order is global; only the batch must not be too large."""
+    if samples < global_batch:
+        return f"too few samples for a global batch of {global_batch:,}: lower --global-batch of the training"
+    steps, rest = divmod(samples, global_batch)
+    return (
+        f"an epoch of global batch {global_batch:,} has {steps:,} steps and leaves out {rest:,} samples, on any ranks"
+    )
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
