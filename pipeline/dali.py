@@ -75,15 +75,7 @@ class DaliSquares:
             exec_dynamic=True,
         )
         with self._pipeline:
-            first = self._inputs.first
-            match first.windows if first is not None else None:
-                case CentreCrops():
-                    squares = self._centre_squares()
-                case ViewParams(views=views):
-                    squares = self._view_squares(views)
-                case None:  # nothing will come
-                    squares = self._view_squares(VIEWS)
-            self._pipeline.set_outputs(*squares)
+            self._pipeline.set_outputs(*self._graph())
         self._pipeline.build()
 
     def __iter__(self) -> DaliSquares:
@@ -97,7 +89,20 @@ class DaliSquares:
             outputs = self._pipeline.run(stream)
         except RuntimeError as error:
             raise UndecodableBatchError(self._inputs.in_flight.popleft(), _reason(error)) from error
-        return self._inputs.in_flight.popleft(), [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        return self._inputs.in_flight.popleft(), self._tensors(outputs)
+
+    def _tensors(self, outputs: Any) -> list[Tensor]:
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def _graph(self) -> list[DataNode]:
+        first = self._inputs.first
+        match first.windows if first is not None else None:
+            case CentreCrops():
+                return self._centre_squares()
+            case ViewParams(views=views):
+                return self._view_squares(views)
+            case None:  # nothing will come
+                return self._view_squares(VIEWS)
 
     def _decode(self, encoded: DataNode) -> DataNode:
         mixed = self._device.type == "cuda" and self._config.decoder == "mixed"
@@ -122,7 +127,9 @@ class DaliSquares:
     def _view_squares(self, views: int) -> list[DataNode]:
         """Cut, then resize: nothing outside the window may bleed in."""
         encoded, *windows = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * views, batch=True)
-        pictures = self._decode(encoded)
+        return self._cut(self._decode(encoded), windows)
+
+    def _cut(self, pictures: DataNode, windows: list[DataNode]) -> list[DataNode]:
         return [
             self._resize(fn.slice(pictures, start=start, shape=shape, axes=(0, 1)))
             for start, shape in zip(windows[::2], windows[1::2], strict=True)
@@ -132,6 +139,38 @@ class DaliSquares:
         """Resize as if the whole picture were resized, but compute its centre alone."""
         encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
         return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
+
+
+class DaliPictures(DaliSquares):
+    """The decoder alone, for measuring: pictures are decoded as for training and stay inside DALI."""
+
+    def _graph(self) -> list[DataNode]:
+        encoded, *_ = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * VIEWS, batch=True)
+        return [self._decode(encoded)]
+
+    def _tensors(self, outputs: Any) -> list[Tensor]:
+        return []
+
+
+class DaliCrops(DaliSquares):
+    """The crops alone, for measuring; in place of encoded pictures batches hold decoded ``[h, w, 3]`` on ``device``."""
+
+    def _graph(self) -> list[DataNode]:
+        """Pictures may lie on the GPU and windows never do, so each has a source of its own."""
+        inputs = self._inputs
+        waiting: tuple[deque, deque] = (deque(), deque())
+
+        def pull(half: int) -> Any:
+            if not waiting[half]:
+                pictures, *windows = inputs.pull()
+                waiting[0].append(pictures)
+                waiting[1].append(windows)
+            return waiting[half].popleft()
+
+        place = "gpu" if self._device.type == "cuda" else "cpu"
+        pictures = fn.external_source(source=lambda: pull(0), device=place, layout="HWC", batch=True)
+        windows = fn.external_source(source=lambda: pull(1), num_outputs=2 * VIEWS, batch=True)
+        return self._cut(pictures, list(windows))
 
 
 def _reason(error: RuntimeError) -> str:

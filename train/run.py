@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ class Run:
     step: int = 0  # optimizer steps done
 
 
-def prepare(config: PretrainConfig, dist: Dist) -> Run:
+def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], None] = say) -> Run:
     """Check everything that can be checked before the first step, build the model, print the plan.
 
-    Raises SharedError for a user's mistake on any rank. A collective.
+    ``announce`` hears the plan's lines. Raises SharedError for a user's mistake on any rank. A collective.
     """
     timer = together(dist, lambda: CheckpointTimer(config.checkpoint_every))
     together(dist, lambda: check_model(config.model))
@@ -71,16 +72,17 @@ def prepare(config: PretrainConfig, dist: Dist) -> Run:
     )
     if config.views.image_size <= SMALL_VIEW and isinstance(model.backbone.maxpool, nn.MaxPool2d):
         hint = "--stem cifar (stride 1) or --stem small keeps more of the picture"
-        say(
+        announce(
             dist,
             f"note: the ImageNet stem takes views of {config.views.image_size} px down to a quarter at once; {hint}",
         )
     weights = sum(p.numel() for p in model.backbone.parameters()) / 1e6
-    say(dist, f"plan for {config.run_dir}\n{plan.describe()}")
-    say(dist, f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {config.views.image_size} px")
-    say(dist, f"  optimizer    {implementation}")
-    say(dist, f"  loader       {backend} ({reason})")
-    say(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
+    announce(dist, f"plan for {config.run_dir}\n{plan.describe()}")
+    side = config.views.image_size
+    announce(dist, f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {side} px")
+    announce(dist, f"  optimizer    {implementation}")
+    announce(dist, f"  loader       {backend} ({reason})")
+    announce(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
     return Run(config, dist, dataset, plan, precision, model, _parallel(model, config, dist), optimizer, timer)
 
 
