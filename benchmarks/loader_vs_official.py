@@ -17,7 +17,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from measuring import Spread, alternate, describe_machine, ratio, write_json
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -27,6 +26,7 @@ from pipeline.loader import open_views, share_of_cores
 from pipeline.loader_config import LoaderConfig
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe
+from tools.measuring import Spread, alternate, describe_machine, ratio, write_json
 
 
 @dataclass(frozen=True)
