@@ -27,7 +27,9 @@ class SimSiamConfig:
     dim: int = 2048  # width d of z and p: section 3
     projector_layers: int = 3  # section 3; appendix D takes 2 for CIFAR-10
     projector_hidden: int = 2048  # section 3
-    predictor_hidden: int = 512  # section 3; a quarter of dim
+    # None: a quarter of dim. Section 3: 512 of 2048; appendix B: "the prediction MLP's hidden layer dimension is always
+    # 1/4 of the output dimension", with which dim 256, 512, 1024, 2048 gives 65.3, 67.2, 67.5, 68.1
+    predictor_hidden: int | None = None
     predictor: Literal["mlp", "none", "fixed-random"] = "mlp"  # table 1: learned 67.7, none 0.1, fixed random 1.5
     # BN after which layers; table 3 (projector/predictor): none/none 34.6, hidden/hidden 67.4, all/hidden 68.1
     projector_bn: BatchNormPlaces = "all"
@@ -35,6 +37,20 @@ class SimSiamConfig:
     stop_gradient: bool = True  # section 4.1, figure 2: without it 0.1
     similarity: Similarity = "cosine"  # section 4.5: cosine 68.1, cross-entropy 63.2
     symmetric: bool = True  # section 4.6: symmetric 68.1, one side only 64.8
+    # Pairs of views of each picture in a step. Section 4.6: "sampling two pairs for each image in the asymmetric
+    # version (2x)" 67.3. Each pair is a pass of its own, their gradients are averaged
+    pairs: int = 1
+    # What predictions are drawn to: section 5.2. encoder: the other view's z, as ever. frozen: that of a copy of the
+    # encoder, renewed every target_steps steps. moving-average: a mean with the picture's earlier z; --predictor none
+    targets: Literal["encoder", "frozen", "moving-average"] = "encoder"
+    target_steps: int | Literal["epoch"] = 1  # section 5.2: 1 (as encoder) 68.1, 10 68.7, 100 68.9, an epoch 67.0
+    target_momentum: float = 0.8  # section 5.2: without predictor 55.0, where encoder gives 0.1
+    target_memory: Literal["ram", "disk"] = "ram"  # each process keeps num_samples x dim x 4 bytes
+
+    @property
+    def predictor_width(self) -> int:
+        """Width of the predictor's hidden layer."""
+        return max(1, self.dim // 4) if self.predictor_hidden is None else self.predictor_hidden
 
 
 class SimSiamOutput(NamedTuple):
@@ -60,11 +76,10 @@ class SimSiam(nn.Module):
         self.predictor: nn.Module
         match config.predictor:
             case "mlp":
-                self.predictor = Predictor(config.dim, config.predictor_hidden, config.predictor_bn)
+                self.predictor = Predictor(config.dim, config.predictor_width, config.predictor_bn)
             case "fixed-random":
-                self.predictor = Predictor(config.dim, config.predictor_hidden, config.predictor_bn).requires_grad_(
-                    False
-                )
+                fixed = Predictor(config.dim, config.predictor_width, config.predictor_bn)
+                self.predictor = fixed.requires_grad_(False)
             case "none":
                 self.predictor = nn.Identity()
             case unreachable:

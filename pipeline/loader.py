@@ -6,6 +6,7 @@ not bound by its data.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ from pipeline.read_costs import ReadCosts
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 
+# The second pair of views of a sample in epoch e is drawn as that of epoch e + PAIR_EPOCHS would be.
+PAIR_EPOCHS = 1 << 24
+
 
 @dataclass(frozen=True)
 class Views:
@@ -39,6 +43,7 @@ class Views:
     epoch: int
     step: int  # within the epoch
     wait_s: float  # how long the consumer waited for this batch
+    pair: int = 0  # which pair of views of these samples, where there are several
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,14 @@ def open_views(
     dtype: torch.dtype = torch.float32,
     order: OrderConfig = OrderConfig(),  # noqa: B008  # frozen
     on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
+    pairs: int = 1,
     read_costs: ReadCosts | None = None,
 ) -> Iterator[Iterator[Views]]:
     """One rank's views from step ``start_step`` of ``start_epoch`` to the end of ``epochs``.
 
-    Each step comes as ``accumulate`` micro-batches of ``global_batch / world_size / accumulate`` samples. The iterator
-    raises UserError when too many samples are bad. ``read_costs`` is told how long each shard's reads took.
+    Each step comes as ``accumulate`` micro-batches of ``global_batch / world_size / accumulate`` samples, each of them
+    ``pairs`` times in a row with other views. The iterator raises UserError when too many samples are bad.
+    ``read_costs`` is told how long each shard's reads took.
     """
     assert global_batch % (world_size * accumulate) == 0
     steps = steps_per_epoch(dataset.num_samples, global_batch)
@@ -97,8 +104,8 @@ def open_views(
         for epoch in range(start_epoch, epochs):
             for step in range(start_step if epoch == start_epoch else 0, steps):
                 ids = sample_ids(epoch, batch_positions(step, global_batch, rank, world_size))
-                for micro in range(accumulate):
-                    yield epoch, step, rank_slice(ids, micro, accumulate)
+                for micro, pair in itertools.product(range(accumulate), range(pairs)):
+                    yield epoch + pair * PAIR_EPOCHS, step, rank_slice(ids, micro, accumulate)
 
     def draw(epoch: int, ids: Int64[np.ndarray, " n"]) -> ViewParams:
         return draw_views(recipe, seed, epoch, ids, dataset.sizes(ids))
@@ -107,8 +114,9 @@ def open_views(
     settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample, read_costs)
     with _delivered(settings, draw, places) as delivered:
         yield (
-            Views(x1, x2, batch.ids, batch.sources, batch.epoch, batch.step, wait_s)
+            Views(x1, x2, batch.ids, batch.sources, epoch, batch.step, wait_s, pair)
             for (batch, (x1, x2)), wait_s in delivered
+            for pair, epoch in [divmod(batch.epoch, PAIR_EPOCHS)]
         )
 
 

@@ -134,10 +134,19 @@ def test_z_std_by_hand() -> None:
 
 def test_defaults_are_the_papers() -> None:
     config = SimSiamConfig()
-    assert (config.backbone, config.dim, config.projector_layers, config.predictor_hidden) == ("resnet50", 2048, 3, 512)
+    assert (config.backbone, config.dim, config.projector_layers, config.predictor_width) == ("resnet50", 2048, 3, 512)
     assert (config.stop_gradient, config.predictor, config.similarity, config.symmetric) == (
         True,
         "mlp",
         "cosine",
         True,
     )
+
+
+@pytest.mark.parametrize("dim", [256, 512, 1024, 2048])
+def test_the_predictors_bottleneck_is_a_quarter_of_the_output(dim: int) -> None:
+    predictor = SimSiam(SimSiamConfig(**{**TINY, "dim": dim, "predictor_hidden": None})).predictor
+    assert [layer.weight.shape for layer in predictor if hasattr(layer, "in_features")] == [
+        (dim // 4, dim),
+        (dim, dim // 4),
+    ]

@@ -20,6 +20,9 @@ from train.loader_tuning import check_agreement, load_tuning
 from train.optim import OptimConfig
 from train.precision import PrecisionName
 
+# Fields of SimSiamConfig that the first checkpoints lack; at their defaults they change nothing for them.
+NEWER_SWITCHES = ("pairs", "targets", "target_steps", "target_momentum")
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -62,7 +65,11 @@ class PretrainConfig:
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
         parts: dict[str, Any] = {"model": self.model, "views": self.views, "optim": self.optim}
         fields = {f"{part}.{name}": value for part, config in parts.items() for name, value in asdict(config).items()}
-        del fields["optim.optimizer"]
+        del fields["optim.optimizer"], fields["model.target_memory"]
+        fields["model.predictor_hidden"] = self.model.predictor_width
+        for name in NEWER_SWITCHES:
+            if getattr(self.model, name) == getattr(SimSiamConfig, name):
+                del fields[f"model.{name}"]
         return _plain({**run, **fields, "dataset": dataset_fingerprint})
 
 
@@ -88,9 +95,20 @@ def check_model(model: SimSiamConfig) -> None:
         near = difflib.get_close_matches(model.backbone, BACKBONES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--backbone {model.backbone} is unknown; known are {', '.join(BACKBONES)}{hint}")
-    for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden"):
-        if getattr(model, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(model, name)}: it must be at least 1")
+    for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden", "pairs", "target_steps"):
+        number = getattr(model, name)
+        if isinstance(number, int) and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} {number}: it must be at least 1")
+    if not 0 <= model.target_momentum < 1:
+        raise UserError(
+            f"--target-momentum {model.target_momentum}: it must be at least 0 and below 1; the paper's is 0.8"
+        )
+    if model.targets != "encoder" and not model.stop_gradient:
+        raise UserError(
+            f"--targets {model.targets} with --no-stop-gradient: only --targets encoder has a gradient to let through"
+        )
+    if model.target_steps != 1 and model.targets != "frozen":
+        raise UserError(f"--target-steps {model.target_steps} is for --targets frozen, not for {model.targets}")
 
 
 def _plain(value: Any) -> Any:

@@ -74,6 +74,7 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
             accumulate=config.accumulate,
             dtype=run.precision.view_dtype,
             order=config.order,
+            pairs=config.model.pairs,
             read_costs=costs,
         ) as batches,
     ):
@@ -114,16 +115,19 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
     lr = set_lr(run.optimizer, run.plan.schedule, run.step)
     run.optimizer.zero_grad(set_to_none=True)
     losses, stds, ids, wait_s = [], [], [], 0.0
-    for micro in range(config.accumulate):
+    passes = config.accumulate * config.model.pairs
+    for number in range(passes):
         views = next(batches)
-        with no_sync(run, last=micro == config.accumulate - 1):
+        with no_sync(run, last=number == passes - 1):
             with run.precision.autocast():
                 out: SimSiamOutput = run.parallel(views.x1, views.x2)
-            loss = simsiam_loss(*out, config.model.similarity, config.model.symmetric)
-            scaler.scale(loss / config.accumulate).backward()
+                drawn = run.targets(run.step, out, views)
+            loss = simsiam_loss(*drawn, config.model.similarity, config.model.symmetric)
+            scaler.scale(loss / passes).backward()
         losses.append(loss.detach())
         stds.append((z_std(out.z1) + z_std(out.z2)) / 2)
-        ids.append(views.ids)
+        if views.pair == 0:
+            ids.append(views.ids)
         wait_s += views.wait_s
     scaler.step(run.optimizer)
     scaler.update()

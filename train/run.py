@@ -27,6 +27,7 @@ from train.metrics import METRICS_FILE, cut_off
 from train.optim import build_optimizer
 from train.plan import RunPlan, make_plan
 from train.precision import Precision, choose_precision
+from train.targets import Targets, make_targets
 
 CONFIG_FILE, PLAN_FILE, CHECKPOINTS = "config.json", "plan.json", "checkpoints"
 SMALL_VIEW = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
@@ -43,6 +44,7 @@ class Run:
     precision: Precision
     model: SimSiam
     parallel: nn.Module  # the model as the loop calls it: under DDP, compiled
+    targets: Targets
     optimizer: torch.optim.Optimizer
     checkpoints: CheckpointTimer
     step: int = 0  # optimizer steps done
@@ -67,6 +69,7 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device=dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    targets = make_targets(model, plan.steps_per_epoch, dataset.num_samples, dist)
     optimizer, implementation = together(
         dist, lambda: build_optimizer(config.optim, model, plan.schedule.peak_lr, dist.device)
     )
@@ -83,7 +86,8 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     announce(dist, f"  optimizer    {implementation}")
     announce(dist, f"  loader       {backend} ({reason})")
     announce(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
-    return Run(config, dist, dataset, plan, precision, model, _parallel(model, config, dist), optimizer, timer)
+    parallel = _parallel(model, config, dist)
+    return Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer)
 
 
 def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
@@ -128,6 +132,7 @@ def check_run_dir(run: Run) -> None:
 def claim_run_dir(run: Run) -> None:
     """Write config.json and plan.json, once everything is checked. SharedError if the folder cannot be written."""
     run_dir = run.config.run_dir
+    together(run.dist, lambda: run.targets.claim(run_dir))
 
     def claim() -> None:
         try:
@@ -165,6 +170,8 @@ def _load(run: Run, path: Path) -> None:
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
     if run.precision.scaler.is_enabled() and state["scaler"]:
         run.precision.scaler.load_state_dict(state["scaler"])
+    run.targets.claim(run.config.run_dir)
+    run.targets.load(state.get("targets", {}), path.parent)
     run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
 
 
@@ -182,6 +189,8 @@ def save(run: Run) -> Path:
     share_buffers(run.dist, run.model)
     epoch, step = divmod(run.step, run.plan.steps_per_epoch)
 
+    folder = run.config.run_dir / CHECKPOINTS
+
     def write() -> Path:
         state: dict[str, Any] = {
             "epoch": epoch,  # the next step to do is step ``step`` of epoch ``epoch``
@@ -189,10 +198,10 @@ def save(run: Run) -> Path:
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict()["state"],
             "scaler": run.precision.scaler.state_dict(),
+            "targets": run.targets.save(folder, run.step),
             "config": run.config.as_json(),
             "identity": run.config.identity(run.dataset.fingerprint),
         }
-        folder = run.config.run_dir / CHECKPOINTS
         return save_checkpoint(folder, state, run.step, run.config.keep_checkpoints)
 
     path = on_main(run.dist, write)
