@@ -1,0 +1,260 @@
+"""How far DALI's views are from torchvision's, operation by operation: python benchmarks/parity.py DATASET
+
+Decoding, cutting and the whole recipe start from the encoded pictures. Each colour operation, blur, solarize and flip
+start from the reference's own squares and are applied to every picture, so that a line shows that operation alone.
+Differences are in steps of 0 .. 255; the parameters are drawn as in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline import reference
+from pipeline.backends import choose_backend
+from pipeline.batch import Batch
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.loader import share_of_cores
+from pipeline.loader_config import DaliConfig
+from pipeline.photometric import Photometric
+from pipeline.shards import ShardSet
+from pipeline.views import VIEWS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
+from tools.measuring import describe_machine
+
+BATCH = 20  # pictures at a time
+CLOSE = 4  # of 255: what the share in the last column lies within
+
+
+@dataclass(frozen=True)
+class Config:
+    """DALI's views against torchvision's."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Dataset folder, as tools/make_shards.py wrote it."""
+    samples: int = 200
+    """Pictures, at most."""
+    image_size: int = 224
+    """Side of the views, px."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where DALI works."""
+    seed: int = 0
+    """Of the views."""
+    markdown: Path | None = None
+    """Write the table here too."""
+
+
+@dataclass
+class Difference:
+    """Absolute differences seen so far, of 255."""
+
+    greatest: float = 0.0
+    total: float = 0.0
+    close: int = 0
+    values: int = 0
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Count two tensors of the same shape, in steps of 0 .. 255."""
+        apart = (ours.cpu().float() - theirs.float()).abs()
+        self.greatest = max(self.greatest, apart.max().item())
+        self.total += apart.sum(dtype=torch.float64).item()
+        self.close += int((apart <= CLOSE + 1e-3).sum())
+        self.values += apart.numel()
+
+    def row(self, name: str) -> str:
+        """A line of the table."""
+        if not self.values:
+            return f"| {name} | no picture is large enough | | |"
+        mean, share = self.total / self.values, 100 * self.close / self.values
+        return f"| {name} | {self.greatest:.0f} | {mean:.4f} | {share:.4f} % |"
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Some pictures, encoded and decoded by PIL."""
+
+    ids: np.ndarray
+    encoded: list[np.ndarray]
+    decoded: list[UInt8[Tensor, "3 h w"]]
+    sizes: np.ndarray
+
+    def batch(self, windows: ViewParams | CentreCrops) -> Batch:
+        """As a back end gets them."""
+        return Batch(0, 0, self.ids, self.ids, self.encoded, windows)
+
+    def only(self, keep: np.ndarray) -> Photos:
+        """Those at some places."""
+        return Photos(
+            self.ids[keep], [self.encoded[i] for i in keep], [self.decoded[i] for i in keep], self.sizes[keep]
+        )
+
+
+class Parity:
+    """Measures one device."""
+
+    def __init__(self, config: Config, pool: ThreadPoolExecutor, threads: int) -> None:
+        """``pool`` has ``threads`` workers."""
+        self._config = config
+        self._pool = pool
+        self._threads = threads
+        self._device = torch.device(config.device)
+        self._recipe = ViewRecipe(image_size=config.image_size)
+        none = dict.fromkeys(("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"), 0.0)
+        still = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+        plain = dataclasses.replace(self._recipe, **none)  # type: ignore[arg-type]
+        self._operations = {
+            **{
+                name: dataclasses.replace(plain, **{**still, name: getattr(plain, name)}, jitter_prob=1.0)
+                for name in still
+            },
+            "whole jitter, random order": dataclasses.replace(plain, jitter_prob=1.0),
+            "grayscale": dataclasses.replace(plain, gray_prob=1.0),
+            "blur": dataclasses.replace(plain, blur_prob=1.0),
+            "solarize": dataclasses.replace(plain, solarize_prob=1.0),
+            "flip": dataclasses.replace(plain, flip_prob=1.0),
+        }
+        self.results = {
+            name: Difference()
+            for name in ("decode", "crop and resize", "centre crop", *self._operations, "whole recipe")
+        }
+
+    def measure(self, photos: Photos) -> None:
+        """Every stage on some pictures."""
+        side = self._config.image_size
+        large = np.flatnonzero(photos.sizes.min(axis=1) >= side)
+        if len(large):
+            self._decode(photos.only(large))
+        params = self._draw(self._recipe, photos)
+        cropped = self._refer(photos, lambda picture, i, view: reference.resized_crop(picture, params, i, view, side))
+        for ours, theirs in zip(self._squares(photos.batch(params)), cropped, strict=True):
+            self.results["crop and resize"].add(ours, theirs)
+        crops = centre_crops(side, photos.sizes)
+        centre = [reference.centre_crop(picture, crops, i, side) for i, picture in enumerate(photos.decoded)]
+        self.results["centre crop"].add(self._squares(photos.batch(crops))[0], _interleaved(centre))
+        for name, recipe in self._operations.items():
+            self._photometric(self.results[name], recipe, cropped, self._draw(recipe, photos))
+        self._whole(photos, params)
+
+    def _draw(self, recipe: ViewRecipe, photos: Photos) -> ViewParams:
+        return draw_views(recipe, self._config.seed, 0, photos.ids, photos.sizes)
+
+    def _decode(self, photos: Photos) -> None:
+        """Two corners of each picture, as large as a view, so that nothing is resized."""
+        side = self._config.image_size
+        params = self._draw(self._recipe, photos)
+        params.crop[:, 0, :2] = 0
+        params.crop[:, 1, :2] = photos.sizes - side
+        params.crop[..., 2:] = side
+        for view, ours in enumerate(self._squares(photos.batch(params))):
+            corners = [
+                picture[:, top : top + side, left : left + side]
+                for picture, (top, left) in zip(photos.decoded, params.crop[:, view, :2].tolist(), strict=True)
+            ]
+            self.results["decode"].add(ours, _interleaved(corners))
+
+    def _photometric(
+        self, result: Difference, recipe: ViewRecipe, squares: list[UInt8[Tensor, "n s s 3"]], params: ViewParams
+    ) -> None:
+        views = self._transform(recipe, [square.to(self._device) for square in squares], params)
+        for view, (ours, square) in enumerate(zip(views, squares, strict=True)):
+            theirs = list(
+                self._pool.map(
+                    lambda i, view=view, square=square: reference.blur_and_flip(
+                        reference.colour(square[i].permute(2, 0, 1), params, i, view), params, i, view, recipe
+                    ),
+                    range(len(square)),
+                )
+            )
+            result.add(ours, torch.stack(theirs))
+
+    def _whole(self, photos: Photos, params: ViewParams) -> None:
+        views = self._transform(self._recipe, self._squares(photos.batch(params)), params)
+        made = self._refer(photos, lambda pic, i, view: reference.transform(pic, params, i, view, self._recipe))
+        for ours, theirs in zip(views, made, strict=True):
+            self.results["whole recipe"].add(ours, theirs.permute(0, 3, 1, 2))
+
+    def _squares(self, batch: Batch) -> list[UInt8[Tensor, "n s s 3"]]:
+        from pipeline.dali import DaliSquares
+
+        made = DaliSquares(
+            iter([batch]), self._config.image_size, len(batch), self._threads, self._device, DaliConfig()
+        )
+        return next(made)[1]
+
+    def _transform(
+        self, recipe: ViewRecipe, squares: list[UInt8[Tensor, "n s s 3"]], params: ViewParams
+    ) -> list[Float[Tensor, "n 3 s s"]]:
+        """Views as bytes: normalised with a mean of 0 and a deviation of one step."""
+        bytewise = dataclasses.replace(recipe, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)
+        return Photometric(bytewise, self._device, torch.float32, self._pool, self._threads)(squares, params)
+
+    def _refer(
+        self, photos: Photos, make: Callable[[Tensor, int, int], UInt8[Tensor, "3 s s"]]
+    ) -> list[UInt8[Tensor, "n s s 3"]]:
+        """Both views by the reference, ``make(picture, sample, view)`` each."""
+        samples = range(len(photos.ids))
+        return [
+            _interleaved(list(self._pool.map(lambda i, view=view: make(photos.decoded[i], i, view), samples)))
+            for view in range(VIEWS)
+        ]
+
+
+def _interleaved(pictures: list[UInt8[Tensor, "3 s s"]]) -> UInt8[Tensor, "n s s 3"]:
+    return torch.stack(pictures).permute(0, 2, 3, 1).contiguous()
+
+
+def photos_of(dataset: ShardSet, samples: int) -> Iterator[Photos]:
+    """The first samples of a dataset, a batch at a time."""
+    for start in range(0, samples, BATCH):
+        ids = np.arange(start, min(start + BATCH, samples), dtype=np.int64)
+        encoded = [dataset.read(int(sample)) for sample in ids]
+        yield Photos(
+            ids,
+            [np.frombuffer(data, dtype=np.uint8) for data in encoded],
+            [reference.decode(data) for data in encoded],
+            dataset.sizes(ids),
+        )
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(Config, description=__doc__)
+    choose_backend("dali")
+    if config.samples < 1:
+        raise UserError(f"--samples {config.samples}: at least 1 picture must be compared")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no NVIDIA GPU that torch can use; take --device cpu")
+    dataset = ShardSet.open(config.data)
+    samples, threads = min(config.samples, dataset.num_samples), share_of_cores(1)
+    with ThreadPoolExecutor(threads) as pool:
+        parity = Parity(config, pool, threads)
+        for photos in tqdm(photos_of(dataset, samples), total=-(-samples // BATCH), desc="batches", leave=False):
+            parity.measure(photos)
+    table = "\n".join(
+        [
+            f"{samples} pictures, two views of {config.image_size} px each, DALI on {config.device}:",
+            "",
+            f"| stage | max of 255 | mean of 255 | within {CLOSE} |",
+            "|---|---|---|---|",
+            *(result.row(name) for name, result in parity.results.items()),
+            "",
+            *(f"{line}  " for line in describe_machine().splitlines()),
+        ]
+    )
+    print(table)
+    if config.markdown is not None:
+        config.markdown.write_text(table + "\n")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
