@@ -1,0 +1,115 @@
+"""The parity table on drawn pictures, and the whole recipe on real ones where a tar of them is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import reference
+from pipeline.loader import open_pictures, open_views
+from pipeline.loader_config import LoaderConfig
+from pipeline.options import ShardingOptions
+from pipeline.shards import ShardSet
+from pipeline.views import ViewRecipe, centre_crops, draw_views
+from pipeline.writer import make_dataset
+
+if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+    pytest.skip("needs NVIDIA DALI, which exists for Linux: pip install nvidia-dali-cuda130", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = os.environ.get("SIAMSTREAM_IMAGENET_SAMPLE", "")
+STAGES = [
+    "decode",
+    "crop and resize",
+    "centre crop",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "grayscale",
+    "blur",
+]
+
+
+def parity(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "parity.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_table_of_differences(photo_dataset_path: Path, tmp_path: Path) -> None:
+    done = parity(
+        str(photo_dataset_path), "--samples", "22", "--image-size", "32", "--markdown", str(tmp_path / "p.md")
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "p.md").read_text() == done.stdout
+    rows = [line.strip("| %").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    table = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    assert set(STAGES) < set(table)
+    for name, (greatest, mean, share) in table.items():
+        assert mean <= 0.5, name
+        assert share >= 99, name
+        assert greatest >= mean, name
+    assert table["decode"] == (0, 0, 100)
+    assert table["crop and resize"][1] > 0  # it does compare two different things
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_a_users_mistake(photo_dataset_path: Path) -> None:
+    done = parity(str(photo_dataset_path), "--device", "cuda")
+    assert done.returncode == 2
+    assert "--device cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def real_dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """The first 48 pictures of the tar."""
+    folder = tmp_path_factory.mktemp("real")
+    with tarfile.open(REAL) as tar:
+        for member in [entry for entry in tar if entry.isfile()][:48]:
+            picture = tar.extractfile(member)
+            assert picture is not None
+            (folder / Path(member.name).name).write_bytes(picture.read())
+    out = tmp_path_factory.mktemp("real-dataset") / "dataset"
+    make_dataset(str(folder), out, ShardingOptions(workers=1), quiet=True)
+    return ShardSet.open(out)
+
+
+@pytest.mark.skipif(not Path(REAL).is_file(), reason="set SIAMSTREAM_IMAGENET_SAMPLE to a tar of JPEGs")
+def test_the_whole_recipe_on_real_pictures(real_dataset: ShardSet) -> None:
+    """Mean difference at most 0.5 of 255 and 99 % of the values within 4, for views of 224 px and for evaluation."""
+    recipe, device = ViewRecipe(), torch.device("cpu")
+    std = torch.tensor(recipe.std)[:, None, None]
+    apart = []
+    options = {"seed": 0, "global_batch": 16, "epochs": 1, "rank": 0, "world_size": 1, "local_world_size": 1}
+    with open_views(real_dataset, recipe, LoaderConfig(backend="dali"), device=device, **options) as batches:
+        for views in batches:
+            params = draw_views(recipe, 0, 0, views.ids, real_dataset.sizes(views.ids))
+            for i, sample in enumerate(views.ids.tolist()):
+                picture = reference.decode(real_dataset.read(sample))
+                for view, x in enumerate((views.x1, views.x2)):
+                    expected = reference.normalise(reference.transform(picture, params, i, view, recipe), recipe)
+                    apart.append((x[i] - expected).abs() * std * 255)
+    assert len(apart) == 2 * len(real_dataset)
+    assert torch.stack(apart).mean() <= 0.5
+    assert (torch.stack(apart) <= 4).float().mean() >= 0.99
+
+    ids = np.arange(len(real_dataset))
+    crops, centres = centre_crops(recipe.image_size, real_dataset.sizes(ids)), []
+    with open_pictures(
+        real_dataset, recipe, LoaderConfig(backend="dali"), ids=ids, batch=16, local_world_size=1, device=device
+    ) as pictures:
+        for x, part in pictures:
+            for made, sample in zip(x, part.tolist(), strict=True):
+                centre = reference.centre_crop(reference.decode(real_dataset.read(sample)), crops, sample, 224)
+                centres.append((made - reference.normalise(centre, recipe)).abs() * std * 255)
+    assert torch.stack(centres).mean() <= 0.5
+    assert (torch.stack(centres) <= 4).float().mean() >= 0.99
