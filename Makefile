@@ -16,13 +16,14 @@ DEMO_ARGS ?=
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-faults lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@echo "make demo                  shards, pretraining, kNN, preview and plot on synthetic pictures -> demo/"
 	@echo "make demo IMAGES=SOURCE    the same on your pictures: a folder, a tar, parquet files"
-	@echo "make test                  every test"
+	@echo "make test                  every test but the long ones of make test-faults"
+	@echo "make test-faults           runs killed at many points, restarted by torchrun, on bad data (minutes)"
 	@echo "make lint                  ruff, mypy and import-linter"
 	@echo "make format                let ruff lay out the code"
 	@echo "make clean                 remove .venv, demo/ and caches"
@@ -32,8 +33,11 @@ help:  ## this list
 demo: $(RUNTIME_STAMP)  ## the main job, from pictures to a trained encoder
 	$(BIN)/python tools/demo.py $(if $(IMAGES),--images "$(IMAGES)") $(DEMO_ARGS)
 
-test: $(TEST_STAMP)  ## every test
+test: $(TEST_STAMP)  ## every test but the long fault tests
 	$(BIN)/python -m pytest $(TESTS)
+
+test-faults: $(TEST_STAMP)  ## the long fault tests
+	$(BIN)/python -m pytest -m faults $(TESTS)
 
 lint: $(TEST_STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

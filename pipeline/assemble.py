@@ -54,11 +54,16 @@ class BadSamples:
             found = list(self._found.values())
         self._report(error)
         if len(found) > self._limit:
-            listing = "\n  ".join(map(str, found))
-            raise UserError(
-                f"{len(found)} bad samples, more than the {self._limit} allowed by --max-bad-samples:\n  {listing}\n"
-                "Check the disk, write the dataset again, or allow more"
-            )
+            raise too_many_bad_samples(found, self._limit)
+
+
+def too_many_bad_samples(found: list[BadSampleError], limit: int) -> UserError:
+    """The error that ends a run, with the list."""
+    listing = "\n  ".join(map(str, found))
+    return UserError(
+        f"{len(found)} bad samples, more than the {limit} allowed by --max-bad-samples:\n  {listing}\n"
+        "Check the disk, write the dataset again, or allow more"
+    )
 
 
 class Assembler:

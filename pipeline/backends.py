@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import assert_never
 
@@ -139,6 +140,8 @@ def _pil_fault(batch: Batch, sample: int) -> str | None:
     """Why PIL cannot decode one picture of a batch; None if it can."""
     try:
         decode(batch.encoded[sample].tobytes())
+    except UnidentifiedImageError:  # its own text holds an address, and would not be the same after a resume
+        return "cannot be decoded: not a picture, or of an unknown format"
     except (OSError, ValueError, SyntaxError) as error:
         return f"cannot be decoded: {error}"
     return None

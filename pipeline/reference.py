@@ -22,8 +22,10 @@ from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, CentreCrops, V
 Picture = UInt8[Tensor, "3 h w"]
 Square = UInt8[Tensor, "3 s s"]
 
-# PIL stops at 179 million pixels with an error of a class of its own. Pictures too large were refused when sharded.
+# PIL stops at 179 million pixels with an error of a class of its own. Pictures too large were refused when sharded; the
+# limit here is for bytes that came into a shard in another way.
 Image.MAX_IMAGE_PIXELS = None
+MAX_PIXELS = 1 << 28  # 1 GB decoded
 
 
 def decode(encoded: bytes) -> Picture:
@@ -33,6 +35,8 @@ def decode(encoded: bytes) -> Picture:
     """
     with Image.open(io.BytesIO(encoded)) as file:
         image: Image.Image = file
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
         if image.mode.startswith("I"):  # 16 bits, in 32 for PPM; PIL's own conversion would clip at 255, not scale
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         pixels = np.array(image.convert("RGB"))

@@ -258,6 +258,8 @@ def read_dataset_file(path: Path, *, check_files: bool = True) -> dict[str, Any]
         )
     if not _has_types(info, _DATASET_TYPES) or not all(_has_types(shard, _SHARD_TYPES) for shard in info["shards"]):
         raise damaged
+    if not all(isinstance(name, str) for name in info["classes"]):
+        raise damaged
     if any(Path(shard["index"]).name != shard["index"] for shard in info["shards"]):  # a repair writes there
         raise damaged
     if check_files:
@@ -311,6 +313,8 @@ def _open_samples(path: Path, info: dict[str, Any]) -> np.ndarray:
         raise broken from None
     if samples.dtype != SAMPLE_DTYPE or samples.shape != (info["num_samples"],):
         raise broken
+    if samples.nbytes <= _HASHED_AT_OPEN and samples["label"].max(initial=-1) >= len(info["classes"]):
+        raise UserError(f"{file} has labels that are no class of {path / DATASET_FILE}, so one is damaged: {_REPLACE}")
     return samples
 
 

@@ -4,7 +4,7 @@
     python train/pretrain.py --data DIR --run-dir DIR --backbone resnet_tiny --image-size 32     (one process)
 
 Owns the order of things: parse, build, resume, loop. The run folder holds config.json, plan.json, metrics.jsonl,
-tensorboard/, checkpoints/ and, at the end, summary.json.
+tensorboard/, checkpoints/, bad_samples.jsonl if there are any and, at the end, summary.json.
 Exit codes: 0 done; 2 a user's mistake; 75 stopped by a signal after a checkpoint, go on with --resume; 1 anything else.
 """
 
@@ -25,6 +25,7 @@ from model.simsiam import SimSiamOutput, simsiam_loss, z_std
 from pipeline.errors import exit_on_user_error
 from pipeline.loader import Views, open_views
 from pipeline.read_costs import ReadCosts
+from train.bad_samples import BadSampleRecord
 from train.config import PretrainConfig, parse_config
 from train.dist import Dist, SharedError, any_rank, distributed, on_main, say, share_buffers
 from train.knn import OnlineKnn
@@ -74,6 +75,7 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
             accumulate=config.accumulate,
             dtype=run.precision.view_dtype,
             order=config.order,
+            on_bad_sample=BadSampleRecord(config.run_dir, run.dataset.num_samples, config.loader.max_bad_samples),
             pairs=config.model.pairs,
             read_costs=costs,
         ) as batches,
