@@ -168,7 +168,7 @@ class KnnEvalConfig:
     bank_size: int | None = None  # take only so many samples of --data, spread over it; None: all
     feature_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the memory of the training features
     json: Path | None = None  # write the accuracies to this file as well
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
     precision: PrecisionName = "auto"  # of the forward pass; auto: bf16 on a GPU, fp32 on a CPU
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 

@@ -1,0 +1,292 @@
+"""Linear evaluation: the accuracy of a linear classifier on an encoder's frozen features. Chen & He 2020, appendix A.
+
+    torchrun --standalone --nproc-per-node=8 train/linear.py --data DIR --val-data DIR --checkpoint FILE
+    python train/linear.py --data DIR --val-data DIR --checkpoint untrained:resnet50                     (one process)
+
+Training sees a random crop (scale 0.08 to 1, torchvision's default) and a flip of each picture; validation the whole
+picture resized to a shorter side of 256, its centre of 224 cut out. The encoder does not change, so the validation
+features are made once, each picture's exactly once over all ranks, and every epoch is validated on them. With --run-dir
+metrics.jsonl gets a line for each epoch and rate, summary.json the end; --resume goes on after the last whole epoch.
+"""
+
+from __future__ import annotations
+
+import train.openmp  # noqa: F401  # before torch
+
+# isort: split
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as td
+import tyro
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.loader import open_crops
+from pipeline.loader_config import LoaderConfig
+from pipeline.order import batch_positions, epoch_order, steps_per_epoch
+from pipeline.shards import ShardSet
+from train.dist import Dist, SharedError, distributed, mean_over_ranks, say, together
+from train.features import (
+    PICTURES_PER_PASS,
+    EncoderConfig,
+    Frozen,
+    PictureSource,
+    Samples,
+    check_same_classes,
+    each_rank,
+    labelled_features,
+    open_frozen,
+    open_labelled,
+    split_ids,
+)
+from train.linear_probe import LinearHeads, ProbeConfig, build_lars, count_correct, head_losses, set_rates
+from train.linear_run import LinearRun, Outcome
+from train.metrics import duration
+from train.precision import PrecisionName, choose_precision
+from train.subset import stratified
+
+CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, which the official code uses as it is
+
+Batch = tuple[Float[Tensor, "n d"], Int64[Tensor, " n"]]  # features and labels of one rank's part of one step
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Linear evaluation of a frozen encoder."""
+
+    data: Path  # labelled dataset to train the classifier on
+    val_data: Path  # labelled dataset to measure on, of the same classes; every picture counts exactly once
+    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
+    run_dir: Path | None = None  # folder for metrics.jsonl, summary.json and what --resume needs; None: print only
+    resume: bool = False  # go on after the last whole epoch in run_dir; from the start if there is none
+    # Train on this share of each class only, 0.01 or 0.1 for low-label evaluation; --seed draws other samples
+    fraction: float = 1.0
+    # Compute the training features once, from centre crops, instead of new crops in each epoch: an epoch takes seconds,
+    # and the accuracy is another, usually some points lower one, as there is no augmentation. For small sets: every
+    # process holds all features
+    features_cache: bool = False
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
+    precision: PrecisionName = "auto"  # of the encoder's forward pass; auto: bf16 on a GPU, fp32 on a CPU
+    probe: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
+    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+
+
+def main() -> None:
+    """The script."""
+    config = tyro.cli(LinearConfig, prog="linear.py")
+    try:
+        with distributed(config.device) as dist:
+            evaluate(config, dist)
+    except SharedError as error:
+        if not error.speaks:
+            sys.exit(2)  # rank 0 prints it
+        raise
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that is settled before the first step."""
+
+    config: LinearConfig
+    dist: Dist
+    encoder: Frozen
+    source: PictureSource
+    train: Samples
+    val: ShardSet
+    steps: int  # of an epoch
+
+    @property
+    def labels(self) -> int:
+        """Number of classes."""
+        return len(self.train.dataset.classes)
+
+    @property
+    def rank_batch(self) -> int:
+        """Pictures of a step on one rank."""
+        return self.config.probe.global_batch // self.dist.world_size
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers; an interrupted evaluation goes on only where all of it is equal."""
+        datasets = {"data": self.train.dataset.fingerprint, "val_data": self.val.fingerprint}
+        more = {name: getattr(self.config, name) for name in ("fraction", "features_cache")}
+        size = {"image_size": self.encoder.pixels.image_size, "seed": self.config.encoder.seed}
+        return {**asdict(self.config.probe), **datasets, **more, **size, "encoder": self.encoder.weights.identity}
+
+
+def evaluate(config: LinearConfig, dist: Dist) -> Outcome:
+    """Train the classifiers and measure them. Raises UserError for mistakes. A collective."""
+    work = prepare(config, dist)
+    heads = LinearHeads(len(config.probe.base_lrs()), work.encoder.width, work.labels, config.encoder.seed).to(
+        dist.device
+    )
+    optimizer = build_lars(config.probe, heads)
+    run = LinearRun(config.run_dir, dist, work.identity(), config.probe.base_lrs(), heads, optimizer)
+    first = run.open(config.resume)
+    say(dist, f"validation   features of {work.val.num_samples:,} pictures, once")
+    val = labelled_features(work.encoder.trunk, Samples.all_of(work.val), work.source)
+    parallel = DistributedDataParallel(heads) if dist.world_size > 1 else heads
+    start_s = time.perf_counter()
+    with batches(work, first) as training:
+        for epoch in range(first, config.probe.epochs):
+            losses = train_epoch(work, parallel, optimizer, training, epoch)
+            correct = total_over_ranks(dist, count_correct(heads, *val)).tolist()
+            outcome = run.epoch_done(epoch + 1, (epoch + 1) * work.steps, losses, correct, work.val.num_samples)
+            left_s = (time.perf_counter() - start_s) / (epoch + 1 - first) * (config.probe.epochs - epoch - 1)
+            say(dist, f"epoch {epoch + 1}/{config.probe.epochs}: {outcome.best.describe()}; left {duration(left_s)}")
+    outcome = run.outcome()
+    for head in outcome.heads:
+        say(dist, head.describe())
+    run.finish({"checkpoint": work.encoder.weights.source, "train_samples": len(work.train.ids)})
+    return outcome
+
+
+def prepare(config: LinearConfig, dist: Dist) -> Work:
+    """Check everything that can be checked, read the encoder, print the plan. A collective."""
+    encoder = together(dist, lambda: open_frozen(config.encoder, dist.device))
+    precision = together(dist, lambda: choose_precision(config.precision, dist.device))
+    train, val = together(dist, lambda: open_datasets(config))
+    steps = together(dist, lambda: check_numbers(config, len(train.ids), dist.world_size))
+    source = PictureSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
+    probe = config.probe
+    rates = ", ".join(f"{rate:g} (peak {rate * probe.global_batch / 256:g})" for rate in probe.base_lrs())
+    views = "centre crops, features made once" if config.features_cache else "a new crop and flip in each epoch"
+    say(
+        dist, f"encoder      {encoder.weights.describe()}, pictures of {encoder.pixels.image_size} px, {precision.name}"
+    )
+    say(dist, f"training     {len(train.ids):,} samples of {len(train.dataset.classes):,} classes; {views}")
+    say(dist, f"steps        {probe.epochs * steps:,} = {probe.epochs} epochs x {steps:,} of {probe.global_batch:,}")
+    say(dist, f"LARS         base lr {rates}; cosine")
+    return Work(config, dist, encoder, source, train, val, steps)
+
+
+def open_datasets(config: LinearConfig) -> tuple[Samples, ShardSet]:
+    """What to train on and what to measure on. Raises UserError if they do not fit."""
+    train, val = open_labelled(config.data, "--data"), open_labelled(config.val_data, "--val-data")
+    check_same_classes("--val-data", val, train)
+    samples = Samples.all_of(train)
+    ids = stratified(train.labels(samples.ids), config.fraction, train.classes, config.encoder.seed)
+    return Samples(train, ids), val
+
+
+def check_numbers(config: LinearConfig, samples: int, world_size: int) -> int:
+    """Steps of an epoch. Raises UserError for numbers that do not fit together."""
+    probe = config.probe
+    probe.base_lrs()
+    for name in ("epochs", "global_batch"):
+        if getattr(probe, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(probe, name)}: it must be at least 1")
+    if probe.global_batch % world_size:
+        raise UserError(f"--global-batch {probe.global_batch} cannot be divided by {world_size} processes")
+    if probe.global_batch > samples:
+        raise UserError(
+            f"--global-batch {probe.global_batch} is more than the {samples} samples to train on: take at most "
+            f"{max(samples // world_size, 1) * world_size}; 256 suits some thousand samples"
+        )
+    if config.resume and config.run_dir is None:
+        raise UserError("--resume: say with --run-dir which evaluation is to go on")
+    return steps_per_epoch(samples, probe.global_batch)
+
+
+def train_epoch(
+    work: Work, heads: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], epoch: int
+) -> list[float]:
+    """One pass over the data; returns each head's mean loss."""
+    sums = torch.zeros(len(optimizer.param_groups), device=work.dist.device)
+    for step in range(epoch * work.steps, (epoch + 1) * work.steps):
+        features, labels = next(batches)
+        set_rates(optimizer, step, work.config.probe.epochs * work.steps)
+        optimizer.zero_grad(set_to_none=True)
+        losses = head_losses(heads(features), labels)
+        losses.sum().backward()
+        optimizer.step()
+        sums += losses.detach()
+    return (mean_over_ranks(work.dist, sums) / work.steps).tolist()
+
+
+@contextmanager
+def batches(work: Work, first_epoch: int) -> Iterator[Iterator[Batch]]:
+    """This rank's features and labels of every step from ``first_epoch`` on."""
+    if work.config.features_cache:
+        yield cached_batches(work, first_epoch)
+        return
+    recipe = replace(
+        work.encoder.recipe, crop_scale=CROP_SCALE, jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0, solarize_prob=0.0
+    )
+    dist = work.dist
+    passes = passes_of(work.rank_batch)
+    with open_crops(
+        work.train.dataset,
+        recipe,
+        work.config.loader,
+        ids=work.train.ids,
+        seed=work.config.encoder.seed,
+        global_batch=work.config.probe.global_batch,
+        epochs=work.config.probe.epochs,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        local_world_size=dist.local_world_size,
+        device=dist.device,
+        start_epoch=first_epoch,
+        accumulate=passes,
+        dtype=work.source.dtype,
+    ) as crops:
+
+        def features() -> Iterator[Batch]:
+            while True:
+                parts = [frozen_pass(work, crop.x, crop.sources) for crop in islice(crops, passes)]
+                if not parts:
+                    return
+                yield torch.cat([part for part, _ in parts]), torch.cat([labels for _, labels in parts])
+
+        yield features()
+
+
+@torch.no_grad()
+def frozen_pass(work: Work, x: Float[Tensor, "n 3 s s"], sources: Int64[np.ndarray, " n"]) -> Batch:
+    """Features of some pictures, and the labels of those that are seen: a bad picture stands with its substitute's."""
+    with work.source.autocast():
+        features = work.encoder.trunk(x)
+    labels = torch.from_numpy(work.train.dataset.labels(sources).astype(np.int64))
+    return features.float(), labels.to(work.dist.device)
+
+
+def cached_batches(work: Work, first_epoch: int) -> Iterator[Batch]:
+    """The same order of samples, their features made once from centre crops and held by every rank."""
+    dist, probe = work.dist, work.config.probe
+    mine, my_labels = labelled_features(work.encoder.trunk, work.train, work.source)
+    counts = [len(part) for part in split_ids(work.train.ids, dist.world_size)]
+    features = torch.cat([part.clone() for part in each_rank(dist, mine, counts)])
+    labels = torch.cat([part.clone() for part in each_rank(dist, my_labels, counts)])
+    for epoch in range(first_epoch, probe.epochs):
+        for step in range(work.steps):
+            positions = batch_positions(step, probe.global_batch, dist.rank, dist.world_size)
+            rows = torch.from_numpy(epoch_order(len(features), work.config.encoder.seed, epoch, positions))
+            rows = rows.to(dist.device)
+            yield features[rows], labels[rows]
+
+
+def passes_of(rank_batch: int) -> int:
+    """In how many equal parts a rank's batch goes through the encoder. It is frozen, so this changes no number."""
+    return next(n for n in range(1, rank_batch + 1) if rank_batch % n == 0 and rank_batch // n <= PICTURES_PER_PASS)
+
+
+def total_over_ranks(dist: Dist, counts: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """Whole numbers added up over the ranks."""
+    if dist.world_size > 1:
+        td.all_reduce(counts)
+    return counts
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
