@@ -15,6 +15,7 @@ import nvidia.dali.fn as fn
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
+from nvidia.dali import backend as dali_backend
 from nvidia.dali import types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
@@ -145,8 +146,8 @@ class DaliPictures(DaliSquares):
     """The decoder alone, for measuring: pictures are decoded as for training and stay inside DALI."""
 
     def _graph(self) -> list[DataNode]:
-        encoded, *_ = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * VIEWS, batch=True)
-        return [self._decode(encoded)]
+        inputs = self._inputs
+        return [self._decode(fn.external_source(source=lambda: inputs.pull()[0], batch=True))]
 
     def _tensors(self, outputs: Any) -> list[Tensor]:
         return []
@@ -171,6 +172,11 @@ class DaliCrops(DaliSquares):
         pictures = fn.external_source(source=lambda: pull(0), device=place, layout="HWC", batch=True)
         windows = fn.external_source(source=lambda: pull(1), num_outputs=2 * VIEWS, batch=True)
         return self._cut(pictures, list(windows))
+
+
+def release_unused_memory() -> None:
+    """Give back the memory that DALI keeps for later pipelines."""
+    dali_backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # its stub lacks it
 
 
 def _reason(error: RuntimeError) -> str:

@@ -62,6 +62,20 @@ def open_stages(
             assert_never(backend)
 
 
+def release_memory(config: LoaderConfig) -> None:
+    """Let the back end give back the memory that it keeps for later use."""
+    backend, _ = choose_backend(config.backend)
+    match backend:
+        case "dali":
+            from pipeline.dali import release_unused_memory
+
+            release_unused_memory()
+        case "torchvision":
+            pass  # keeps none
+        case _:
+            assert_never(backend)
+
+
 def decoded_batch(batch: Batch, pool: ThreadPoolExecutor, device: torch.device) -> Batch:
     """The batch with its pictures decoded, uint8 ``[h, w, 3]``, where the crops want them."""
     pictures = pool.map(lambda encoded: reference.decode(encoded.tobytes()), batch.encoded)

@@ -1,0 +1,306 @@
+"""Owns the ladder of throughput: rungs from bytes to a trained step, each the project's own code, a function for each.
+
+A rung is a context that gives ``advance(batches)``: work through so many batches to the end, the GPU's part included,
+and say how the time was spent. What lies before a rung is prepared once and kept in memory (on the device where the
+rung wants it there), so that each rung is measured alone; only the whole loader and end to end are chains.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pipeline.assemble import Assembler, BadSamples, Place
+from pipeline.batch import Batch
+from pipeline.loader import Views, open_views, print_bad_sample, share_of_cores
+from pipeline.loader_config import LoaderConfig
+from pipeline.order import OrderConfig, batch_positions, choose_order, steps_per_epoch
+from pipeline.shards import ShardSet
+from pipeline.stages import Stages, decoded_batch, open_stages, release_memory
+from pipeline.views import ViewParams, ViewRecipe, draw_views
+from train.pretrain import train_step
+from train.run import Run
+
+RungName = Literal["read", "decode", "crops", "photometric", "loader", "model", "end_to_end"]
+Advance = Callable[[int], dict[str, float]]  # batches -> seconds by part of the work, where parts are known
+
+ENDLESS = 1_000_000  # epochs; nobody measures that long
+RESIDENT_BATCHES = 3  # kept in memory for the rungs that begin in the middle
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rungs share."""
+
+    dataset: ShardSet
+    recipe: ViewRecipe
+    loader: LoaderConfig
+    order: OrderConfig
+    batch: int  # source images
+    seed: int
+    ranks_per_machine: int  # cores are shared as if so many ranks ran here
+    device: torch.device
+    dtype: torch.dtype  # of the views
+
+    @property
+    def threads(self) -> int:
+        """Threads of the loader."""
+        return self.loader.threads or share_of_cores(self.ranks_per_machine)
+
+    def places(self) -> Iterator[Place]:
+        """The order of a run of one rank, without end."""
+        sample_ids = choose_order(self.order, self.seed, self.dataset.shard_samples)
+        for epoch in range(ENDLESS):
+            for step in range(steps_per_epoch(self.dataset.num_samples, self.batch)):
+                yield epoch, step, sample_ids(epoch, batch_positions(step, self.batch, 0, 1))
+
+    @contextmanager
+    def views(self) -> Iterator[Iterator[Views]]:
+        """The loader of a run of one rank, without end."""
+        with open_views(
+            self.dataset,
+            self.recipe,
+            self.loader,
+            seed=self.seed,
+            global_batch=self.batch,
+            epochs=ENDLESS,
+            rank=0,
+            world_size=1,
+            local_world_size=self.ranks_per_machine,
+            device=self.device,
+            dtype=self.dtype,
+            order=self.order,
+        ) as batches:
+            yield batches
+
+    @contextmanager
+    def encoded(self) -> Iterator[Iterator[Batch]]:
+        """Batches read ahead as the loader does it, not decoded."""
+
+        def draw(epoch: int, ids: Any) -> ViewParams:
+            return draw_views(self.recipe, self.seed, epoch, ids, self.dataset.sizes(ids))
+
+        with ThreadPoolExecutor(self.threads, "read") as readers:
+            bad = BadSamples(self.loader.max_bad_samples, print_bad_sample)
+            yield Assembler(self.dataset, draw, readers, bad).read_ahead(self.places(), self.loader.read_ahead)
+
+    def resident(self) -> list[Batch]:
+        """A few encoded batches to be used again and again."""
+        with self.encoded() as batches:
+            return list(itertools.islice(batches, RESIDENT_BATCHES))
+
+    @contextmanager
+    def stages(self) -> Iterator[tuple[Stages, ThreadPoolExecutor]]:
+        """The back end's stages, and the threads that they share."""
+        with ThreadPoolExecutor(self.threads, "transform") as pool:
+            yield (
+                open_stages(
+                    self.recipe,
+                    self.loader,
+                    max_batch=self.batch,
+                    device=self.device,
+                    dtype=self.dtype,
+                    pool=pool,
+                    threads=self.threads,
+                ),
+                pool,
+            )
+
+    def tidy(self) -> None:
+        """Give back the memory that is kept for later use."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        release_memory(self.loader)
+
+    def finish(self) -> None:
+        """Wait for what was put on the current stream."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder."""
+
+    name: str
+    open: Callable[[], AbstractContextManager[Advance]]
+    batch: int  # source images
+    ahead: int  # batches that its queues hold
+
+
+def make_ladder(bench: Bench, run: Run | None) -> dict[RungName, Rung]:
+    """All rungs, bottom up; without a ``run`` those of the loader."""
+    read_ahead = bench.loader.read_ahead
+    dali = bench.loader.dali.prefetch
+    queues = read_ahead + dali + bench.loader.prefetch + 1
+    rungs: dict[RungName, Rung] = {
+        "read": Rung("read", lambda: read_bytes(bench), bench.batch, read_ahead),
+        "decode": Rung("decode", lambda: decode(bench), bench.batch, dali),
+        "crops": Rung("crops", lambda: crops(bench), bench.batch, dali),
+        "photometric": Rung("photometric", lambda: photometric(bench), bench.batch, 0),
+        "loader": Rung("loader", lambda: whole_loader(bench), bench.batch, queues),
+    }
+    if run is not None:
+        rungs["model"] = Rung("model", lambda: model_step(bench, run), bench.batch, 0)
+        rungs["end_to_end"] = Rung("end_to_end", lambda: end_to_end(bench, run), bench.batch, queues)
+    return rungs
+
+
+@contextmanager
+def read_bytes(bench: Bench) -> Iterator[Advance]:
+    """Order, parameters and positioned reads in threads; checksums compared."""
+    with bench.encoded() as batches:
+        yield lambda count: _drain(bench, batches, count)
+
+
+@contextmanager
+def decode(bench: Bench) -> Iterator[Advance]:
+    """Encoded pictures in memory to decoded ones."""
+    resident = bench.resident()
+    with bench.stages() as (stages, _):
+        decoded = stages.decode(itertools.cycle(resident))
+        yield lambda count: _drain(bench, decoded, count)
+
+
+@contextmanager
+def crops(bench: Bench) -> Iterator[Advance]:
+    """Decoded pictures in memory to two squares each: cut and resized."""
+    with bench.stages() as (stages, pool):
+        resident = [decoded_batch(batch, pool, bench.device) for batch in bench.resident()]
+        squares = stages.crop(itertools.cycle(resident))
+        yield lambda count: _drain(bench, squares, count)
+
+
+@contextmanager
+def photometric(bench: Bench) -> Iterator[Advance]:
+    """Squares in memory to views: colour, gray, blur, solarize, normalise, flip."""
+    with bench.stages() as (stages, pool):
+        batches = bench.resident()
+        decoded = [decoded_batch(batch, pool, bench.device) for batch in batches]
+        # A queue that is pulled ahead must not run dry while its last outputs are in use: cycle, and take a few.
+        squares = list(itertools.islice(stages.crop(itertools.cycle(decoded)), len(batches)))
+        inputs = itertools.cycle([(square, batch.windows) for square, batch in zip(squares, batches, strict=True)])
+        views = (stages.photometric(square, windows) for square, windows in inputs if isinstance(windows, ViewParams))
+        yield lambda count: _drain(bench, views, count)
+
+
+@contextmanager
+def whole_loader(bench: Bench) -> Iterator[Advance]:
+    """Shards to views, as training gets them."""
+    with bench.views() as batches:
+        yield lambda count: _drain(bench, batches, count)
+
+
+@contextmanager
+def model_step(bench: Bench, run: Run) -> Iterator[Advance]:
+    """Training steps on views that lie on the device: forward, backward and optimizer told apart."""
+    with bench.views() as batches:
+        resident = itertools.cycle(list(itertools.islice(batches, RESIDENT_BATCHES)))
+    with StepClock(run, bench.device) as clock:
+
+        def advance(count: int) -> dict[str, float]:
+            clock.start()
+            for _ in range(count):
+                train_step(clock.run, resident)
+            bench.finish()
+            return clock.read()
+
+        yield advance
+
+
+@contextmanager
+def end_to_end(bench: Bench, run: Run) -> Iterator[Advance]:
+    """Shards to weights: training steps fed by the loader. The time that the loop waited for it is told apart."""
+    with bench.views() as batches:
+
+        def advance(count: int) -> dict[str, float]:
+            waited = sum(train_step(run, batches).wait_s for _ in range(count))
+            bench.finish()
+            return {"data_wait": waited}
+
+        yield advance
+
+
+def _drain(bench: Bench, batches: Iterator[object], count: int) -> dict[str, float]:
+    """Take ``count`` batches and keep none."""
+    taken: deque[object] = deque(itertools.islice(batches, count), maxlen=1)
+    assert taken, "a rung's batches have no end"
+    bench.finish()
+    return {}
+
+
+class StepClock:
+    """Tells forward, backward and optimizer of training steps apart, by marks on the device's own clock."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        """Use as a context; then ``run`` is the run to step with."""
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+        self._hooks = ExitStack()
+        self._original = run
+        self.run = replace(run, parallel=_MarkedForward(run.parallel, self._mark))
+
+    def __enter__(self) -> StepClock:
+        """Set the marks."""
+        optimizer = self._original.optimizer
+        for hook in (
+            optimizer.register_step_pre_hook(lambda *_: self._mark("optimizer")),
+            optimizer.register_step_post_hook(lambda *_: self._mark("rest")),
+        ):
+            self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the marks away."""
+        self._hooks.close()
+
+    def start(self) -> None:
+        """Forget what was marked."""
+        self._marks.clear()
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each part since the start. The device must have finished."""
+        self._mark("end")
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        for (part, begin), (_, end) in itertools.pairwise(self._marks):
+            seconds = begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
+            if part in parts:
+                parts[part] += seconds
+        return parts
+
+    def _mark(self, part: str) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
+
+
+class _MarkedForward(nn.Module):
+    """Calls a module and marks where its forward pass begins and ends; what follows up to the optimizer is backward."""
+
+    def __init__(self, module: nn.Module, mark: Callable[[str], None]) -> None:
+        super().__init__()
+        self._module = module
+        self._mark = mark
+
+    def forward(self, x1: Float[Tensor, "n 3 h w"], x2: Float[Tensor, "n 3 h w"]) -> Any:
+        self._mark("forward")
+        out = self._module(x1, x2)
+        self._mark("backward")
+        return out
