@@ -40,6 +40,7 @@ class PretrainConfig:
     compile: bool = False  # torch.compile the model; pays in long runs on a GPU
     resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none
     max_steps: int | None = None  # stop after so many steps of the schedule that --epochs lays out
+    max_bad_steps: int = 20  # steps in a row with nan or inf gradients, all of them skipped, before the run stops
     checkpoint_every: str = "1epoch"  # or 500steps, or 10m (minutes)
     keep_checkpoints: int = 3  # the newest ones
     log_every: int = 10  # steps between lines of metrics.jsonl

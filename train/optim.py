@@ -102,7 +102,11 @@ def build_optimizer(
 
             return FusedSGD(groups, **options), f"apex FusedSGD ({reason})"
         case "fused":
-            return torch.optim.SGD(groups, fused=True, **options), f"torch SGD, fused ({reason})"
+            optimizer = torch.optim.SGD(groups, fused=True, **options)
+            for parameter in (p for group in groups for p in group["params"] if config.momentum):
+                # torch 2.15 leaves the momentum uninitialised if the very first step is skipped (non-finite gradients)
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return optimizer, f"torch SGD, fused ({reason})"
         case "foreach":
             return torch.optim.SGD(groups, foreach=True, **options), f"torch SGD, foreach ({reason})"
         case unreachable:

@@ -96,6 +96,7 @@ def _check_positive(config: PretrainConfig) -> None:
         "--epochs": config.epochs,
         "--log-every": config.log_every,
         "--keep-checkpoints": config.keep_checkpoints,
+        "--max-bad-steps": config.max_bad_steps,
         "--max-steps": 1 if config.max_steps is None else config.max_steps,
         "--knn-k": config.knn.k,
         "--knn-bank-size": config.knn.bank_size,

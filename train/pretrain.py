@@ -32,7 +32,16 @@ from train.knn import OnlineKnn
 from train.optim import set_lr
 from train.preemption import EXIT_PREEMPTED, StopRequest, stop_signals
 from train.report import Reporter, StepResult
-from train.run import Run, check_run_dir, claim_run_dir, open_knn, prepare, resume, save
+from train.run import (
+    Run,
+    check_run_dir,
+    claim_run_dir,
+    open_knn,
+    prepare,
+    resume,
+    save,
+    stop_if_too_many_steps_were_bad,
+)
 
 
 def main() -> None:
@@ -99,6 +108,8 @@ def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn 
         result = train_step(run, batches)
         run.step += 1
         reporter.step(run.step, result)
+        if run.step % run.config.log_every == 0:
+            stop_if_too_many_steps_were_bad(run, result.lr)
         stopping, timer_rang = poll(run, stop)
         if stopping or timer_rang or run.checkpoints.is_due_at(run.step, plan.steps_per_epoch):
             with reporter.paused():
@@ -112,10 +123,14 @@ def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn 
 
 
 def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
-    """Forward and backward over the step's micro-batches, then one optimizer step. Nothing waits for the device."""
+    """Forward and backward over the step's micro-batches, then one optimizer step. Nothing waits for the device.
+
+    A step whose gradients are not finite changes nothing but the count of such steps.
+    """
     config, scaler = run.config, run.precision.scaler
     lr = set_lr(run.optimizer, run.plan.schedule, run.step)
     run.optimizer.zero_grad(set_to_none=True)
+    run.guard.remember()
     losses, stds, ids, wait_s = [], [], [], 0.0
     passes = config.accumulate * config.model.pairs
     for number in range(passes):
@@ -131,9 +146,9 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
         if views.pair == 0:
             ids.append(views.ids)
         wait_s += views.wait_s
-    scaler.step(run.optimizer)
-    scaler.update()
-    return StepResult(torch.stack(losses).mean(), torch.stack(stds).mean(), lr, wait_s, np.concatenate(ids))
+    run.guard.step(scaler)
+    loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
+    return StepResult(loss, std, run.guard.skipped, lr, wait_s, np.concatenate(ids))
 
 
 def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:

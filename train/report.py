@@ -31,10 +31,11 @@ RANKS_LOGGED = 64  # up to so many ranks each have a data_wait of their own in m
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step leaves behind; loss and z_std stay on the device until a line is due."""
+    """What one optimizer step leaves behind; loss, z_std and skipped stay on the device until a line is due."""
 
     loss: Float[Tensor, ""]
     z_std: Float[Tensor, ""]
+    skipped: Float[Tensor, ""]  # steps of this session that were skipped, this one included; the same on every rank
     lr: float
     wait_s: float  # time spent waiting for the loader
     ids: Int64[np.ndarray, " rank_batch"]
@@ -77,10 +78,11 @@ class Reporter:
             self._samples.write(step, result.ids.tolist())
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
             loss, z_std, rates, waits = self._read(result)
+            skipped = {"skipped_steps": result.skipped.item()} if result.skipped else {}
             epoch = (step - 1) // self._plan.steps_per_epoch
             if self._metrics is not None:
                 self._metrics.write(
-                    epoch, step, loss=loss, lr=result.lr, z_std=z_std, **asdict(rates), **_per_rank(waits)
+                    epoch, step, loss=loss, lr=result.lr, z_std=z_std, **asdict(rates), **_per_rank(waits), **skipped
                 )
                 self._progress.show(epoch, step, loss, z_std, rates, str(waits))
                 warning = self._guard.check(z_std, step)

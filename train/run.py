@@ -18,15 +18,23 @@ from pipeline.backends import choose_backend
 from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
-from train.checkpoint import CheckpointTimer, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    CheckpointTimer,
+    check_same_run,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from train.config import PretrainConfig, check_model
-from train.dist import Dist, on_main, say, share_buffers, together
+from train.dist import Dist, SharedError, on_main, say, share_buffers, together
 from train.knn import OnlineKnn, PictureSource
 from train.loader_tuning import check_ranks
 from train.metrics import METRICS_FILE, cut_off
 from train.optim import build_optimizer
 from train.plan import RunPlan, make_plan
 from train.precision import Precision, choose_precision
+from train.step_guard import StepGuard, diagnosis
 from train.targets import Targets, make_targets
 
 CONFIG_FILE, PLAN_FILE, CHECKPOINTS = "config.json", "plan.json", "checkpoints"
@@ -47,6 +55,7 @@ class Run:
     targets: Targets
     optimizer: torch.optim.Optimizer
     checkpoints: CheckpointTimer
+    guard: StepGuard  # of the optimizer's steps
     step: int = 0  # optimizer steps done
 
 
@@ -87,7 +96,8 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     announce(dist, f"  loader       {backend} ({reason})")
     announce(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
     parallel = _parallel(model, config, dist)
-    return Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer)
+    guard = StepGuard(model, optimizer, dist.device)
+    return Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)
 
 
 def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
@@ -207,6 +217,15 @@ def save(run: Run) -> Path:
     path = on_main(run.dist, write)
     run.checkpoints.saved(run.step, path)
     return path
+
+
+def stop_if_too_many_steps_were_bad(run: Run, lr: float) -> None:
+    """Raise SharedError, on every rank alike, if --max-bad-steps in a row were skipped. Waits for the device."""
+    row, limit = run.guard.longest_row(), run.config.max_bad_steps
+    if row >= limit:
+        newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
+        text = diagnosis(row, limit, run.step, lr, run.precision.name, newest.name if newest else "none so far")
+        raise SharedError(text, run.dist.is_main)
 
 
 def open_knn(run: Run) -> OnlineKnn | None:
