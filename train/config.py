@@ -22,6 +22,7 @@ from train.precision import PrecisionName
 
 # Fields of SimSiamConfig that the first checkpoints lack; at their defaults they change nothing for them.
 NEWER_SWITCHES = ("pairs", "targets", "target_steps", "target_momentum")
+RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class PretrainConfig:
 
     data: Path  # dataset folder
     run_dir: Path  # where checkpoints, metrics and the plan go; on a file system that all machines share
+    recipe: RecipeName | None = None  # take the defaults from train/recipes.py; with --help it shows them
+    # Start from these weights: a checkpoint or run folder of ours, an official SimSiam checkpoint, torchvision's or
+    # timm's weights, .safetensors. Heads of the same shape are taken too
+    init: Path | None = None
     epochs: int = 100  # Chen & He 2020, section 4
     global_batch: int = 512  # source images of a step over all ranks: section 3
     accumulate: int = 1  # forward passes of a step, each over global_batch / ranks / accumulate images
@@ -68,6 +73,8 @@ class PretrainConfig:
         fields = {f"{part}.{name}": value for part, config in parts.items() for name, value in asdict(config).items()}
         del fields["optim.optimizer"], fields["model.target_memory"]
         fields["model.predictor_hidden"] = self.model.predictor_width
+        if self.init is not None:
+            fields["init"] = str(self.init)
         for name in NEWER_SWITCHES:
             if getattr(self.model, name) == getattr(SimSiamConfig, name):
                 del fields[f"model.{name}"]
@@ -77,9 +84,14 @@ class PretrainConfig:
 def parse_config(arguments: list[str] | None = None) -> PretrainConfig:
     """Read the command line. tyro prints mistakes and exits with code 2.
 
-    A tuning file takes the place of the loader's defaults. Raises UserError where a flag disagrees with it.
+    A recipe, and a tuning file for the loader, take the place of defaults. Raises UserError where a flag disagrees with
+    the tuning file.
     """
-    config = tyro.cli(PretrainConfig, args=arguments, prog="pretrain.py")
+    from train.recipes import recipe_in  # recipes are made of this module's configuration
+
+    recipe = recipe_in(arguments)
+    default = tyro.MISSING_NONPROP if recipe is None else recipe
+    config = tyro.cli(PretrainConfig, args=arguments, default=default, prog="pretrain.py")
     path = config.loader_tuning
     if path is None:
         return config

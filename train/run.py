@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.backbone import BACKBONES
 from model.simsiam import SimSiam
 from pipeline.backends import choose_backend
 from pipeline.disk import disk_error, write_json
@@ -36,6 +37,7 @@ from train.plan import RunPlan, make_plan
 from train.precision import Precision, choose_precision
 from train.step_guard import StepGuard, diagnosis
 from train.targets import Targets, make_targets
+from train.weights import initialise, read_weights
 
 CONFIG_FILE, PLAN_FILE, CHECKPOINTS = "config.json", "plan.json", "checkpoints"
 SMALL_VIEW = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
@@ -74,6 +76,7 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model = SimSiam(config.model)
+    weights_from = together(dist, lambda: start_weights(config, model))
     sync_bn = config.sync_bn and dist.world_size > 1 and dist.device.type == "cuda"
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -92,12 +95,24 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     announce(dist, f"plan for {config.run_dir}\n{plan.describe()}")
     side = config.views.image_size
     announce(dist, f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {side} px")
+    announce(dist, f"  weights      {weights_from}")
     announce(dist, f"  optimizer    {implementation}")
     announce(dist, f"  loader       {backend} ({reason})")
     announce(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
     parallel = _parallel(model, config, dist)
     guard = StepGuard(model, optimizer, dist.device)
     return Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)
+
+
+def start_weights(config: PretrainConfig, model: SimSiam) -> str:
+    """Put the weights of --init into a new model; returns where they are from. A resumed run brings its own."""
+    if config.init is None:
+        return f"random, seed {config.seed}"
+    if config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None:
+        return "of the checkpoint"
+    name, stem = config.model.backbone, config.model.stem
+    stem = BACKBONES[name].default_stem if stem == "default" else stem
+    return initialise(model, read_weights(config.init, name, stem))
 
 
 def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
