@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_pretrain import alone
 
 import train.openmp  # noqa: F401
 from model.simsiam import SimSiamConfig
 from pipeline.errors import UserError, exit_on_user_error
+from pipeline.loader import Views
 from pipeline.shards import ShardSet
 from tools import reproduce
 from tools.paper_tables import TABLES
@@ -25,6 +28,7 @@ from tools.reproduce import PILOT_FILE, RECIPES, Recipe, Sweep, choose_recipe, f
 from tools.reproduce_report import compare
 from train import linear, pretrain
 from train.config import check_model, parse_config
+from train.run import claim_run_dir, prepare
 
 TINY = Recipe(
     "resnet_tiny at 16 px",
@@ -116,6 +120,27 @@ def test_every_variant_is_a_run_of_its_own(table: str, recipe: str, tmp_path: Pa
     assert len({json.dumps(config.identity("x")) for config in configs}) == len(configs)
     names = [variant.name for variant in TABLES[table].variants]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("table", [name for name in TABLES if name != "batch-size"])
+def test_every_variant_trains_a_step_of_its_own(table: str, photo_dataset_path: Path, tmp_path: Path) -> None:
+    """Same pictures, same seed; what differs is the flags of the variant, and so the step or the loss."""
+    places = ["--data", str(photo_dataset_path), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    torch.manual_seed(0)
+    x1, x2 = torch.randn(2, 12, 3, 16, 16)
+    seen = Views(x1, x2, np.arange(12), np.arange(12), epoch=0, step=0, wait_s=0.0)
+    other = replace(seen, x1=x2.flip(0), x2=x1.flip(0), pair=1)
+    ends = []
+    for variant in TABLES[table].variants:
+        run = prepare(parse_config([*places, "--global-batch", "12", *TINY.pretrain, *variant.flags]), alone())
+        claim_run_dir(run)
+        run.model.train()
+        losses = []
+        for run.step in (0, 4, 10, 100):  # there targets are renewed, and the predictor's rate has decayed
+            losses += [pretrain.train_step(run, iter([seen, other])).loss.item() for _ in range(2)]
+        assert all(map(math.isfinite, losses))
+        ends.append(tuple(losses))
+    assert len(set(ends)) == len(ends)
 
 
 def test_the_switches_say_what_the_tables_mean() -> None:

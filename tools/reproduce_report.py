@@ -30,7 +30,6 @@ class Result:
     variant: Variant
     history: RunHistory
     linear_top1: float  # percent
-    linear_rate: float  # the base lr of LARS that was best
 
     @property
     def knn_top1(self) -> float:
@@ -74,7 +73,7 @@ def write_report(
 def read_result(variant: Variant, run_dir: Path) -> Result:
     """What a finished variant left in its folders."""
     linear = json.loads((run_dir / "linear" / "summary.json").read_text(encoding="utf-8"))
-    return Result(variant, read_run(run_dir), linear["val_top1"], linear["base_lr"])
+    return Result(variant, read_run(run_dir), linear["val_top1"])
 
 
 def describe(
