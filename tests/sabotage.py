@@ -102,6 +102,6 @@ PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
     "a checkpoint written, not yet named": lambda strike: before(pipeline.disk.os, "replace", strike),
     "a checkpoint named, old ones still there": lambda strike: after(pipeline.disk, "sync_folder", strike),
     "an old checkpoint deleted": lambda strike: after(Path, "unlink", strike),
-    "kNN evaluation": lambda strike: before(train.knn, "knn_predict", strike),
+    "kNN evaluation": lambda strike: before(train.knn.OnlineKnn, "evaluate", strike),
     "opening the run": lambda strike: before(pretrain, "claim_run_dir", strike),
 }
