@@ -90,7 +90,7 @@ RECIPES = {
     ),
 }
 # One classifier each in the same pass over the features; the best is reported, for every variant alike.
-LINEAR_RATES = "0.3,1.0,3.0,10.0"
+LINEAR_RATES = "1.0,3.0,10.0,30.0,100.0"
 
 
 @dataclass(frozen=True)
