@@ -11,7 +11,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from pipeline.disk import atomic_file, disk_error
 from pipeline.errors import UserError
@@ -182,9 +181,11 @@ def draw(table: PaperTable, results: Sequence[Result], recipe: str) -> Figure:
     std_axes.set_ylim(bottom=0)
     knn_axes.set_ylabel("20-NN top-1 (%)")
     knn_axes.set_ylim(bottom=0)
+    if results[0].history.classes:
+        knn_axes.axhline(100 / results[0].history.classes, color=QUIET, linestyle="--", linewidth=1.0)
+        knn_axes.set_title("dashed: chance", loc="right", fontsize=9, color=INK)
     for axes in (loss_axes, std_axes, knn_axes):
         axes.set_xlabel("epochs")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _draw_bars(bar_axes, results)
     for axes in (loss_axes, std_axes, knn_axes, bar_axes):
         axes.grid(color="#e4e7ea", linewidth=0.8, axis="y")
