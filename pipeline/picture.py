@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from PIL import Image
+from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import TiffImageFile
 
 Verify = Literal["full", "header", "none"]
 
@@ -96,12 +98,18 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadPictureError(f"larger than --max-pixels {max_pixels}")
     if max(image.size) > MAX_SIDE:
         raise BadPictureError(f"a side longer than {MAX_SIDE} pixels")
-    _check_variant(image)
+    _check_variant(image, data)
     return image
 
 
-def _check_variant(image: Image.Image) -> None:
-    """Refuse the variants of TIFF and PPM that PIL reads but DALI 2.4 does not, or not alike (measured)."""
+def _check_variant(image: Image.Image, data: bytes) -> None:
+    """Refuse the variants that PIL reads but DALI 2.4 does not, or not alike (measured)."""
+    if image.format == "PNG" and b"IEND" not in data:
+        raise BadPictureError("truncated")
+    if image.format == "WEBP" and "exif" in image.info and b"VP8L" in data:
+        raise BadPictureError("lossless WebP with EXIF is not supported")
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(Base.Orientation, 1) != 1:
+        raise BadPictureError("TIFF with an orientation tag is not supported")  # PIL turns it, DALI does not
     if image.format == "PPM" and image.mode == "F":
         raise BadPictureError("PPM with floating-point pixels is not supported")
     if image.format == "TIFF":

@@ -30,7 +30,18 @@ def animated(encoding: str) -> bytes:
     return out.getvalue()
 
 
+def with_exif(encoding: str, **options: object) -> bytes:
+    """A picture that is to be shown lying on its side."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(smooth_pixels(1, 48, 64)).save(out, encoding, exif=exif, **options)
+    return out.getvalue()
+
+
 GOOD = {
+    "jpeg with exif": (lambda: with_exif("JPEG"), "jpg"),
+    "webp with exif": (lambda: with_exif("WEBP"), "webp"),
+    "lossless webp": (lambda: picture_bytes(1, encoding="WEBP", lossless=True), "webp"),
     "jpeg": (jpeg, "jpg"),
     "progressive": (lambda: picture_bytes(1, progressive=True), "jpg"),
     "gray": (lambda: picture_bytes(1, mode="L"), "jpg"),
@@ -50,6 +61,9 @@ GOOD = {
     "junk behind the end": (lambda: jpeg() + b"junk" * 100, "jpg"),
 }
 BAD = {
+    "lossless webp with exif": (lambda: with_exif("WEBP", lossless=True), "lossless WebP with EXIF"),
+    "turned tiff": (lambda: with_exif("TIFF"), "orientation"),
+    "png without its end": (lambda: picture_bytes(1, encoding="PNG")[:-12], "truncated"),
     "no bytes": (lambda: b"", "empty file"),
     "text": (lambda: b"<html>404 Not Found</html>", "not a picture"),
     "gif": (lambda: picture_bytes(1, encoding="GIF"), "GIF is not a supported format"),
