@@ -53,6 +53,7 @@ def fed_ahead(produce: Callable[[], Iterator[T]], depth: int) -> Iterator[Iterat
 
     def consume() -> Iterator[tuple[T, float]]:
         while True:
+            assert not stopped.is_set(), "batches cannot be taken any more once their context is left"
             start = time.perf_counter()
             item = ready.get()
             wait_s = time.perf_counter() - start

@@ -126,3 +126,10 @@ def test_an_error_nobody_waits_for_does_not_hold_up_the_end() -> None:
     with fed_ahead(produce, 1):
         pass
     assert not feeders()
+
+
+def test_nothing_can_be_taken_after_the_context() -> None:
+    with fed_ahead(lambda: iter(range(10)), depth=1) as items:
+        next(items)
+    with pytest.raises(AssertionError, match="context is left"):
+        next(items)
