@@ -33,8 +33,8 @@ class _Inputs:
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
-        self.first = next(batches, None)
-        self._next = self.first
+        self._next = next(batches, None)
+        self.windows = self._next.windows if self._next is not None else None  # of the first batch, as of all
         self.in_flight: deque[Batch] = deque()
 
     def pull(self) -> list[list[NDArray]]:
@@ -96,8 +96,7 @@ class DaliSquares:
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _graph(self) -> list[DataNode]:
-        first = self._inputs.first
-        match first.windows if first is not None else None:
+        match self._inputs.windows:
             case CentreCrops():
                 return self._centre_squares()
             case ViewParams(views=views):
