@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import sys
+import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from photos import picture_bytes
 
 import pipeline.inspection
@@ -308,6 +312,64 @@ def test_the_report_does_not_depend_on_the_threads(copy: Path) -> None:
     for kind in ("labels shifted", "picture rotten", "index empty"):
         DAMAGE[kind][0](copy)
     assert check(copy, CheckOptions(workers=1)) == check(copy, CheckOptions(workers=4))
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_damage_anywhere_is_found_and_nothing_else_happens(photo_dataset_path: Path, data: st.DataObject) -> None:
+    """Overwrite, cut or lengthen any file: the check ends with findings, or the dataset reads as it was written."""
+    whole = ShardSet.open(photo_dataset_path)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(shutil.copytree(photo_dataset_path, Path(place) / "copy"))
+        file = folder / data.draw(st.sampled_from(["dataset.json", "samples.npy", SHARD, "shard-000003.idx"]))
+        content = bytearray(file.read_bytes())
+        start = data.draw(st.integers(0, len(content) - 1))
+        junk = data.draw(st.one_of(st.binary(max_size=8), st.sampled_from([b"null", b"-1", b"[]", b'"', b"}", b"9e9"])))
+        content[start : start + data.draw(st.integers(0, 8))] = junk
+        file.write_bytes(content)
+        found = check(folder, CheckOptions(decode="none", workers=1))
+        if file.suffix != ".json":
+            assert found.fine == (file.read_bytes() == (photo_dataset_path / file.name).read_bytes())
+        if found.fine:
+            dataset = ShardSet.open(folder)
+            assert np.array_equal(dataset.samples, whole.samples)
+            assert all(dataset.read(i) == whole.read(i) for i in range(48))
+        try:
+            repair_dataset(folder, 1, quiet=True, in_process=True)
+        except UserError:
+            return
+        assert check(folder, CheckOptions(decode="none", workers=1)).fine or file.suffix == ".json"
+
+
+def test_members_that_no_sharder_writes_are_named(copy: Path, tmp_path: Path) -> None:
+    """Links, devices and names with .. are looked at as names only, and neither check nor repair follows them."""
+    before = set(tmp_path.iterdir())
+    with tarfile.open(copy / SHARD, "a") as tar:
+        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("disk", tarfile.BLKTYPE), ("../../up.jpg", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    said = " ".join(map(str, check(copy).damage))
+    for part in ("a link inside an archive", "a device or other special file"):
+        assert part in said
+    (copy / "dataset.json").unlink()
+    repair_dataset(copy, 1, quiet=True, in_process=True)
+    assert check(copy).samples == 48
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_record_of_rows_with_code_is_not_executed(copy: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(copy / "executed"),)
+
+    np.save(copy / "samples.npy", np.array([Code()], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"samples.npy is missing, damaged"):
+        ShardSet.open(copy)
+    assert not check(copy).fine
+    repair_dataset(copy, 1, quiet=True, in_process=True)
+    assert not (copy / "executed").exists()
+    assert check(copy).fine
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

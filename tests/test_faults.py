@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,8 @@ def survive(
     sessions: Sessions, arguments: list[str], strikes: list[tuple[str, int]], number: int, expected: int
 ) -> None:
     """Strike each session at its place, going on with --resume, then let one come to the end."""
-    for place, time in strikes:
-        code = sessions.run([*arguments, "--resume"], place, time, number)
+    for place, occurrence in strikes:
+        code = sessions.run([*arguments, "--resume"], place, occurrence, number)
         assert code in (expected, 0), sessions.said()  # 0: the run was over before it came to that place
     assert sessions.run([*arguments, "--resume"]) == 0, sessions.said()
 
@@ -409,8 +411,8 @@ def test_resumed_on_one_two_and_four_ranks(
     assert torchrun(2, "train/pretrain.py", [*arguments, "--max-steps", "7"]).returncode == 0
     assert torchrun(4, "train/pretrain.py", [*arguments, "--max-steps", "9"]).returncode == 0
     assert sessions.run(arguments) == 0, sessions.said()
-    losses, _, _ = numbers_of(tmp_path / "run")
-    assert list(losses) == list(range(1, STEPS + 1))
+    steps = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
     parts: dict[int, list[int]] = {}
     for rank in range(4):
         for line in read_lines(tmp_path / "run" / f"samples-rank{rank}.jsonl"):
@@ -418,6 +420,31 @@ def test_resumed_on_one_two_and_four_ranks(
     assert [parts[step] for step in range(1, STEPS + 1)] == numbers(undisturbed)[2][0]
 
 
-def numbers_of(run_dir: Path) -> tuple[dict[int, float], int, int]:
-    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line]
-    return {line["step"]: line["loss"] for line in lines}, 0, 0
+SLURM = {  # stand-ins for Slurm's commands
+    "srun": '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
+    "scontrol": '#!/bin/bash\nif [ $1 = show ]; then echo localhost; else echo "$@" > {marker}; fi\n',
+}
+
+
+@pytest.mark.faults
+def test_the_slurm_script_saves_and_goes_back_into_the_queue(photo_dataset_path: Path, tmp_path: Path) -> None:
+    """USR1 to the batch script: torchrun's two processes save the step they are in, and nothing of it is lost."""
+    for name, content in SLURM.items():
+        (tmp_path / name).write_text(content.format(marker=tmp_path / "requeued"))
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PROCESSES_PER_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    environment |= {"SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+    environment["PATH"] = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    run_dir = tmp_path / "run"
+    arguments = flags(photo_dataset_path, run_dir, "--knn-every", "0", "--epochs", "100000")
+    with open(tmp_path / "log", "wb") as log:
+        job = subprocess.Popen(
+            ["bash", "scripts/slurm_pretrain.sbatch", *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+        while len(read_lines(run_dir / "metrics.jsonl")) < 5 and job.poll() is None:
+            time.sleep(0.2)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    done = read_lines(run_dir / "metrics.jsonl")[-1]["step"]
+    assert max(path.name for path in (run_dir / "checkpoints").iterdir()).startswith(f"step-{done:09d}-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -198,6 +199,25 @@ def test_dalis_own_reader_and_index_tool_agree_with_our_index(photo_dataset: Sha
     for i in range(len(photo_dataset)):
         assert bytes(np.asarray(pictures[i])) == photo_dataset.read(i)
         assert int(bytes(np.asarray(labels[i]))) == photo_dataset.labels([i])[0]
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_rows_that_are_too_many_to_be_hashed_at_the_start_are_checked_one_by_one(
+    photo_dataset_path: Path, data: st.DataObject
+) -> None:
+    """Garbage in any row of a large samples.npy: the picture is right, or the sample is refused as bad."""
+    whole = ShardSet.open(photo_dataset_path)
+    rows = np.array(whole.samples)
+    spoilt = rows.view(np.uint8).reshape(len(rows), -1)
+    sample_id, width = data.draw(st.integers(0, 47)), SAMPLE_DTYPE.itemsize
+    start = data.draw(st.integers(0, width - 1))
+    junk = data.draw(st.one_of(st.binary(min_size=1, max_size=width), st.sampled_from([bytes(width), b"\xff" * width])))
+    junk = junk[: width - start]
+    spoilt[sample_id, start : start + len(junk)] = np.frombuffer(junk, np.uint8)
+    dataset = ShardSet(photo_dataset_path, whole.info, rows, verify_checksums=True)
+    with contextlib.suppress(BadSampleError):
+        assert dataset.read(sample_id) == whole.read(sample_id)
 
 
 @settings(max_examples=150, deadline=None)
