@@ -24,8 +24,9 @@ from pipeline.loader import Views
 from pipeline.shards import ShardSet
 from tools import reproduce
 from tools.paper_tables import TABLES
-from tools.reproduce import PILOT_FILE, RECIPES, Recipe, Sweep, choose_recipe, fitting
+from tools.reproduce import PILOT_FILE, Sweep
 from tools.reproduce_report import compare
+from tools.reproduce_scale import RECIPES, Recipe, choose_recipe, fitting
 from train import linear, pretrain
 from train.config import check_model, parse_config
 from train.run import claim_run_dir, prepare

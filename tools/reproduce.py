@@ -10,7 +10,6 @@ TABLE.md and TABLE.png are written. The same command goes on where a stopped swe
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -24,7 +23,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from pipeline.disk import disk_error, write_json
@@ -32,65 +30,24 @@ from pipeline.errors import UserError, exit_on_user_error
 from pipeline.shards import ShardSet
 from tools.paper_tables import TABLES, PaperTable, Variant
 from tools.reproduce_report import write_report
-from train.metrics import METRICS_FILE, duration, read_lines
+from tools.reproduce_scale import (
+    LINEAR_RATES,
+    PILOT_STEPS,
+    RECIPES,
+    Pilot,
+    Scale,
+    choose_recipe,
+    fit_epochs,
+    fitting,
+    knn_every,
+)
+from train.metrics import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN, LINEAR = ROOT / "train" / "pretrain.py", ROOT / "train" / "linear.py"
 SCALE_FILE, PILOT_FILE, SUMMARY_FILE = "scale.json", "pilot.json", "summary.json"
-PILOT_STEPS = 24
 PILOT_LOG_EVERY = 4  # steps; the first lines, while everything warms up, are left out
-KNN_ALONG = 4  # kNN accuracies along a run, besides the untrained one
-RESERVE = 0.9  # share of the budget that is planned for; the rest is for what takes longer than in the pilot
-SMALL_PICTURE = 64  # px; larger ones are for resnet50 at 224 px
 EXIT_STOPPED = 75  # as train/pretrain.py: the same command goes on
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What all variants of a sweep share, fit for a kind of machine and picture."""
-
-    name: str
-    pretrain: tuple[str, ...]
-    batch: int
-    linear: tuple[str, ...]
-    most_epochs: int  # more than the paper's are no use
-
-
-RECIPES = {
-    # tools/demo.py's: hundreds of steps leave no time to learn slowly, so the rate is 20 times the paper's
-    "cpu": Recipe(
-        "resnet_tiny at 32 px",
-        (
-            *("--backbone", "resnet_tiny", "--image-size", "32", "--blur-prob", "0", "--base-lr", "1.0"),
-            *("--weight-decay", "5e-4", "--projector-layers", "2", "--dim", "512", "--projector-hidden", "512"),
-            *("--knn-bank-size", "5000"),
-        ),
-        batch=128,
-        linear=("--features-cache", "--fraction", "0.4", "--epochs", "30", "--global-batch", "256"),
-        most_epochs=800,
-    ),
-    # Chen & He 2020, appendix D
-    "gpu-small": Recipe(
-        "resnet18 with the CIFAR stem at 32 px",
-        (
-            *("--backbone", "resnet18", "--stem", "cifar", "--image-size", "32", "--blur-prob", "0"),
-            *("--base-lr", "0.03", "--weight-decay", "5e-4", "--projector-layers", "2"),
-        ),
-        batch=512,
-        linear=("--features-cache", "--epochs", "90", "--global-batch", "256"),
-        most_epochs=800,
-    ),
-    # the paper's own; a tenth of the labels keeps the cached features small
-    "gpu-large": Recipe(
-        "resnet50 at 224 px",
-        ("--backbone", "resnet50"),
-        batch=512,
-        linear=("--features-cache", "--fraction", "0.1", "--epochs", "90", "--global-batch", "1024"),
-        most_epochs=100,
-    ),
-}
-# One classifier each in the same pass over the features; the best is reported, for every variant alike.
-LINEAR_RATES = "1.0,3.0,10.0,30.0,100.0"
 
 
 @dataclass(frozen=True)
@@ -114,35 +71,6 @@ class ReproduceConfig:
     processes: int = 0
     """Processes of each run; 0: one for each GPU, or one."""
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """What a few steps and one evaluation took, seconds."""
-
-    step_s: float
-    start_s: float
-    knn_s: float
-    linear_s: float
-
-    @property
-    def whole_s(self) -> float:
-        """The pilot's own time."""
-        return self.start_s + self.knn_s + PILOT_STEPS * self.step_s + self.linear_s
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What all variants share; settled when the sweep begins and kept in scale.json."""
-
-    table: str
-    data: str  # fingerprints
-    val_data: str
-    budget: float
-    device: str
-    seed: int
-    recipe: str  # key of RECIPES
-    epochs: int
 
 
 def main() -> None:
@@ -206,25 +134,6 @@ def choose_device(config: ReproduceConfig) -> tuple[str, int]:
     return ("cuda" if gpus else "cpu"), config.processes or max(1, gpus)
 
 
-def choose_recipe(device: str, train: ShardSet) -> str:
-    """By the device, and by the size that half of the pictures have at least."""
-    if device == "cpu":
-        return "cpu"
-    some = np.linspace(0, train.num_samples - 1, min(1000, train.num_samples)).astype(np.int64)
-    side = float(np.median(train.sizes(some).min(axis=1)))
-    return "gpu-small" if side <= SMALL_PICTURE else "gpu-large"
-
-
-def fitting(table: PaperTable, num_samples: int) -> list[Variant]:
-    """The variants that this dataset is large enough for: at least two steps an epoch."""
-    return [variant for variant in table.variants if (variant.batch or 0) * 2 <= num_samples]
-
-
-def knn_every(epochs: int) -> int:
-    """Epochs between two kNN accuracies of a run."""
-    return math.ceil(epochs / KNN_ALONG)
-
-
 class Sweep:
     """The runs of one folder."""
 
@@ -253,35 +162,10 @@ class Sweep:
                 )
             print(f"going on with the sweep in {self._out}: {old.epochs} epochs for each variant")
             return old
-        scale = Scale(**asked, epochs=self._epochs(table))
+        samples = self._train.num_samples
+        scale = Scale(**asked, epochs=fit_epochs(table, self._pilot(), self._recipe, samples, config.budget))
         _write(path, asdict(scale))
         return scale
-
-    def _epochs(self, table: PaperTable) -> int:
-        """As many as let all variants end within the budget. Raises UserError if these are too few."""
-        pilot, variants = self._pilot(), fitting(table, self._train.num_samples)
-        epoch_s = pilot.step_s * (self._train.num_samples // self._recipe.batch)
-
-        def seconds(epochs: int) -> float:
-            along_s = (1 + math.ceil(epochs / knn_every(epochs))) * pilot.knn_s
-            fixed_s = len(variants) * (pilot.start_s + along_s + pilot.linear_s)
-            return (pilot.whole_s + fixed_s + epochs * epoch_s * sum(v.cost for v in variants)) / RESERVE
-
-        budget_s = 60 * self._config.budget
-        epochs = max((n for n in range(1, self._recipe.most_epochs + 1) if seconds(n) <= budget_s), default=0)
-        print(
-            f"pilot: a step takes {pilot.step_s:.3g} s, an epoch {duration(epoch_s)}, a kNN accuracy "
-            f"{duration(pilot.knn_s)}, a linear one {duration(pilot.linear_s)}; {len(variants)} variants of {epochs} "
-            f"epochs fit into {self._config.budget:g} minutes"
-        )
-        if epochs < table.least_epochs:
-            least = math.ceil(seconds(table.least_epochs) / 60)
-            raise UserError(
-                f"--budget {self._config.budget:g} minutes is too little: {len(variants)} variants of at least "
-                f"{table.least_epochs} epoch(s) over {self._train.num_samples:,} pictures need {least} minutes here; "
-                f"take --budget {least} or more, or fewer pictures (make_shards.py --limit)"
-            )
-        return epochs
 
     def _pilot(self) -> Pilot:
         """Measure, or read what a former call in this folder measured."""
