@@ -318,7 +318,7 @@ def _open_samples(path: Path, info: dict[str, Any]) -> np.ndarray:
         raise broken
     if samples.nbytes > _HASHED_AT_OPEN and hasattr(mmap, "MADV_RANDOM"):
         # Rows are read here and there: 4 KB from the disk for each instead of the 128 KB that the kernel reads ahead.
-        samples._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        samples._mmap.madvise(mmap.MADV_RANDOM)
     if samples.nbytes <= _HASHED_AT_OPEN and samples["label"].max(initial=-1) >= len(info["classes"]):
         raise UserError(f"{file} has labels that are no class of {path / DATASET_FILE}, so one is damaged: {_REPLACE}")
     return samples

@@ -100,6 +100,11 @@ class Bench:
         with self.encoded() as batches:
             return list(itertools.islice(batches, RESIDENT_BATCHES))
 
+    def resident_views(self) -> list[Views]:
+        """A few batches of views to be used again and again."""
+        with self.views() as batches:
+            return list(itertools.islice(batches, RESIDENT_BATCHES))
+
     @contextmanager
     def stages(self) -> Iterator[tuple[Stages, ThreadPoolExecutor]]:
         """The back end's stages, and the threads that they share."""
@@ -204,10 +209,9 @@ def whole_loader(bench: Bench) -> Iterator[Advance]:
 
 
 @contextmanager
-def model_step(bench: Bench, run: Run) -> Iterator[Advance]:
+def model_step(bench: Bench, run: Run, views: list[Views] | None = None) -> Iterator[Advance]:
     """Training steps on views that lie on the device: forward, backward and optimizer told apart."""
-    with bench.views() as batches:
-        resident = itertools.cycle(list(itertools.islice(batches, RESIDENT_BATCHES)))
+    resident = itertools.cycle(views or bench.resident_views())
     with StepClock(run, bench.device) as clock:
 
         def advance(count: int) -> dict[str, float]:

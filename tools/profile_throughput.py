@@ -56,7 +56,7 @@ SYNTHETIC = "synthetic"
 RUNGS: tuple[RungName, ...] = ("read", "decode", "crops", "photometric", "loader", "model", "end_to_end")
 FEWEST_REPEATS = 3
 GPU_BATCH, CPU_BATCH = 256, 64
-TRACE_STEPS = 6
+TRACE_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def write_trace(rung: Rung, device: torch.device, path: Path) -> None:
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with rung.open() as advance:
-        advance(rung.ahead + 1)
+        advance(2)
         with torch.profiler.profile(activities=kinds) as profiler:
             advance(TRACE_STEPS)
     profiler.export_chrome_trace(str(path))

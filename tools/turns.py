@@ -79,7 +79,7 @@ class Climber:
             self._warm_up(rung, advance)
             known = self._batch_s.get(name)
             batches = 0 if known is None else round(self._seconds / known)
-            turn = self._time(advance, rung.batch, max(FEWEST_BATCHES, batches))
+            turn = self.timed(advance, rung.batch, max(FEWEST_BATCHES, batches))
         self._batch_s[name] = turn.wall_s * rung.batch / turn.images
         return turn
 
@@ -91,7 +91,8 @@ class Climber:
                 return
             advance(1)
 
-    def _time(self, advance: Advance, batch: int, batches: int) -> Turn:
+    def timed(self, advance: Advance, batch: int, batches: int) -> Turn:
+        """One timed stretch of a rung that is open and warm."""
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         parts = advance(batches)
         end_s, end_cpu_s = time.perf_counter(), time.process_time()

@@ -1,0 +1,78 @@
+"""Owns the GPU suite's report: tables in markdown, of whatever was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tools.ladder_report import TITLES
+from tools.measuring import Spread
+
+HEADINGS = {
+    "parity": "Parity with torchvision (absolute difference, of 255)",
+    "ladder": "The ladder, eager",
+    "ladder-compiled": "The ladder, compiled model",
+    "decode": "Decode alone, by placement",
+    "loader": "Whole loader, by placement",
+    "model": "Model step alone, eager",
+    "compiled": "Model step alone, compiled",
+    "optimizers": "Model step alone, by optimizer",
+    "official": "The official recipe on this machine",
+}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole report."""
+    lines = ["# GPU suite" + (" (toy size: the numbers mean nothing)" if results["toy"] else ""), ""]
+    lines += [f"- {name}: {value}" for name, value in results["machine"].items()]
+    lines += ["", "Source images per second: median (slowest .. fastest turn)."]
+    for name, part in results["parts"].items():
+        lines += ["", f"## {HEADINGS.get(name, name)}", ""]
+        if name == "parity":
+            lines += _parity(part)
+        elif "rungs" in part:
+            lines += _rates({TITLES.get(rung, rung): value for rung, value in part["rungs"].items()})
+            verdict = part.get("verdict")
+            if verdict is not None:
+                bound = "" if verdict["gpu_bound"] is None else f"gpu_bound {verdict['gpu_bound']:.3f}; "
+                lines += ["", f"{bound}limiter: {verdict['limiter']}: {verdict['reason']}"]
+        else:
+            lines += _rates(part)
+    if results["failures"]:
+        lines += ["", "## Failures", "", *(f"- {name}: {why}" for name, why in results["failures"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _parity(part: dict[str, Any]) -> list[str]:
+    lines = ["| views | mean | 99 % | max | within 4 |", "|-|-|-|-|-|"]
+    for name, value in part.items():
+        if "mean" in value:
+            lines.append(
+                f"| {name} | {value['mean']:.3f} | {value['p99']:.2f} | {value['max']:.0f} | {value['within_4']:.2%} |"
+            )
+        else:
+            lines.append(f"| {name} | {_why_not(value)} | | | |")
+    return lines
+
+
+def _rates(part: dict[str, Any]) -> list[str]:
+    lines = [
+        "| | images/s | CPU cores | GPU busy | memory GiB | forward / backward / optimizer ms an image |",
+        "|-|-|-|-|-|-|",
+    ]
+    for name, value in part.items():
+        if "img_per_s" not in value:
+            lines.append(f"| {name} | {_why_not(value)} | | | | |")
+            continue
+        busy = "" if value["gpu_busy"] is None else f"{value['gpu_busy']:.0%}"
+        memory = value.get("torch_memory_gib") or value["gpu_memory_gib"]
+        steps = [value["parts"].get(step) for step in ("forward", "backward", "optimizer")]
+        parts = " / ".join(f"{1e3 * step:.3f}" for step in steps if step is not None)
+        lines.append(
+            f"| {name} | {Spread(**value['img_per_s'])} | {value['cores']['median']:.1f} | {busy} | "
+            f"{'' if memory is None else f'{memory:.1f}'} | {parts} |"
+        )
+    return lines
+
+
+def _why_not(value: dict[str, Any]) -> str:
+    return f"failed: {value['failed']}" if "failed" in value else value.get("skipped", "?")

@@ -1,0 +1,209 @@
+"""What a rank costs as work grows: python benchmarks/scale.py
+
+Simulates datasets of 1e6, 1e8 and 1e9 samples by their index alone, whose 28 bytes a sample are a hole in a file that
+takes no disk, and 1 to 1024 ranks. For each it starts a process that does what a rank does before its first picture and
+at every batch: open the dataset, ask for the order, look up sizes, draw parameters. Then it measures how well the order
+by blocks mixes, against the random one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.order import BlockOrder, Order, OrderConfig, batch_positions, choose_order, steps_per_epoch
+from pipeline.shards import FORMAT_VERSION, SAMPLE_DTYPE, ShardSet
+from pipeline.views import ViewRecipe, draw_views
+from tools.measuring import Spread, describe_machine, write_json
+
+ONE_RANK = "one-rank"  # first word of the command line of a process that is one rank
+TYPICAL_SIZE = (375, 500)  # height, width in px; holes in the index read as 0 x 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Cost of the index, the order and the parameters."""
+
+    samples: tuple[float, ...] = (1e6, 1e8, 1e9)
+    """Sizes of the simulated datasets."""
+    ranks: tuple[int, ...] = (1, 32, 1024)
+    """Numbers of ranks; what one of them does is measured."""
+    samples_per_shard: int = 10_000
+    """Samples of a shard."""
+    rank_batch: int = 256
+    """Samples of a rank's batch."""
+    batches: int = 50
+    """Batches timed in each process, after a tenth as many that warm up."""
+    repeats: int = 3
+    """Processes started for each case, in turn."""
+    json: Path | None = None
+    """Write the results here too."""
+
+
+def main() -> None:
+    """The command."""
+    if sys.argv[1:2] == [ONE_RANK]:
+        folder, ranks, order, rank_batch, batches = sys.argv[2:]
+        print(json.dumps(be_a_rank(Path(folder), int(ranks), order, int(rank_batch), int(batches))))
+        return
+    config = tyro.cli(Config, description=__doc__)
+    if min(config.samples) < config.samples_per_shard or config.repeats < 1 or config.batches < 10:
+        raise UserError("--samples must fill a shard, --repeats must be at least 1 and --batches at least 10")
+    print(describe_machine(), flush=True)
+    results = measure(config)
+    quality = measure_quality()
+    print(f"\n{'order':34} {'shards in a batch of 256':>26} {'pairs that meet again':>22}")
+    for row in quality:
+        print(f"{row['order']:34} {row['shards_in_batch']:26.1f} {row['meet_again']:18.2f} x")
+    print("pairs that meet again: pairs of one batch that share a batch in the next epoch too, against chance")
+    if config.json is not None:
+        write_json(config.json, {"cases": results, "quality": quality})
+
+
+def measure(config: Config) -> list[dict[str, Any]]:
+    """Every size, number of ranks and order."""
+    title = f"{'samples':>8} {'ranks':>6} {'order':>7} {'start-up s':>26} {'memory MiB':>11} {'batch ms':>28}"
+    print(f"\n{title}", flush=True)
+    results = []
+    for size in config.samples:
+        with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+            simulate(Path(folder), int(size), config.samples_per_shard)
+            cases = [(ranks, order) for ranks in config.ranks for order in ("random", "blocks")]
+            runs: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
+            for _ in range(config.repeats):
+                for case in cases:
+                    runs[case].append(start_rank(config, Path(folder), *case))
+            for (ranks, order), measured in runs.items():
+                spread = {name: Spread.of([run[name] for run in measured]) for name in measured[0]}
+                print(
+                    f"{size:8.0e} {ranks:6d} {order:>7} {spread['start_up_s']!s:>26} "
+                    f"{spread['memory_mib'].median:11.0f} {spread['batch_ms']!s:>28}",
+                    flush=True,
+                )
+                fields = {name: asdict(value) for name, value in spread.items()}
+                results.append({"samples": int(size), "ranks": ranks, "order": order, **fields})
+    return results
+
+
+def simulate(folder: Path, samples: int, per_shard: int) -> None:
+    """A dataset without pictures: empty tars, and an index that is a hole."""
+    shards = -(-samples // per_shard)
+    counts = [min(per_shard, samples - number * per_shard) for number in range(shards)]
+    with open(folder / "samples.npy", "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (samples,)}
+        np.lib.format.write_array_header_2_0(file, header)
+        file.truncate(file.tell() + samples * SAMPLE_DTYPE.itemsize)
+    small = (folder / "samples.npy").stat().st_size <= 64 << 20
+    digest = hashlib.sha256((folder / "samples.npy").read_bytes()).hexdigest() if small else "0" * 64
+    entries = []
+    for number, count in enumerate(counts):
+        name = f"shard-{number:06d}"
+        (folder / f"{name}.tar").touch()
+        entries.append(
+            {"name": f"{name}.tar", "index": f"{name}.idx", "samples": count, "bytes": 0, "sha256": f"{number:064x}"}
+        )
+    info = {
+        "format_version": FORMAT_VERSION,
+        "source": "simulated",
+        "source_fingerprint": "",
+        "split": None,
+        "seed": 0,
+        "recipe": {},
+        "num_samples": samples,
+        "num_rejected": 0,
+        "rejected": {},
+        "classes": ["class 0"],  # a hole reads as label 0
+        "has_labels": True,
+        "samples_sha256": digest,
+        "shards": entries,
+    }
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+def start_rank(config: Config, folder: Path, ranks: int, order: str) -> dict[str, float]:
+    """Measure a rank in a process of its own."""
+    words = [str(word) for word in (folder, ranks, order, config.rank_batch, config.batches)]
+    answer = subprocess.run([sys.executable, __file__, ONE_RANK, *words], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(answer.stdout)
+
+
+def be_a_rank(folder: Path, ranks: int, order_name: str, rank_batch: int, batches: int) -> dict[str, float]:
+    """What the last of ``ranks`` ranks does before its first batch, and for each of some batches across the epoch."""
+    before = private_mib()
+    start_s = time.perf_counter()
+    dataset = ShardSet.open(folder)
+    order = choose_order(OrderConfig("blocks" if order_name == "blocks" else "random"), 0, dataset.shard_samples)
+    global_batch = ranks * rank_batch
+    steps = steps_per_epoch(dataset.num_samples, global_batch)
+    one_batch(dataset, order, 0, global_batch, ranks)
+    start_up_s = time.perf_counter() - start_s
+    seconds = []
+    for step in np.linspace(0, steps - 1, batches + batches // 10).astype(int).tolist():
+        start_s = time.perf_counter()
+        one_batch(dataset, order, step, global_batch, ranks)
+        seconds.append(time.perf_counter() - start_s)
+    return {
+        "start_up_s": start_up_s,
+        "memory_mib": private_mib() - before,
+        "batch_ms": 1e3 * float(np.median(seconds[batches // 10 :])),
+    }
+
+
+def one_batch(dataset: ShardSet, order: Order, step: int, global_batch: int, ranks: int) -> None:
+    """Order, sizes and parameters of the last rank's part of a batch."""
+    ids = order(0, batch_positions(step, global_batch, ranks - 1, ranks))
+    sizes = np.maximum(dataset.sizes(ids), TYPICAL_SIZE).astype(np.int32)
+    draw_views(ViewRecipe(), 0, 0, ids, sizes)
+
+
+def private_mib() -> float:
+    """Memory that is this process' own; the mapped index is shared by the ranks of a machine."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise UserError(f"this benchmark reads Linux's /proc; {os.uname().sysname} has none")
+
+
+def measure_quality(
+    shards: int = 640, per_shard: int = 2048, batch: int = 256, epochs: int = 4
+) -> list[dict[str, Any]]:
+    """How orders mix a dataset of ImageNet's size: how many shards meet in a batch, and which pairs meet again."""
+    counts = np.full(shards, per_shard)
+    orders: list[tuple[str, Order]] = [("random", choose_order(OrderConfig(), 0, counts))]
+    for group in (1, 4, 16, 64):
+        orders.append((f"blocks of {group} shards", BlockOrder(counts, group, 0)))
+    samples, steps = shards * per_shard, shards * per_shard // batch
+    chance = batch * (batch - 1) / 2 * steps * (batch - 1) / (samples - 1)
+    rows = []
+    for name, order in orders:
+        everything = [order(epoch, np.arange(samples)) for epoch in range(epochs)]
+        spread = np.mean([len(np.unique(ids // per_shard)) for ids in everything[0].reshape(steps, batch)])
+        met = np.mean([pairs_again(now, later, batch) for now, later in itertools.pairwise(everything)])
+        rows.append({"order": name, "shards_in_batch": float(spread), "meet_again": float(met / chance)})
+    return rows
+
+
+def pairs_again(now: np.ndarray, later: np.ndarray, batch: int) -> int:
+    """Pairs that share a batch in both of two epochs."""
+    place = np.empty_like(later)
+    place[later] = np.arange(len(later)) // batch
+    cells = np.arange(len(now)) // batch * (len(now) // batch + 1) + place[now]
+    _, together = np.unique(cells, return_counts=True)
+    return int((together * (together - 1) // 2).sum())
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

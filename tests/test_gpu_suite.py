@@ -1,0 +1,109 @@
+"""The GPU suite at toy size on a CPU: every part measures, a failing one is recorded and costs no other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.shards import ShardSet
+
+BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
+sys.path.insert(0, BENCHMARKS)  # scripts there find each other as neighbours
+
+import gpu_parts  # noqa: E402
+import gpu_suite  # noqa: E402
+from gpu_report import markdown  # noqa: E402
+
+QUICK = ("parity", "ladder", "decode", "official", "compiled", "optimizers")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *arguments])
+    try:
+        gpu_suite.exit_on_user_error(gpu_suite.main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_every_part_measures_and_reports(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(photo_dataset_path), "--out", str(tmp_path), "--toy", "--no-isolate", "--minutes", "30"]
+    assert run(monkeypatch, *arguments, "--parts", *QUICK) == 0
+    results = json.loads((tmp_path / "suite.json").read_text())
+    parts = results["parts"]
+    assert tuple(parts) == QUICK
+    assert results["failures"] == {}
+    assert parts["parity"]["whole recipe"]["mean"] < 0.5
+    assert set(parts["ladder"]["rungs"]) == {
+        *("read", "decode", "crops", "photometric", "loader", "model", "end_to_end"),
+    }
+    assert parts["ladder"]["verdict"]["gpu_bound"] > 0
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+    measured = [value for name in QUICK[2:] for value in parts[name].values() if "img_per_s" in value]
+    assert len(measured) >= 5
+    assert all(value["img_per_s"]["minimum"] > 0 and value["img_per_s"]["runs"] == 3 for value in measured)
+    text = (tmp_path / "suite.md").read_text()
+    for heading in ("Parity", "The ladder, eager", "The official recipe", "limiter", "toy size"):
+        assert heading in text
+    assert "needs a GPU" in text  # Apex
+
+
+def test_a_part_that_fails_costs_no_other(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(suite: gpu_parts.Suite) -> None:
+        suite.attempt("first", lambda: {"mean": 1.0, "p99": 1.0, "max": 1.0, "within_4": 1.0})
+        suite.attempt("second", lambda: 1 / 0)
+        suite.attempt("third", lambda: [][0], needs_s=10_000)
+
+    monkeypatch.setitem(gpu_parts.PARTS, "parity", gpu_parts.Part(broken, 30))
+    arguments = [str(photo_dataset_path), "--out", str(tmp_path), "--toy", "--no-isolate"]
+    assert run(monkeypatch, *arguments, "--parts", "parity", "decode") == 1
+    results = json.loads((tmp_path / "suite.json").read_text())
+    assert "ZeroDivisionError" in results["failures"]["parity"]
+    assert results["parts"]["parity"]["first"]["mean"] == 1.0
+    assert "failed" in results["parts"]["parity"]["second"]
+    assert "skipped" in results["parts"]["parity"]["third"]
+    assert "img_per_s" in results["parts"]["decode"]["CPU"]
+    assert "1 parts failed" in capsys.readouterr().err
+
+
+def test_a_part_in_a_process_of_its_own_is_stopped_in_time(photo_dataset_path: Path, tmp_path: Path) -> None:
+    config = gpu_suite.Config(photo_dataset_path, tmp_path, toy=True)
+    failure = gpu_suite.start_part(config, "parity", seconds=0.2 - gpu_suite.GRACE_S)
+    assert failure is not None
+    assert failure.startswith("stopped after")
+
+
+def test_a_part_in_a_process_of_its_own_leaves_its_numbers(photo_dataset_path: Path, tmp_path: Path) -> None:
+    config = gpu_suite.Config(photo_dataset_path, tmp_path, toy=True)
+    assert gpu_suite.start_part(config, "decode", seconds=120) is None
+    assert "img_per_s" in json.loads((tmp_path / "part-decode.json").read_text())["CPU"]
+    failure = gpu_suite.start_part(config, "no-such-part", seconds=60)
+    assert failure is not None
+    assert "no-such-part" in failure
+
+
+def test_what_cannot_be_run_is_refused(photo_dataset_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--parts espresso: there are parity"):
+        gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path, parts=("espresso",)))
+    samples = ShardSet.open(photo_dataset_path).num_samples
+    with pytest.raises(UserError, match=f"{samples} samples, too few to measure batches of 512"):
+        gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path / "file" / "out", toy=True))
+
+
+def test_the_report_says_what_was_skipped_or_failed() -> None:
+    part = {"a": {"skipped": "out of GPU memory"}, "b": {"failed": "RuntimeError: no"}}
+    text = markdown({"toy": False, "machine": {}, "failures": {"model": "exit code 1: no"}, "parts": {"model": part}})
+    assert "| a | out of GPU memory |" in text
+    assert "| b | failed: RuntimeError: no |" in text
+    assert "- model: exit code 1: no" in text
