@@ -62,15 +62,28 @@ def distributed(device: Literal["auto", "cuda", "cpu"]) -> Iterator[Dist]:
     if world_size == 1:
         yield dist
         return
+    store = _fresh_store()
     if dist.device.type == "cuda":
-        td.init_process_group("nccl", device_id=dist.device)
+        td.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=dist.device)
     else:
-        td.init_process_group("gloo")
+        td.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
         yield dist
         td.barrier()  # torchrun ends the others as soon as one has left with an exit code of its own
     finally:
         td.destroy_process_group()
+
+
+def _fresh_store() -> td.Store:
+    """Where the processes find each other, without the addresses of processes that torchrun has restarted since.
+
+    torchrun's agents keep one store for all restarts (unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), and whoever reads
+    a dead process' address from it waits for half an hour. Agents of several machines do not count restarts alike, so
+    there that variable is the only remedy.
+    """
+    store, _, _ = next(td.rendezvous("env://"))
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return td.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}", store)
 
 
 def _device(choice: str, local_rank: int, local_world_size: int) -> torch.device:
