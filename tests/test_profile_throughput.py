@@ -53,19 +53,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
 def test_the_whole_ladder(
-    photo_dataset_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    backend: str,
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
     files = {flag: tmp_path / name for flag, name in (("json", "l.json"), ("plot", "l.png"), ("trace", "t.json"))}
     wanted = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
-    arguments = ["--data", str(photo_dataset_path), *TINY, "--device", "cpu", "--backend", backend, "--repeats", "3"]
+    arguments = ["--data", str(photo_dataset_path), *TINY, "--device", "cpu", "--repeats", "3"]
     assert run(monkeypatch, *arguments, *wanted) == 0
     printed = capsys.readouterr().out
     for words in ("read bytes", "photometric stage", "forward", "optimizer", "data_wait", "gpu_bound = ", "limiter: "):
@@ -83,6 +76,17 @@ def test_the_whole_ladder(
     assert "machine" in numbers
     Image.open(files["plot"]).verify()
     assert json.loads(files["trace"].read_text())["traceEvents"]
+
+
+def test_the_stages_of_the_torchvision_back_end(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rungs = ["--rungs", "decode", "crops", "photometric", "loader"]
+    arguments = ["--data", str(photo_dataset_path), *TINY, "--device", "cpu", "--repeats", "3", *rungs]
+    assert run(monkeypatch, *arguments, "--backend", "torchvision") == 0
+    printed = capsys.readouterr().out
+    assert "the model was not measured" in printed
+    assert "read bytes" not in printed
 
 
 def turn(rate: float, cores: float = 1.0, **parts: float) -> Turn:

@@ -123,11 +123,11 @@ class Bench:
             )
 
     def tidy(self) -> None:
-        """Give back the memory that is kept for later use."""
-        gc.collect()
+        """Give back the GPU memory that is kept for later use."""
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
-        release_memory(self.loader)
+            release_memory(self.loader)
 
     def finish(self) -> None:
         """Wait for what was put on the current stream."""
