@@ -46,6 +46,9 @@ class PretrainConfig:
     resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none
     max_steps: int | None = None  # stop after so many steps of the schedule that --epochs lays out
     max_bad_steps: int = 20  # steps in a row with nan or inf gradients, all of them skipped, before the run stops
+    # When z_std, the effective rank of z or the kNN accuracy say that the encoder collapses: warn and go on, or stop
+    # with exit code 2. Looked at with every log line; a sign must last for three of them
+    on_collapse: Literal["warn", "stop"] = "warn"
     checkpoint_every: str = "1epoch"  # or 500steps, or 10m (minutes)
     keep_checkpoints: int = 3  # the newest ones
     log_every: int = 10  # steps between lines of metrics.jsonl

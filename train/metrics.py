@@ -1,10 +1,10 @@
-"""Owns what a run reports: metrics.jsonl, TensorBoard, the progress line, and the alarm for a collapsing encoder.
+"""Owns what a run reports: metrics.jsonl, TensorBoard and the progress line.
 
 A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
-(optimizer steps done), loss (of that step), lr, z_std, img_per_s (source images, since the last line), data_wait (share
-of that time that the slowest rank waited for the loader); of several ranks data_wait_rankR too. A kNN line has epoch
-(epochs done), step and knn_top1 (percent); the first one is the untrained encoder's. Resuming cuts off what lies after
-the checkpoint: no step appears twice.
+(optimizer steps done), loss (of that step), lr, z_std, z_rank (effective rank), img_per_s (source images, since the
+last line), data_wait (share of that time that the slowest rank waited for the loader); of several ranks data_wait_rankR
+too. A kNN line has epoch (epochs done), step and knn_top1 (percent); the first one is the untrained encoder's. Resuming
+cuts off what lies after the checkpoint: no step appears twice.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from pipeline.disk import atomic_file, disk_error
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
-# z_std below this share of 1/sqrt(d) counts as collapsing: spread outputs stay near 1/sqrt(d), collapsing ones fall to
-# 0 (Chen & He 2020, figure 2). Measured with resnet_tiny at 16 px, batch 64, d 64, lr 0.1, 300 steps: never below 0.90
-# as it is; without stop-gradient 0.51 after 50 steps and 0.31 after 300; without predictor 0.53 and 0.31.
-COLLAPSE_SHARE = 0.5
 
 
 class MetricsLog:
@@ -194,27 +190,3 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
-
-
-class CollapseGuard:
-    """Warns once when z_std falls toward 0, and again only after it had recovered."""
-
-    def __init__(self, dim: int) -> None:
-        """``dim`` is the width d of z."""
-        self._threshold = COLLAPSE_SHARE / math.sqrt(dim)
-        self._healthy = 1 / math.sqrt(dim)
-        self._warned = False
-
-    def check(self, z_std: float, step: int) -> str | None:
-        """The warning, if one is due after ``step`` steps."""
-        below = not z_std >= self._threshold  # true for nan as well
-        due = below and not self._warned
-        self._warned = below
-        if not due:
-            return None
-        return (
-            f"warning: z_std is {z_std:.2g} at step {step}, below {self._threshold:.2g} (healthy is near 1/sqrt(d) = "
-            f"{self._healthy:.2g}): the encoder is collapsing to one output. Likely causes: the stop-gradient is off, "
-            "there is no trained predictor, the learning rate is too high, the heads have no batch norm, or the two "
-            "views are too alike (SimSiam is sensitive to its augmentation)"
-        )

@@ -40,6 +40,7 @@ from train.run import (
     prepare,
     resume,
     save,
+    stop_if_collapsed,
     stop_if_too_many_steps_were_bad,
 )
 
@@ -110,6 +111,7 @@ def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn 
         reporter.step(run.step, result)
         if run.step % run.config.log_every == 0:
             stop_if_too_many_steps_were_bad(run, result.lr)
+        stop_if_collapsed(run, reporter.collapse)
         stopping, timer_rang = poll(run, stop)
         if stopping or timer_rang or run.checkpoints.is_due_at(run.step, plan.steps_per_epoch):
             with reporter.paused():
@@ -148,7 +150,7 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
         wait_s += views.wait_s
     run.guard.step(scaler)
     loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
-    return StepResult(loss, std, run.guard.skipped, lr, wait_s, np.concatenate(ids))
+    return StepResult(loss, std, out.z1.detach(), run.guard.skipped, lr, wait_s, np.concatenate(ids))
 
 
 def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:

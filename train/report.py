@@ -18,9 +18,10 @@ from torch import Tensor
 from pipeline.disk import disk_error, write_json
 from pipeline.read_costs import ReadCosts
 from pipeline.shards import ShardSet
+from train.collapse import RANK_ROWS, CollapseGuard, Reading, effective_rank
 from train.config import PretrainConfig
 from train.dist import Dist, mean_over_ranks, on_main, say, together
-from train.metrics import CollapseGuard, MetricsLog, ProgressLine, RateMeter, Rates, SampleRecord, duration
+from train.metrics import MetricsLog, ProgressLine, RateMeter, Rates, SampleRecord, duration
 from train.plan import RunPlan
 from train.waits import Waits, costliest_shard, describe_shard, describe_waits
 
@@ -31,10 +32,11 @@ RANKS_LOGGED = 64  # up to so many ranks each have a data_wait of their own in m
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step leaves behind; loss, z_std and skipped stay on the device until a line is due."""
+    """What one optimizer step leaves behind; tensors stay on the device until a line is due."""
 
     loss: Float[Tensor, ""]
     z_std: Float[Tensor, ""]
+    z: Float[Tensor, "n d"]  # projections of one view in the step's last pass
     skipped: Float[Tensor, ""]  # steps of this session that were skipped, this one included; the same on every rank
     lr: float
     wait_s: float  # time spent waiting for the loader
@@ -50,7 +52,8 @@ class Reporter:
         self._metrics = together(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
-        self._guard = CollapseGuard(config.model.dim)
+        self._guard = CollapseGuard(config.model, config.views, plan.schedule.peak_lr)
+        self.collapse: str | None = None  # what the guard said last, the same on every rank
         self._prediction_start_s = self._start_s = time.perf_counter()
         self._paused_s = 0.0
         self._waited, self._logged_s = [0.0] * dist.world_size, 0.0
@@ -77,31 +80,33 @@ class Reporter:
         if self._samples is not None:
             self._samples.write(step, result.ids.tolist())
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
-            loss, z_std, rates, waits = self._read(result)
+            loss, z_std, rank, rates, waits = self._read(result)
             skipped = {"skipped_steps": result.skipped.item()} if result.skipped else {}
             epoch = (step - 1) // self._plan.steps_per_epoch
             if self._metrics is not None:
-                self._metrics.write(
-                    epoch, step, loss=loss, lr=result.lr, z_std=z_std, **asdict(rates), **_per_rank(waits), **skipped
-                )
+                more = {**asdict(rates), **_per_rank(waits), **skipped}
+                self._metrics.write(epoch, step, loss=loss, lr=result.lr, z_std=z_std, z_rank=rank, **more)
                 self._progress.show(epoch, step, loss, z_std, rates, str(waits))
-                warning = self._guard.check(z_std, step)
-                if warning is not None:
-                    print(warning, file=sys.stderr, flush=True)
+            self._warn(self._guard.check(step, Reading(z_std, rank, min(len(result.z), RANK_ROWS))))
         self._predict(step)
 
-    def _read(self, result: StepResult) -> tuple[float, float, Rates, Waits]:
-        """Loss and z_std of the last step and the rates since the last line; data_wait is the slowest rank's."""
+    def _warn(self, collapse: str | None) -> None:
+        self.collapse = collapse or self.collapse
+        if collapse is not None and self._dist.is_main:
+            print(f"warning: {collapse}", file=sys.stderr, flush=True)
+
+    def _read(self, result: StepResult) -> tuple[float, float, float, Rates, Waits]:
+        """Loss, z_std, rank of z at the last step, the rates since the last line; data_wait is the slowest rank's."""
         own_wait = torch.zeros(self._dist.world_size, device=result.loss.device)
         own_wait[self._dist.rank] = self._meter.wait_s * self._dist.world_size
-        values = torch.cat([torch.stack([result.loss, result.z_std]), own_wait])
-        loss, z_std, *seconds = mean_over_ranks(self._dist, values).tolist()
+        values = torch.cat([torch.stack([result.loss, result.z_std, effective_rank(result.z)]), own_wait])
+        loss, z_std, rank, *seconds = mean_over_ranks(self._dist, values).tolist()
         steps = self._meter.steps
         rates = self._meter.read()
         waits = Waits(tuple(seconds), steps * rates.step_s)
         self._waited = [sum(both) for both in zip(self._waited, seconds, strict=True)]
         self._logged_s += waits.of_s
-        return loss, z_std, replace(rates, data_wait=max(waits.shares)), waits
+        return loss, z_std, rank, replace(rates, data_wait=max(waits.shares)), waits
 
     def say_what_cost_most(self, dataset: ShardSet, costs: ReadCosts) -> None:
         """Print which rank waited longest for its data, and which shard cost most to read. A collective."""
@@ -131,7 +136,13 @@ class Reporter:
         """Write a kNN line: ``epoch`` epochs and ``step`` steps done, ``top1`` in percent."""
         if self._metrics is not None:
             self._metrics.write(epoch, step, knn_top1=top1)
-            say(self._dist, f"epoch {epoch}: kNN top-1 {top1:.2f} %" + (" (untrained)" if step == 0 else ""))
+            say(self._dist, f"epoch {epoch}: kNN top-1 {top1:.2f} %" + self._start_note(step))
+        self._warn(self._guard.check_knn(step, top1))
+
+    def _start_note(self, step: int) -> str:
+        if step > 0:
+            return ""
+        return " (untrained)" if self._config.init is None else " (as --init gave it)"
 
     @contextmanager
     def paused(self) -> Iterator[None]:

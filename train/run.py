@@ -234,6 +234,14 @@ def save(run: Run) -> Path:
     return path
 
 
+def stop_if_collapsed(run: Run, collapse: str | None) -> None:
+    """Raise SharedError, on every rank alike, if the guard has spoken and --on-collapse is stop."""
+    if collapse is not None and run.config.on_collapse == "stop":
+        newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
+        rest = f"Stopped (--on-collapse stop); newest checkpoint: {newest.name if newest else 'none so far'}"
+        raise SharedError(f"{collapse}\n{rest}", run.dist.is_main)
+
+
 def stop_if_too_many_steps_were_bad(run: Run, lr: float) -> None:
     """Raise SharedError, on every rank alike, if --max-bad-steps in a row were skipped. Waits for the device."""
     row, limit = run.guard.longest_row(), run.config.max_bad_steps

@@ -1,0 +1,178 @@
+"""The collapse guard: fires when an encoder is made to collapse, stays silent when not, and says what it saw."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.simsiam import SimSiam, SimSiamConfig, simsiam_loss, z_std
+from pipeline.views import ViewRecipe
+from train import pretrain
+from train.collapse import KNN_PATIENCE, PATIENCE, CollapseGuard, Reading, effective_rank
+from train.metrics import read_lines
+
+DOCUMENTED_STEPS, LOG_EVERY = 150, 10
+DIM, BATCH, LR = 64, 128, 0.2
+TINY = SimSiamConfig("resnet_tiny", dim=DIM, projector_layers=2, projector_hidden=64, predictor_hidden=16)
+HEALTHY = 1 / math.sqrt(2048)
+
+
+def guard(model: SimSiamConfig | None = None, views: ViewRecipe | None = None) -> CollapseGuard:
+    return CollapseGuard(model or SimSiamConfig(), views or ViewRecipe(), peak_lr=0.1)
+
+
+def reading(share: float = 1.0, rank: float = 100.0) -> Reading:
+    return Reading(share * HEALTHY, rank, rows=256)
+
+
+def train_until_told(model_config: SimSiamConfig) -> tuple[str | None, float]:
+    """What the guard says within the documented number of steps, and z_std x sqrt(d) then."""
+    torch.manual_seed(0)
+    model = SimSiam(model_config).train()
+    pictures = F.interpolate(torch.randn(256, 3, 4, 4), size=8, mode="bilinear")
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
+    watching, share = guard(model_config), 1.0
+    for step in range(1, DOCUMENTED_STEPS + 1):
+        x = pictures[torch.randint(256, (BATCH,))]
+        out = model(x + 0.3 * torch.randn_like(x), x.flip(-1) + 0.3 * torch.randn_like(x))
+        optimizer.zero_grad()
+        simsiam_loss(*out).backward()
+        optimizer.step()
+        if step % LOG_EVERY == 0:
+            share = z_std(out.z1).item() * math.sqrt(DIM)
+            told = watching.check(step, Reading(share / math.sqrt(DIM), effective_rank(out.z1).item(), BATCH))
+            if told is not None:
+                return told, share
+    return None, share
+
+
+@pytest.mark.parametrize(
+    ("switched_off", "cause"),
+    [
+        ({"stop_gradient": False}, "the stop-gradient is off"),
+        ({"predictor": "none"}, "there is no trained predictor"),
+    ],
+)
+def test_an_encoder_made_to_collapse_is_told(switched_off: dict[str, Any], cause: str) -> None:
+    told, share = train_until_told(replace(TINY, **switched_off))
+    assert share < 0.5
+    assert told is not None
+    assert "z_std is" in told
+    assert f"Likely causes: {cause}" in told
+
+
+def test_the_method_as_it_is_does_not_fire() -> None:
+    told, share = train_until_told(TINY)
+    assert told is None
+    assert share > 0.8
+
+
+def test_each_sign_must_last_and_is_told_once_until_recovery() -> None:
+    watching = guard()
+    assert watching.check(1, reading()) is None
+    for step in range(2, 1 + PATIENCE):
+        assert watching.check(step, reading(0.4)) is None
+    told = watching.check(9, reading(0.4))
+    assert told is not None
+    assert "(step 9)" in told
+    assert "z_std is 0.0088, 0.4 of the healthy 1/sqrt(d) = 0.022" in told
+    assert "directions" not in told
+    assert watching.check(10, reading(0.4)) is None
+    assert watching.check(11, reading()) is None
+    assert watching.check(12, reading(0.05)) is not None  # far down: nothing to wait for
+    assert watching.check(13, reading()) is None
+    assert watching.check(14, reading(math.nan)) is not None
+
+
+def test_few_directions_are_a_sign_though_z_std_is_not() -> None:
+    watching = guard()
+    told = [watching.check(step, reading(0.6, rank=2.0)) for step in range(PATIENCE)]
+    assert told[:-1] == [None] * (PATIENCE - 1)
+    assert "z spreads in 2 directions (effective rank) of 255" in str(told[-1])
+
+
+def test_a_small_batch_has_few_directions_anyway() -> None:
+    watching = guard()
+    assert all(watching.check(step, Reading(HEALTHY, 2.5, rows=8)) is None for step in range(9))
+
+
+def test_knn_that_falls_is_a_sign() -> None:
+    watching = guard()
+    for top1 in (20.0, 18.0, 30.0, 26.0):
+        assert watching.check_knn(0, top1) is None
+    told = [watching.check_knn(100, 23.0) for _ in range(KNN_PATIENCE)]
+    assert told[:-1] == [None] * (KNN_PATIENCE - 1)
+    assert "kNN accuracy has fallen from 30.0 to 23.0 %" in str(told[-1])
+
+
+def test_what_is_unlike_the_recipe_is_named_first() -> None:
+    model = SimSiamConfig(projector_bn="none", predictor="fixed-random")
+    told = str(guard(model, ViewRecipe(jitter_prob=0.0)).check(1, reading(0.0)))
+    causes = told.split("Likely causes: ")[1].split("; ")
+    assert [cause.split("(")[1][:6] for cause in causes[:3]] == ["--pred", "--proj", "--jitt"]
+    for part in ("learning rate", "augmentation", "batch norm"):
+        assert part in told
+
+
+def test_effective_rank_by_hand() -> None:
+    # Four points on two axes, as far out: two equal singular values. On one axis: one.
+    assert effective_rank(torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])).item() == pytest.approx(2)
+    assert effective_rank(torch.tensor([[2.0, 0], [-1, 0], [3, 0]])).item() == pytest.approx(1)
+    # Singular values 2 : 1, that is shares of 2/3 and 1/3.
+    z = torch.tensor([[1.0, 0], [-1, 0]] * 4 + [[0.0, 1], [0, -1]])
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    assert effective_rank(z).item() == pytest.approx(math.exp(entropy), rel=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(40, 300), (300, 40), (100, 100)])
+def test_effective_rank_is_that_of_the_singular_values(rows: int, dim: int) -> None:
+    z = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(1, 3, dim))
+    kept = F.normalize(z[:256], dim=1)
+    singular = torch.linalg.svdvals(kept - kept.mean(0))
+    share = singular / singular.sum()
+    expected = torch.exp(-(share * share.clamp_min(1e-20).log()).sum())
+    assert effective_rank(z).item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+def test_one_point_and_numbers_that_are_none() -> None:
+    assert effective_rank(torch.ones(16, 8)).item() == pytest.approx(1, abs=0.01)
+    assert effective_rank(torch.ones(16, 8) + 1e-7 * torch.randn(16, 8)).item() < 1.5
+    assert math.isnan(effective_rank(torch.full((16, 8), torch.nan)).item())
+
+
+def run(monkeypatch: pytest.MonkeyPatch, data: Path, run_dir: Path, *more: str) -> int:
+    where = ["--data", str(data), "--run-dir", str(run_dir), "--device", "cpu", "--backend", "torchvision"]
+    heads = ["--dim", "16", "--projector-hidden", "16", "--predictor-hidden", "4"]
+    small = ["--backbone", "resnet_tiny", "--image-size", "16", "--global-batch", "12", "--epochs", "2", *heads]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *where, *small, "--log-every", "1", "--knn-every", "0", *more])
+    try:
+        pretrain.exit_on_user_error(pretrain.main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_run_warns_or_stops_as_it_was_told(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert run(monkeypatch, photo_dataset_path, tmp_path / "healthy", "--on-collapse", "stop") == 0
+    lines = read_lines(tmp_path / "healthy" / "metrics.jsonl")
+    assert all(1 <= line["z_rank"] <= 11 for line in lines)
+    capsys.readouterr()
+    monkeypatch.setattr("train.collapse.STD_SHARE_AT_ONCE", 2.0)  # now every encoder is taken for a collapsed one
+    monkeypatch.setattr("train.collapse.STD_SHARE", 2.0)
+    assert run(monkeypatch, photo_dataset_path, tmp_path / "warned") == 0
+    error = capsys.readouterr().err
+    assert error.count("warning: the encoder is collapsing (step 1)") == 1
+    assert run(monkeypatch, photo_dataset_path, tmp_path / "stopped", "--on-collapse", "stop") == 2
+    error = capsys.readouterr().err
+    assert "error: the encoder is collapsing (step 1). Seen: z_std is" in error
+    assert "Stopped (--on-collapse stop); newest checkpoint: none so far" in error
+    assert len(read_lines(tmp_path / "stopped" / "metrics.jsonl")) == 1

@@ -1,0 +1,132 @@
+"""Owns the collapse guard: three signs watched together, what is said about them, and when.
+
+A healthy z is spread over the sphere, with z_std near 1/sqrt(d) (Chen & He 2020, figure 2). Trials of resnet_tiny on
+CIFAR-10 and on noise, batches of 64 to 256, lr 0.1 to 1: as it is, z_std stayed above 0.87 of that; without
+stop-gradient it fell below a half after 20 to 60 steps, without a predictor after 20 to 100, and went on towards 0. BN
+at the projector's output lets it come no nearer than about 2 / sqrt(batch), where all of z is one point but a sample.
+At a high lr z_std may come to rest near a half, while z has shrunk to two directions: hence the rank.
+
+A sign has to last for PATIENCE log lines, so that with --log-every 10 both kinds of collapse are told within 150 steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from model.simsiam import SimSiamConfig
+from pipeline.views import ViewRecipe
+
+PATIENCE = 3  # log lines that a sign has to last
+KNN_PATIENCE = 2  # kNN evaluations that its sign has to last
+STD_SHARE = 0.5  # of 1/sqrt(d): z_std below it is a sign
+STD_SHARE_AT_ONCE = 0.1  # of 1/sqrt(d): below it there is nothing to wait for
+# Effective rank of z below it is a sign. The same trials: 12 to 40 in healthy runs, 2 to 7 in collapsed ones
+RANK, RANK_SHARE = 4.0, 0.1  # but at most this share of the most that the batch allows
+KNN_SHARE = 0.8  # of the best kNN accuracy so far: "local collapse" (lightly issue 134) does not show in z_std
+RANK_ROWS = 256  # samples of z that the rank is computed from, a matter of milliseconds
+
+
+@torch.no_grad()
+def effective_rank(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """exp(entropy of the singular values) of l2-normalised z without its mean: in how many directions z spreads.
+
+    Roy & Vetterli 2007. Between 1 (a line, or one point) and min(n - 1, d); of the first RANK_ROWS samples. nan if z
+    is not finite. On z's device.
+    """
+    z = z[:RANK_ROWS].float()
+    finite = torch.isfinite(z).all()
+    z = F.normalize(torch.nan_to_num(z), dim=1)
+    z = z - z.mean(dim=0)
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    # What is below the rounding of float32 is no direction; without a direction left, z is one point.
+    singular = torch.where(singular > 1e-3 * singular.max().clamp_min(1e-3), singular, 0)
+    share = singular / singular.sum().clamp_min(1e-12)
+    rank = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+    return torch.where(finite, rank, torch.nan)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one log line says about z."""
+
+    z_std: float
+    rank: float
+    rows: int  # samples that the rank is of
+
+
+class CollapseGuard:
+    """Says once when an encoder collapses, and again only after it had recovered. The same on every rank."""
+
+    def __init__(self, model: SimSiamConfig, views: ViewRecipe, peak_lr: float) -> None:
+        """What is trained, for the likely causes."""
+        self._model, self._views, self._peak_lr = model, views, peak_lr
+        self._healthy = 1 / math.sqrt(model.dim)
+        self._std_lines = self._rank_lines = self._knn_evaluations = 0
+        self._reading: Reading | None = None
+        self._knn, self._best_knn = math.nan, 0.0
+        self._told = False
+
+    def check(self, step: int, reading: Reading) -> str | None:
+        """The warning, if one is due after ``step`` steps."""
+        self._reading = reading
+        low = not reading.z_std >= STD_SHARE * self._healthy  # true for nan as well
+        at_once = not reading.z_std >= STD_SHARE_AT_ONCE * self._healthy
+        self._std_lines = max(PATIENCE, self._std_lines + 1) if at_once else (self._std_lines + 1) * low
+        self._rank_lines = (self._rank_lines + 1) * (not reading.rank >= self._lowest_rank(reading))
+        return self._verdict(step)
+
+    def check_knn(self, step: int, top1: float) -> str | None:
+        """The same after a kNN evaluation; ``top1`` in percent."""
+        self._knn, self._best_knn = top1, max(self._best_knn, top1)
+        self._knn_evaluations = (self._knn_evaluations + 1) * (top1 < KNN_SHARE * self._best_knn)
+        return self._verdict(step)
+
+    def _lowest_rank(self, reading: Reading) -> float:
+        return min(RANK, RANK_SHARE * min(reading.rows - 1, self._model.dim))
+
+    def _verdict(self, step: int) -> str | None:
+        signs = self._signs()
+        due = bool(signs) and not self._told
+        self._told = bool(signs)
+        if not due:
+            return None
+        return f"the encoder is collapsing (step {step}). Seen: {'; '.join(signs)}. Likely causes: {self._causes()}"
+
+    def _signs(self) -> list[str]:
+        signs = []
+        if self._reading is not None and self._std_lines >= PATIENCE:
+            std = self._reading.z_std
+            share = std / self._healthy
+            signs.append(f"z_std is {std:.2g}, {share:.2g} of the healthy 1/sqrt(d) = {self._healthy:.2g}")
+        if self._reading is not None and self._rank_lines >= PATIENCE:
+            most = min(self._reading.rows - 1, self._model.dim)
+            signs.append(f"z spreads in {self._reading.rank:.2g} directions (effective rank) of {most}")
+        if self._knn_evaluations >= KNN_PATIENCE:
+            signs.append(f"kNN accuracy has fallen from {self._best_knn:.1f} to {self._knn:.1f} %")
+        return signs
+
+    def _causes(self) -> str:
+        """What is unlike the paper's recipe comes first."""
+        model, views = self._model, self._views
+        surely = []
+        if not model.stop_gradient:
+            surely.append("the stop-gradient is off (--no-stop-gradient)")
+        if model.predictor != "mlp":
+            surely.append(f"there is no trained predictor (--predictor {model.predictor})")
+        if model.projector_bn == "none":
+            surely.append("the heads have no batch norm (--projector-bn none)")
+        if views.jitter_prob == 0 or views.crop_scale[0] > 0.5:
+            surely.append(f"weak augmentation (--jitter-prob {views.jitter_prob}, --crop-scale {views.crop_scale})")
+        maybe = [
+            f"a learning rate that is too high (peak {self._peak_lr:g}; lower --base-lr)",
+            "two views that are too alike or too different (the augmentation; look at tools/preview_views.py)",
+            "batch norm over too few samples (--sync-bn, a larger batch for each pass)",
+        ]
+        return "; ".join([*surely, *maybe])
