@@ -36,7 +36,7 @@ def test_a_simulated_dataset_opens_and_a_rank_runs_on_it(tmp_path: Path, samples
 def test_a_rank_in_a_process_of_its_own(tmp_path: Path) -> None:
     scale.simulate(tmp_path, 5000, 1000)
     measured = scale.start_rank(scale.Config(rank_batch=4, batches=10), tmp_path, 4, "random")
-    assert set(measured) == {"start_up_s", "memory_mib", "batch_ms"}
+    assert set(measured) == {"start_up_s", "memory_mib", "batch_ms", "lookup_ms"}
 
 
 def test_pairs_that_meet_again_are_counted() -> None:
