@@ -15,6 +15,7 @@ from torch import nn
 from torchvision import models
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
+from model.backbone import build_backbone
 from model.simsiam import SimSiam, SimSiamConfig
 from tools import export_backbone
 from train.checkpoint import save_checkpoint
@@ -198,3 +199,15 @@ def test_mistakes(
     assert export(monkeypatch, run_dir, tmp_path / out, "--format", layout) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "taken.pth").read_text() == "mine"
+
+
+def test_what_exists_here_only_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk, _ = build_backbone("resnet_tiny")
+    torch.save(trunk.state_dict(), tmp_path / "tiny.pth")
+    assert export(monkeypatch, tmp_path / "tiny.pth", tmp_path / "out.pth", "--format", "timm") == 0
+    out = capsys.readouterr().out
+    assert 'build_backbone("resnet_tiny", "small")' in out
+    assert "exists here only" in out
+    assert "trained at unknown size" in out

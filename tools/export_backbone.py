@@ -99,11 +99,15 @@ def how_to_load(out: Path, layout: FormatName, weights: Weights) -> str:
     """What the other program needs to be told."""
     pixels = weights.pixels or Pixels()
     name = weights.backbone
+    ours_alone = name == "resnet_tiny" or weights.stem != "imagenet"
+    build = f"m = torchvision.models.{name}(); m.fc = nn.Identity()"
+    if ours_alone:
+        build = f'm, _ = model.backbone.build_backbone("{name}", "{weights.stem}")'
     match layout:
-        case "torchvision":
-            how = f'm = torchvision.models.{name}(); m.fc = nn.Identity(); m.load_state_dict(torch.load("{out}"))'
-        case "timm":
+        case "timm" if not ours_alone:
             how = f'timm.create_model("{name}", num_classes=0, checkpoint_path="{out}")'
+        case "torchvision" | "timm":
+            how = f'{build}; m.load_state_dict(torch.load("{out}"))'
         case "detectron2":
             means, stds = ([round(255 * value, 3) for value in values] for values in (pixels.mean, pixels.std))
             how = (
@@ -113,12 +117,12 @@ def how_to_load(out: Path, layout: FormatName, weights: Weights) -> str:
         case "official":
             how = f"python main_lincls.py --arch {name} --pretrained {out}"
         case "safetensors":
-            how = f'm = torchvision.models.{name}(); m.fc = nn.Identity(); m.load_state_dict(load_file("{out}"))'
+            how = f'{build}; m.load_state_dict(safetensors.torch.load_file("{out}"))'
         case unreachable:
             assert_never(unreachable)
     size = f"{pixels.image_size} px" if weights.pixels else "unknown size"
     lines = [f"load it: {how}", f"pictures: RGB, trained at {size}, mean {pixels.mean}, std {pixels.std}"]
-    if name == "resnet_tiny" or weights.stem != "imagenet":
+    if ours_alone:
         lines.append(
             f"note: {name} with the {weights.stem} stem exists here only (model/backbone.py); "
             "others must build the same first layers to load it"

@@ -28,7 +28,9 @@ STD_SHARE = 0.5  # of 1/sqrt(d): z_std below it is a sign
 STD_SHARE_AT_ONCE = 0.1  # of 1/sqrt(d): below it there is nothing to wait for
 # Effective rank of z below it is a sign. The same trials: 12 to 40 in healthy runs, 2 to 7 in collapsed ones
 RANK, RANK_SHARE = 4.0, 0.1  # but at most this share of the most that the batch allows
-KNN_SHARE = 0.8  # of the best kNN accuracy so far: "local collapse" (lightly issue 134) does not show in z_std
+# Of the best kNN accuracy so far: "local collapse" (lightly issue 134) does not show in z_std. A healthy run of 120
+# steps with 128 queries went from 23 % untrained to 13 % and back to 19 %
+KNN_SHARE = 0.6
 RANK_ROWS = 256  # samples of z that the rank is computed from, a matter of milliseconds
 
 
