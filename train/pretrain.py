@@ -5,7 +5,8 @@
 
 Owns the order of things: parse, build, resume, loop. The run folder holds config.json, plan.json, metrics.jsonl,
 tensorboard/, checkpoints/, bad_samples.jsonl if there are any and, at the end, summary.json.
-Exit codes: 0 done; 2 a user's mistake; 75 stopped by a signal after a checkpoint, go on with --resume; 1 anything else.
+Exit codes: 0 done; 2 a user's mistake, a full disk, a collapse with --on-collapse stop; 75 stopped by a signal after a
+checkpoint, go on with --resume; 1 anything else.
 """
 
 from __future__ import annotations
