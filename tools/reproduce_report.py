@@ -175,7 +175,7 @@ def draw(table: PaperTable, results: Sequence[Result], recipe: str) -> Figure:
         knn_epochs = [step / per_epoch for step in history.knn_steps]
         knn_axes.plot(knn_epochs, history.knn_top1, color=colour, linewidth=1.5, marker="o", markersize=4)
     loss_axes.set_ylabel("loss")
-    loss_axes.legend(fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     std_axes.set_ylabel("std of l2-normalised z")
     std_axes.set_title("dashed: 1/√d, spread over the whole sphere", loc="right", fontsize=9, color=INK)
     std_axes.set_ylim(bottom=0)
