@@ -31,7 +31,7 @@ TEST_SEED = 1  # another draw of synthetic pictures than the training set's, whi
 LARGEST_BATCH = 128  # small batches make many steps of few pictures; the paper's table 2: 67.3 at 128, 68.1 at 256
 FEWEST_PICTURES = 16
 EVALUATIONS = 12  # kNN accuracies along the run, besides the untrained one
-# 600 steps leave no time to learn slowly, as the paper's 500,000 do with 0.05: in trials the accuracy grew with the rate.
+# 600 steps leave no time to learn slowly, as the paper's 500,000 do with 0.05; in trials accuracy grew with the rate.
 BASE_LR = 1.0
 RECIPE = (
     *("--backbone", "resnet_tiny", "--base-lr", str(BASE_LR), "--blur-prob", "0"),
