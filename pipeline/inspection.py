@@ -232,7 +232,9 @@ def _candidates(samples: np.ndarray) -> Iterator[list[int]]:
 
 
 def _keys_of_pass(samples: np.ndarray, number: int, passes: int) -> tuple[np.ndarray, np.ndarray]:
-    keys, ids, first = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+    keys: list[np.ndarray] = [np.zeros(0, np.uint64)]
+    ids: list[np.ndarray] = [np.zeros(0, np.int64)]
+    first = 0
     for rows in _chunks(samples):
         mine = np.flatnonzero(rows["checksum"] % np.uint32(passes) == number)
         chosen = rows[mine]
