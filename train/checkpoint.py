@@ -36,20 +36,25 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int) -
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    data = buffer.getbuffer()
-    path = folder / f"step-{step:09d}-{hashlib.sha256(data).hexdigest()[:HASH_DIGITS]}.pt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(data)
-        for old in _list(folder):
-            if old != path and _step(old) == step:
-                old.unlink()
-        for old in _list(folder)[keep:]:
-            old.unlink()
-    except OSError as error:
-        raise disk_error(error, f"writing the checkpoint {path}") or error from error
+    with buffer.getbuffer() as data:  # released here: left to the garbage collector it can crash Python 3.12.1
+        path = folder / f"step-{step:09d}-{hashlib.sha256(data).hexdigest()[:HASH_DIGITS]}.pt"
+        try:
+            _write(path, data, step, keep)
+        except OSError as error:
+            raise disk_error(error, f"writing the checkpoint {path}") or error from error
     return path
+
+
+def _write(path: Path, data: memoryview, step: int, keep: int) -> None:
+    """Put the file in place, then delete what it makes superfluous."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(data)
+    for old in _list(path.parent):
+        if old != path and _step(old) == step:
+            old.unlink()
+    for old in _list(path.parent)[keep:]:
+        old.unlink()
 
 
 @dataclass(frozen=True)
