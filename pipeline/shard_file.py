@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -52,26 +53,26 @@ class ShardParts:
     rejected: list[Rejected]
 
 
-class Job:
+class Job(ABC):
     """A dataset in the making: numbered shards that can be built in any order by any process."""
 
     out: Path
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of shards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pictures(self, numbers: list[int]) -> int | None:
         """Number of pictures to look at in shards ``numbers``; None if it is not known before."""
-        raise NotImplementedError
 
     def room(self, numbers: list[int]) -> int:
         """About how many bytes shards ``numbers`` will take on the disk of OUT; 0 if that is not known or nothing."""
         return 0
 
+    @abstractmethod
     def build(self, number: int, tick: Tick) -> None:
         """Build shard ``number`` and mark it as done. Raises OSError, UserError, or what ``tick`` raises."""
-        raise NotImplementedError
 
     def done(self, number: int) -> dict[str, Any] | None:
         """The record of a finished shard: {"shard": Shard, "rejected": [[name, reason]]}; None if unfinished."""
