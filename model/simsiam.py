@@ -27,8 +27,8 @@ class SimSiamConfig:
     dim: int = 2048  # width d of z and p: section 3
     projector_layers: int = 3  # section 3; appendix D takes 2 for CIFAR-10
     projector_hidden: int = 2048  # section 3
-    # None: a quarter of dim. Section 3: 512 of 2048; appendix B: "the prediction MLP's hidden layer dimension is always
-    # 1/4 of the output dimension", with which dim 256, 512, 1024, 2048 gives 65.3, 67.2, 67.5, 68.1
+    # None: a quarter of dim. Section 3: 512 of 2048; appendix B keeps to a quarter, with which
+    # dim 256, 512, 1024, 2048 gives 65.3, 67.2, 67.5, 68.1
     predictor_hidden: int | None = None
     predictor: Literal["mlp", "none", "fixed-random"] = "mlp"  # table 1: learned 67.7, none 0.1, fixed random 1.5
     # BN after which layers; table 3 (projector/predictor): none/none 34.6, hidden/hidden 67.4, all/hidden 68.1

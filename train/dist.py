@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,17 @@ class SharedError(UserError):
         """``message`` is the same on all ranks."""
         super().__init__(message)
         self.speaks = speaks
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let a SharedError through on the rank that prints it; the others leave with its exit code in silence."""
+    try:
+        yield
+    except SharedError as error:
+        if not error.speaks:
+            sys.exit(2)
+        raise
 
 
 @dataclass(frozen=True)

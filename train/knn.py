@@ -16,7 +16,6 @@ import train.openmp  # noqa: F401  # before torch
 
 # isort: split
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +32,7 @@ from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader_config import LoaderConfig
 from pipeline.order import epoch_order
 from pipeline.shards import ShardSet
-from train.dist import Dist, SharedError, distributed, on_main, say, together
+from train.dist import Dist, distributed, on_main, say, together, told_once
 from train.features import (
     NOT_SEEN,
     EncoderConfig,
@@ -176,13 +175,8 @@ class KnnEvalConfig:
 def main() -> None:
     """The script."""
     config = tyro.cli(KnnEvalConfig, prog="knn.py")
-    try:
-        with distributed(config.device) as dist:
-            evaluate(config, dist)
-    except SharedError as error:
-        if not error.speaks:
-            sys.exit(2)  # rank 0 prints it
-        raise
+    with told_once(), distributed(config.device) as dist:
+        evaluate(config, dist)
 
 
 def evaluate(config: KnnEvalConfig, dist: Dist) -> dict[int, Score]:

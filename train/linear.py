@@ -14,7 +14,6 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from pipeline.loader import open_crops
 from pipeline.loader_config import LoaderConfig
 from pipeline.order import batch_positions, epoch_order, steps_per_epoch
 from pipeline.shards import ShardSet
-from train.dist import Dist, SharedError, distributed, mean_over_ranks, say, together
+from train.dist import Dist, distributed, mean_over_ranks, say, together, told_once
 from train.features import (
     PICTURES_PER_PASS,
     EncoderConfig,
@@ -85,13 +84,8 @@ class LinearConfig:
 def main() -> None:
     """The script."""
     config = tyro.cli(LinearConfig, prog="linear.py")
-    try:
-        with distributed(config.device) as dist:
-            evaluate(config, dist)
-    except SharedError as error:
-        if not error.speaks:
-            sys.exit(2)  # rank 0 prints it
-        raise
+    with told_once(), distributed(config.device) as dist:
+        evaluate(config, dist)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from pipeline.loader import Views, open_views
 from pipeline.read_costs import ReadCosts
 from train.bad_samples import BadSampleRecord
 from train.config import PretrainConfig, parse_config
-from train.dist import Dist, SharedError, any_rank, distributed, on_main, say, share_buffers
+from train.dist import Dist, any_rank, distributed, on_main, say, share_buffers, told_once
 from train.knn import OnlineKnn
 from train.optim import set_lr
 from train.preemption import EXIT_PREEMPTED, StopRequest, stop_signals
@@ -49,13 +49,8 @@ from train.run import (
 def main() -> None:
     """The script."""
     config = parse_config()
-    try:
-        with stop_signals() as stop, distributed(config.device) as dist:
-            finished = pretrain(config, dist, stop)
-    except SharedError as error:
-        if not error.speaks:
-            sys.exit(2)  # rank 0 prints it
-        raise
+    with told_once(), stop_signals() as stop, distributed(config.device) as dist:
+        finished = pretrain(config, dist, stop)
     if not finished:
         sys.exit(EXIT_PREEMPTED)
 
