@@ -168,7 +168,7 @@ def mean_over_ranks(dist: Dist, values: Tensor) -> Tensor:
     return values
 
 
-def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "total *rest"]:
+def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "total *rest"]:  # noqa: F821
     """All ranks' rows in the order of the ranks, on every rank; ``counts[r]`` is how many rank r has."""
     assert len(rows) == counts[dist.rank]
     if dist.world_size == 1:

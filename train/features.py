@@ -181,8 +181,10 @@ def split_ids(ids: Int64[np.ndarray, " n"], parts: int) -> list[Int64[np.ndarray
 
 
 def each_rank(
-    dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]
-) -> Iterator[Shaped[Tensor, "count *rest"]]:
+    dist: Dist,
+    rows: Shaped[Tensor, "n *rest"],
+    counts: list[int],  # noqa: F821
+) -> Iterator[Shaped[Tensor, "count *rest"]]:  # noqa: F821
     """Every rank's rows in turn, on every rank; only one rank's are held beside one's own. A collective."""
     assert len(rows) == counts[dist.rank]
     for rank, count in enumerate(counts):
