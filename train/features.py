@@ -182,8 +182,8 @@ def split_ids(ids: Int64[np.ndarray, " n"], parts: int) -> list[Int64[np.ndarray
 
 def each_rank(
     dist: Dist,
-    rows: Shaped[Tensor, "n *rest"],
-    counts: list[int],  # noqa: F821
+    rows: Shaped[Tensor, "n *rest"],  # noqa: F821
+    counts: list[int],
 ) -> Iterator[Shaped[Tensor, "count *rest"]]:  # noqa: F821
     """Every rank's rows in turn, on every rank; only one rank's are held beside one's own. A collective."""
     assert len(rows) == counts[dist.rank]
