@@ -8,6 +8,7 @@ RUNTIME = [
     "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
     "webdataset>=1.0",
     "braceexpand>=0.1.7",
+    "fsspec[http]>=2024.6",  # remote datasets
     "numpy>=1.26",
     "numba>=0.61",
     "pillow>=10",
@@ -20,8 +21,11 @@ RUNTIME = [
     "tqdm>=4.66",
 ]
 PARQUET = ["pyarrow>=15"]
+S3, GCS, HF = ["s3fs>=2024.6"], ["gcsfs>=2024.6"], ["huggingface_hub"]
 TEST = [
     *PARQUET,
+    *S3,
+    "moto[server]",  # an S3 server of one's own
     "pytest>=8",
     "hypothesis>=6.100",
     "beartype>=0.18",
@@ -37,5 +41,5 @@ setup(
     python_requires=">=3.10",
     packages=["pipeline", "model", "train", "tools"],
     install_requires=RUNTIME,
-    extras_require={"parquet": PARQUET, "test": TEST},
+    extras_require={"parquet": PARQUET, "s3": S3, "gcs": GCS, "hf": HF, "test": TEST},
 )
