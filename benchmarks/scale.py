@@ -146,8 +146,9 @@ def be_a_rank(folder: Path, ranks: int, order_name: str, rank_batch: int, batche
     before = private_mib()
     start_s = time.perf_counter()
     dataset = ShardSet.open(folder)
-    order = choose_order(OrderConfig("blocks" if order_name == "blocks" else "random"), 0, dataset.shard_samples)
     global_batch = ranks * rank_batch
+    config = OrderConfig("blocks" if order_name == "blocks" else "random")
+    order = choose_order(config, 0, dataset.shard_samples, global_batch)
     steps = steps_per_epoch(dataset.num_samples, global_batch)
     one_batch(dataset, order, 0, global_batch, ranks)
     start_up_s = time.perf_counter() - start_s
@@ -188,7 +189,7 @@ def measure_quality(
 ) -> list[dict[str, Any]]:
     """How orders mix a dataset of ImageNet's size: how many shards meet in a batch, and which pairs meet again."""
     counts = np.full(shards, per_shard)
-    orders: list[tuple[str, Order]] = [("random", choose_order(OrderConfig(), 0, counts))]
+    orders: list[tuple[str, Order]] = [("random", choose_order(OrderConfig(), 0, counts, batch))]
     for group in (1, 4, 16, 64):
         orders.append((f"blocks of {group} shards", BlockOrder(counts, group, 0)))
     samples, steps = shards * per_shard, shards * per_shard // batch

@@ -98,7 +98,7 @@ def open_views(
     """
     assert global_batch % (world_size * accumulate) == 0
     steps = steps_per_epoch(dataset.num_samples, global_batch)
-    sample_ids = choose_order(order, seed, dataset.shard_samples)
+    sample_ids = choose_order(order, seed, dataset.shard_samples, global_batch)
 
     def places() -> Iterator[Place]:
         for epoch in range(start_epoch, epochs):

@@ -6,7 +6,9 @@ finite domains"): a sample number is written as left * columns + right, and each
 other. The few values that land outside the data set are permuted again until they land inside ("cycle walking").
 
 For storage that hates random reads there is a second order, by blocks: the shards are permuted, and samples are
-shuffled only within groups of a few shards. It remembers a few numbers for each shard, none for a sample.
+shuffled only within groups of a few shards. It remembers a few numbers for each shard, none for a sample. Its epoch can
+be cut into streams that run side by side, each through shards of its own, so that a machine reads its streams' shards
+and no others.
 """
 
 from __future__ import annotations
@@ -38,11 +40,32 @@ class OrderConfig:
 
     epoch_order: Literal["random", "blocks"] = "random"  # blocks: few shards at a time, where random reads are slow
     block_shards: int = 16  # shards whose samples are shuffled together; with 2048 ImageNet pictures each, 3.6 GB
+    # With blocks: equal parts of a batch, each from shards of its own. Where the number of machines divides it, each
+    # machine reads only its part of the shards; a batch then holds samples of so many groups
+    block_streams: int = 1
 
     def __post_init__(self) -> None:
-        """Raise UserError for a group without shards."""
+        """Raise UserError for a group without shards, and for streams that do not exist."""
         if self.block_shards < 1:
             raise UserError(f"--block-shards {self.block_shards}: a group has at least 1 shard")
+        if self.block_streams < 1:
+            raise UserError(f"--block-streams {self.block_streams}: a batch has at least 1 part")
+        if self.block_streams > 1 and self.epoch_order != "blocks":
+            raise UserError(
+                f"--block-streams {self.block_streams} with --epoch-order {self.epoch_order}: streams divide the order "
+                "by blocks, and a random order needs every shard on every machine; add --epoch-order blocks, or leave "
+                "--block-streams out"
+            )
+
+    def check(self, global_batch: int) -> None:
+        """Raise UserError unless a batch can be divided into the streams' parts."""
+        if global_batch % self.block_streams:
+            below = max(global_batch // self.block_streams, 1) * self.block_streams
+            raise UserError(
+                f"--block-streams {self.block_streams} cannot divide a global batch of {global_batch} into equal "
+                f"parts: take a divisor of it, or a multiple of {self.block_streams} for the batch, {below} or "
+                f"{below + self.block_streams} for instance"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What decides the order, and so the run's numbers."""
@@ -50,18 +73,28 @@ class OrderConfig:
             case "random":
                 return {"epoch_order": self.epoch_order}
             case "blocks":
-                return {"epoch_order": self.epoch_order, "block_shards": self.block_shards}
+                streams = {} if self.block_streams == 1 else {"block_streams": self.block_streams}
+                return {"epoch_order": self.epoch_order, "block_shards": self.block_shards, **streams}
             case _:
                 assert_never(self.epoch_order)
 
 
-def choose_order(config: OrderConfig, seed: int, shard_samples: NDArray[np.int64]) -> Order:
-    """The order of a dataset whose shard ``s`` holds ``shard_samples[s]`` samples, numbered on from shard to shard."""
+def choose_order(config: OrderConfig, seed: int, shard_samples: NDArray[np.int64], global_batch: int) -> Order:
+    """The order of a dataset whose shard ``s`` holds ``shard_samples[s]`` samples, numbered on from shard to shard.
+
+    Only with several streams does it depend on ``global_batch``, and then it answers for full batches alone. Raises
+    UserError if they cannot divide it.
+    """
+    config.check(global_batch)
+    num_samples = int(shard_samples.sum())
     match config.epoch_order:
         case "random":
-            return partial(epoch_order, int(shard_samples.sum()), seed)
+            return partial(epoch_order, num_samples, seed)
         case "blocks":
-            return BlockOrder(shard_samples, config.block_shards, seed)
+            blocks, streams = BlockOrder(shard_samples, config.block_shards, seed), config.block_streams
+            if streams == 1:
+                return blocks
+            return lambda epoch, at: blocks(epoch, stream_positions(at, num_samples, global_batch, streams))
         case _:
             assert_never(config.epoch_order)
 
@@ -114,6 +147,22 @@ class BlockOrder:
         return shards, np.concatenate([[0], np.cumsum(self._samples[shards])])
 
 
+def stream_positions(
+    positions: NDArray[np.int64], num_samples: int, global_batch: int, streams: int
+) -> NDArray[np.int64]:
+    """Where the epoch's ``positions`` lie when part ``j`` of every batch is taken from stretch ``j`` of the epoch.
+
+    The stretches are ``streams`` equal ones, ``num_samples // streams`` long; each is walked from its start, a part of
+    a batch at a step. int64 ``[n]`` both; different positions of full batches give different places.
+    """
+    assert global_batch % streams == 0
+    assert positions.size == 0 or positions.max() < num_samples // global_batch * global_batch
+    part = global_batch // streams
+    steps, offsets = np.divmod(positions, global_batch)
+    numbers, places = np.divmod(offsets, part)
+    return numbers * (num_samples // streams) + steps * part + places
+
+
 def _permute(num_samples: int, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """A keyed permutation of ``0 .. num_samples - 1`` at some positions: int64 ``[n]``."""
     assert num_samples > 0
@@ -148,6 +197,18 @@ def batch_positions(step: int, global_batch: int, rank: int, world_size: int) ->
     assert global_batch % world_size == 0
     rank_batch = global_batch // world_size
     return step * global_batch + rank * rank_batch + np.arange(rank_batch, dtype=np.int64)
+
+
+def node_positions(
+    step: int, global_batch: int, rank: int, world_size: int, local_world_size: int
+) -> NDArray[np.int64]:
+    """The positions of all ranks of ``rank``'s machine: int64 ``[global_batch / world_size * local_world_size]``.
+
+    torchrun numbers the ranks of a machine in a row, so that these positions are contiguous.
+    """
+    assert global_batch % world_size == 0
+    assert world_size % local_world_size == 0
+    return batch_positions(step, global_batch, rank // local_world_size, world_size // local_world_size)
 
 
 def rank_slice(ids: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:

@@ -60,7 +60,7 @@ class Bench:
 
     def places(self) -> Iterator[Place]:
         """The order of a run of one rank, without end."""
-        sample_ids = choose_order(self.order, self.seed, self.dataset.shard_samples)
+        sample_ids = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
         for epoch in range(ENDLESS):
             for step in range(steps_per_epoch(self.dataset.num_samples, self.batch)):
                 yield epoch, step, sample_ids(epoch, batch_positions(step, self.batch, 0, 1))

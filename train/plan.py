@@ -58,6 +58,7 @@ def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunP
             f"--global-batch {config.global_batch} cannot be divided by {by}: "
             f"take a multiple of {parts}, {below} or {below + parts} for instance"
         )
+    config.order.check(config.global_batch)
     if num_samples < config.global_batch:
         raise UserError(
             f"the dataset has {num_samples} samples, fewer than one --global-batch of {config.global_batch}: "
