@@ -1,0 +1,181 @@
+"""Owns real servers on the loopback for remote datasets: nginx over a folder, and moto's S3 server over a bucket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+BUCKET = "pictures"
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "AKIAWELLKNOWNTOALL", "AWS_SECRET_ACCESS_KEY": "hush-hush-secret-of-s3"}
+
+NGINX_CONFIG = """
+daemon off;
+master_process off;
+error_log error.log;
+pid nginx.pid;
+events {{ worker_connections 512; }}
+http {{
+  log_format requests escape=json '{{"method": "$request_method", "path": "$uri", "query": "$args", '
+    '"range": "$http_range", "status": $status, "sent": $body_bytes_sent}}';
+  access_log requests.log requests;
+  {temporary}
+  types {{ }}
+  default_type application/octet-stream;
+  {ranges}
+  server {{
+    listen 127.0.0.1:{port};
+    location = /-flushed- {{ access_log off; return 204; }}
+    location / {{
+      {password}
+      {signature}
+      root {folder};
+    }}
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answered request, as nginx logged it."""
+
+    method: str
+    path: str
+    query: str
+    range: str  # "bytes=0-99", or "" for the whole file
+    status: int
+    sent: int  # bytes of the body
+
+    @property
+    def file(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Nginx:
+    """A running nginx."""
+
+    port: int
+    work: Path
+
+    @property
+    def url(self) -> str:
+        """Without a slash at its end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def requests(self) -> list[Request]:
+        """All requests that ended so far, in the order in which they ended."""
+        # nginx logs a request before it looks at the next one, and only one process does everything.
+        with urllib.request.urlopen(f"{self.url}/-flushed-", timeout=30):
+            pass
+        return [Request(**json.loads(line)) for line in (self.work / "requests.log").read_text().splitlines()]
+
+    def sent(self) -> dict[str, int]:
+        """Bytes sent by file name, of those files of which any were."""
+        total: dict[str, int] = {}
+        for request in self.requests():
+            if request.method == "GET" and request.status in (200, 206):
+                total[request.file] = total.get(request.file, 0) + request.sent
+        return total
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, work: Path, *, ranges: bool = True, password: str = "", signature: str = "") -> Iterator[Nginx]:
+    """Serve ``folder``; ``work`` holds configuration and logs. Skips the test where nginx is not installed.
+
+    ``ranges=False``: always the whole file. ``password``: "USER:PASSWORD" that requests must bring, ``signature``: what
+    they must have behind ?signature=; both are refused with 401 and 403.
+    """
+    program = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+    if program is None:
+        pytest.skip("nginx is not installed: apt-get install nginx-light")
+    work.mkdir(parents=True, exist_ok=True)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    (work / "passwords").write_text(password.replace(":", ":{PLAIN}"))
+    for _ in range(5):  # somebody else may take the port before nginx does
+        port = free_port()
+        (work / "nginx.conf").write_text(
+            NGINX_CONFIG.format(
+                temporary=" ".join(f"{kind}_temp_path {work}/{kind};" for kind in kinds),
+                ranges="" if ranges else "max_ranges 0;",
+                port=port,
+                password=f"auth_basic all; auth_basic_user_file {work}/passwords;" if password else "",
+                signature=f'if ($arg_signature != "{signature}") {{ return 403; }}' if signature else "",
+                folder=folder,
+            )
+        )
+        command = [program, "-p", str(work), "-c", str(work / "nginx.conf"), "-e", str(work / "error.log")]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            if _listens(process, port):
+                yield Nginx(port, work)
+                return
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+    raise RuntimeError(f"nginx does not start: {(work / 'error.log').read_text()}")
+
+
+def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Wait until the process takes connections; False if it ends instead."""
+    while process.poll() is None:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1):
+                return process.poll() is None
+        except OSError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.05)
+    return False
+
+
+def free_port() -> int:
+    """A port of the loopback on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path, prefix: str = "photos") -> Iterator[int]:
+    """Moto's S3 server with the files of ``folder`` under s3://BUCKET/``prefix``; gives its port on the loopback."""
+    server_module = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        port = int(server.get_host_and_port()[1])
+        client = boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{port}",
+            region_name="us-east-1",
+            aws_access_key_id=S3_KEYS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=S3_KEYS["AWS_SECRET_ACCESS_KEY"],
+        )
+        client.create_bucket(Bucket=BUCKET)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}")
+        yield port
+    finally:
+        server.stop()
+
+
+def s3_environment(port: int) -> dict[str, str]:
+    """The environment that leads s3fs to a server on the loopback, with keys that nobody else takes."""
+    here = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    return {**S3_KEYS, **here, **nowhere, "AWS_EC2_METADATA_DISABLED": "true"}
