@@ -231,6 +231,24 @@ def test_bad_samples_change_what_the_rule_says_and_nothing_else(
         assert by_sample(tmp_path / "killed") == by_sample(tmp_path / "run")
 
 
+def test_without_checksums_only_what_cannot_be_decoded_is_found(
+    photo_dataset_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    data = copy_dataset(photo_dataset_path, tmp_path / "rotten")
+    change_bytes(data, [3])  # it can still be decoded
+    arguments = ["--max-steps", "4", "--knn-data", str(data)]
+    assert run_here(flags(data, tmp_path / "run", *arguments), monkeypatch) == 0
+    assert [line["sample"] for line in read_lines(tmp_path / "run" / BAD_SAMPLES_FILE)] == [3]
+    assert capsys.readouterr().out.count("left out of the accuracy: sample 3") == 4  # two evaluations of two datasets
+    assert run_here(flags(data, tmp_path / "again", *arguments, "--no-verify-checksums"), monkeypatch) == 0
+    assert not (tmp_path / "again" / BAD_SAMPLES_FILE).exists()
+    assert "bad sample" not in capsys.readouterr().out
+
+
 def by_sample(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(read_lines(run_dir / BAD_SAMPLES_FILE), key=lambda line: line["sample"])
 

@@ -158,13 +158,13 @@ def check_writable(flag: str, path: Path) -> None:
 def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
     """The dataset to measure with, or one drawn for the purpose."""
     if config.data != SYNTHETIC:
-        yield ShardSet.open(config.data)
+        yield ShardSet.open(config.data, verify_checksums=config.loader.verify_checksums)
         return
     folder = config.synthetic_dir or Path(tempfile.mkdtemp(prefix="siamstream-"))
     try:
         if not (folder / "dataset.json").exists():
             draw_dataset(folder, config.synthetic_samples)
-        dataset = ShardSet.open(folder)
+        dataset = ShardSet.open(folder, verify_checksums=config.loader.verify_checksums)
         mean = float(dataset.samples["length"].mean()) / 1e3
         height, width = dataset.sizes(range(dataset.num_samples)).mean(axis=0)
         print(f"data: {dataset.num_samples} synthetic JPEGs, mean {mean:.0f} KB, {width:.0f} x {height:.0f} px")

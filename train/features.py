@@ -194,9 +194,9 @@ def each_rank(
         yield part
 
 
-def open_labelled(path: Path, flag: str) -> ShardSet:
+def open_labelled(path: Path, flag: str, *, verify_checksums: bool) -> ShardSet:
     """Open a dataset that must have labels. Raises UserError otherwise."""
-    dataset = ShardSet.open(path)
+    dataset = ShardSet.open(path, verify_checksums=verify_checksums)
     if not dataset.has_labels:
         raise UserError(f"{flag} {path} has no labels: shard it from class folders, or with a label file (--labels)")
     return dataset

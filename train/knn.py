@@ -126,7 +126,7 @@ class OnlineKnn:
             queries = min(max(1, int(len(ids) * HELD_OUT)), MAX_QUERIES_HELD_OUT)
             self._bank, self._queries = Samples(train, ids[:-queries]), Samples(train, ids[-queries:])
         else:
-            query_set = open_labelled(config.data, "--knn-data")
+            query_set = open_labelled(config.data, "--knn-data", verify_checksums=source.loader.verify_checksums)
             check_same_classes("--knn-data", query_set, train)
             self._bank, self._queries = Samples(train, ids), Samples.all_of(query_set)
         if len(self._bank.ids) == 0:
@@ -211,7 +211,9 @@ def _check(config: KnnEvalConfig) -> list[int]:
 
 
 def _open(config: KnnEvalConfig) -> tuple[Samples, Samples]:
-    train, val = open_labelled(config.data, "--data"), open_labelled(config.val_data, "--val-data")
+    verify = config.loader.verify_checksums
+    train = open_labelled(config.data, "--data", verify_checksums=verify)
+    val = open_labelled(config.val_data, "--val-data", verify_checksums=verify)
     check_same_classes("--val-data", val, train)
     bank = Samples.all_of(train)
     if config.bank_size is not None:

@@ -166,7 +166,9 @@ def prepare(config: LinearConfig, dist: Dist) -> Work:
 
 def open_datasets(config: LinearConfig) -> tuple[Samples, ShardSet]:
     """What to train on and what to measure on. Raises UserError if they do not fit."""
-    train, val = open_labelled(config.data, "--data"), open_labelled(config.val_data, "--val-data")
+    verify = config.loader.verify_checksums
+    train = open_labelled(config.data, "--data", verify_checksums=verify)
+    val = open_labelled(config.val_data, "--val-data", verify_checksums=verify)
     check_same_classes("--val-data", val, train)
     samples = Samples.all_of(train)
     ids = stratified(train.labels(samples.ids), config.fraction, train.classes, config.encoder.seed)

@@ -70,7 +70,7 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     together(dist, lambda: check_model(config.model))
     precision = together(dist, lambda: choose_precision(config.precision, dist.device))
     together(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
-    dataset = together(dist, lambda: ShardSet.open(config.data))
+    dataset = together(dist, lambda: ShardSet.open(config.data, verify_checksums=config.loader.verify_checksums))
     plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
     backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
     torch.manual_seed(config.seed)

@@ -1,0 +1,131 @@
+"""What comparing every picture with its checksum costs: python benchmarks/checksums.py DATASET
+
+The whole CPU loader, and reading alone, each with and without `--no-verify-checksums`, in turn; and how fast one core
+computes the checksum. Cost is the time or CPU time with it over that without it, turn by turn, less one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.loader_config import LoaderConfig
+from pipeline.order import OrderConfig
+from pipeline.shards import ShardSet
+from pipeline.views import ViewRecipe
+from tools.ladder import Advance, Bench, read_bytes, whole_loader
+from tools.measuring import Spread, alternate, describe_machine, ratio, write_json
+
+GPU_RATE = 4000  # images/s of one rank; a fast GPU with a small backbone
+CRC_SECONDS = 1.0  # how long the checksum alone is measured, each time
+MAX_RESIDENT = 200  # pictures kept in memory for that
+
+
+@dataclass(frozen=True)
+class Config:
+    """Cost of the checksums."""
+
+    data: Annotated[Path, tyro.conf.Positional]
+    """Dataset folder."""
+    samples: int = 1000
+    """Pictures of one run of the loader; of reading alone `read_epochs` times as many."""
+    read_epochs: int = 10
+    """Reading alone is so much faster that one pass would say little."""
+    batch: int = 64
+    """Pictures a batch."""
+    image_size: int = 224
+    """Side of the views, px."""
+    repeats: int = 7
+    """Runs of each after a warm-up."""
+    json: Path | None = None
+    """Write the results here too."""
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(Config, description=__doc__)
+    dataset = ShardSet.open(config.data)
+    batches = min(config.samples, dataset.num_samples) // config.batch
+    if batches == 0 or min(config.repeats, config.read_epochs) < 1:
+        raise UserError(
+            f"{config.data} has {dataset.num_samples} samples: --batch {config.batch} and --samples {config.samples} "
+            "must leave a batch, and --repeats and --read-epochs be at least 1"
+        )
+    print(describe_machine(), flush=True)
+    mean = float(dataset.samples["length"].mean())
+    speed = crc_speed(dataset, config.repeats)
+    cost_ms = mean / speed.median / 1e6
+    print(f"one core computes {speed} GB/s: {cost_ms:.3f} ms for a picture of {mean / 1e3:.1f} KB, the mean here;")
+    print(f"  at {GPU_RATE} images/s of a rank {100 * GPU_RATE * cost_ms / 1e3:.1f} % of one core")
+    runs = alternate(contestants(config, batches), config.repeats)
+    print(f"{batches * config.batch} pictures, {config.repeats} runs each in turn; median (minimum .. maximum)")
+    print(f"{'':8} {'time with / without':>28} {'CPU time with / without':>28} {'images/s with':>26}")
+    results = {}
+    for rung, passes in (("read", config.read_epochs), ("loader", 1)):
+        pictures = passes * batches * config.batch
+        rate = Spread.of([pictures / run.wall_s for run in runs[f"{rung}, checked"]])
+        wall, cpu = (
+            ratio(runs, f"{rung}, unchecked", f"{rung}, checked", quantity) for quantity in ("wall_s", "cpu_s")
+        )
+        print(f"{rung:8} {wall!s:>28} {cpu!s:>28} {rate!s:>26}")
+        results[rung] = {"wall_ratio": wall, "cpu_ratio": cpu, "img_per_s": rate}
+    if config.json is not None:
+        write_json(config.json, {"gb_per_s": speed, "mean_bytes": mean, "ms_per_image": cost_ms, "rungs": results})
+
+
+def crc_speed(dataset: ShardSet, repeats: int) -> Spread:
+    """GB/s of the checksum on one core, over pictures that lie in memory."""
+    pictures = [dataset.read(sample) for sample in range(min(MAX_RESIDENT, dataset.num_samples))]
+    speeds = []
+    for _ in range(repeats):
+        done, start_s = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start_s) < CRC_SECONDS:
+            for picture in pictures:
+                zlib.crc32(picture)
+            done += sum(map(len, pictures))
+        speeds.append(done / seconds / 1e9)
+    return Spread.of(speeds)
+
+
+def contestants(config: Config, batches: int) -> dict[str, Callable[[], None]]:
+    """Both rungs, with and without; each run opens its rung and closes it, so that no queue fills in another's turn."""
+    plain = Bench(
+        ShardSet.open(config.data),
+        ViewRecipe(image_size=config.image_size),
+        LoaderConfig(),
+        OrderConfig(),
+        config.batch,
+        seed=0,
+        ranks_per_machine=1,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+    def run(rung: Callable[[Bench], AbstractContextManager[Advance]], verify: bool, count: int) -> Callable[[], None]:
+        bench = replace(plain, dataset=ShardSet.open(config.data, verify_checksums=verify))
+
+        def work() -> None:
+            with rung(bench) as advance:
+                advance(count)
+
+        return work
+
+    rungs = (("read", read_bytes, config.read_epochs * batches), ("loader", whole_loader, batches))
+    return {
+        f"{name}, {'checked' if verify else 'unchecked'}": run(rung, verify, count)
+        for (name, rung, count), verify in itertools.product(rungs, (True, False))
+    }
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
