@@ -1,0 +1,83 @@
+"""Owns the known future of a loader, shard by shard: what is to be fetched, what must stay, what may go.
+
+Batches are pure functions of integers, so the shards of every later step are known now. The window holds those of the
+next steps, as many as fit the cache. Pure: no files, no threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from jaxtyping import Int64
+from numpy import ndarray
+
+Turns = Iterator[Int64[ndarray, "_"]]  # the shards that each step reads, step by step  # noqa: F821
+_MAX_USES = 1 << 20  # entries remembered, about 100 MB; more steps are not looked at ahead
+_LOOK = 16  # steps looked at in one call, so that none takes long
+
+
+class Window:
+    """The shards of the steps from ``slack`` ago on, as far ahead as ``budget`` bytes hold them. Not thread-safe."""
+
+    def __init__(self, turns: Turns, sizes: Sequence[int], budget: int, slack: int) -> None:
+        """``sizes``: bytes of each shard; ``slack``: steps that may still be read after a later one was begun."""
+        self._turns, self._sizes, self._budget, self._slack = turns, sizes, budget, slack
+        self._laid: deque[list[int]] = deque()  # the shards of steps now - slack .. the last one looked at
+        self._uses: dict[int, int] = {}  # shard -> steps in _laid that read it
+        self._bytes, self._entries, self._now, self._ahead = 0, 0, -1, -1  # _ahead: the last step looked at
+        self._next: list[int] | None = None  # the shards of the step that did not fit
+        self._wanted: deque[int] = deque()  # shards not yet handed out by ``take``, in the order of first use
+
+    def __contains__(self, shard: int) -> bool:
+        """Whether a step in the window reads the shard."""
+        return shard in self._uses
+
+    def __iter__(self) -> Iterator[int]:
+        """The shards in the window."""
+        return iter(list(self._uses))
+
+    def advance(self) -> None:
+        """The next step begins: what was read longer than ``slack`` ago leaves the window."""
+        self._now += 1
+        while self._ahead < self._now and self._extend(force=True):
+            pass
+        while len(self._laid) > self._ahead - self._now + 1 + self._slack:
+            for shard in self._laid.popleft():
+                self._entries -= 1
+                self._uses[shard] -= 1
+                if self._uses[shard] == 0:
+                    del self._uses[shard]
+                    self._bytes -= self._sizes[shard]
+
+    def take(self) -> int | None:
+        """The next shard to fetch, in the order of first use; None if there is none now, but perhaps later."""
+        for _ in range(_LOOK):
+            if self._wanted or len(self._uses) == len(self._sizes) or not self._extend(force=False):
+                break
+        return self._wanted.popleft() if self._wanted else None
+
+    def put_back(self, shard: int) -> None:
+        """Let ``take`` give the shard again; it could not be fetched now."""
+        if shard in self._uses:
+            self._wanted.appendleft(shard)
+
+    def _extend(self, *, force: bool) -> bool:
+        """Take one more step into the window if it fits, or anyway if ``force``."""
+        if self._next is None:
+            coming = next(self._turns, None)
+            if coming is None:
+                return False
+            self._next = coming.tolist()
+        new = [shard for shard in self._next if shard not in self._uses]
+        coming_bytes = sum(self._sizes[shard] for shard in new)
+        if not (force or (self._bytes + coming_bytes <= self._budget and self._entries < _MAX_USES)):
+            return False
+        for shard in self._next:
+            self._uses[shard] = self._uses.get(shard, 0) + 1
+        self._laid.append(self._next)
+        self._bytes += coming_bytes
+        self._entries += len(self._next)
+        self._wanted.extend(new)
+        self._next, self._ahead = None, self._ahead + 1
+        return True

@@ -1,0 +1,79 @@
+"""Owns how a user names a dataset: a folder, or a URL whose secrets are never printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, TypeAlias
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import tyro
+
+from pipeline.errors import UserError
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+
+class Url:
+    """The folder of a remote dataset. Printed, it shows neither password nor query, which may be a signature.
+
+    It is no dataclass, so that ``asdict`` of a configuration does not unfold it.
+    """
+
+    def __init__(self, secret: str) -> None:
+        """``secret``: the whole of it."""
+        self.secret = secret  # only for the file system that reads it
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same place."""
+        return isinstance(other, Url) and self.secret == other.secret
+
+    def __hash__(self) -> int:
+        """Of the whole."""
+        return hash(self.secret)
+
+    def __str__(self) -> str:
+        """Scheme, host and path."""
+        parts = urlsplit(self.secret)
+        host = "***@" + parts.netloc.rpartition("@")[2] if "@" in parts.netloc else parts.netloc
+        return urlunsplit((parts.scheme, host, parts.path, "***" if parts.query else "", ""))
+
+    def __repr__(self) -> str:
+        """As ``str``."""
+        return f"Url({str(self)!r})"
+
+    @property
+    def scheme(self) -> str:
+        """Such as ``s3`` or ``https``."""
+        return urlsplit(self.secret).scheme
+
+    def file(self, name: str) -> Url:
+        """A file in this folder, ``name`` being relative with slashes. Over HTTP a query follows the file's name."""
+        if self.scheme not in ("http", "https"):
+            return Url(f"{self.secret.rstrip('/')}/{name}")
+        parts = urlsplit(self.secret)
+        path = f"{parts.path.rstrip('/')}/{quote(name)}"
+        return Url(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
+
+
+def location(text: str) -> Path | Url:
+    """What ``text`` names. Raises UserError for a URL of no folder."""
+    match = _SCHEME.match(text)
+    if match is None:
+        return Path(text)
+    if not urlsplit(text).netloc:
+        raise UserError(f"{text} names no host or bucket: write it as s3://BUCKET/FOLDER or https://HOST/FOLDER")
+    return Url(text)
+
+
+# A field of a command's configuration.
+Location: TypeAlias = Annotated[
+    Path | Url,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="DIR|URL",
+        instance_from_str=lambda words: location(words[0]),
+        is_instance=lambda value: isinstance(value, Path | Url),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
