@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pipeline.errors import UserError
+from pipeline.row_check import RowCheck
 
 FORMAT_VERSION = 1
 DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, PARTIAL_DIR = "dataset.json", "samples.npy", "rejected.jsonl", ".partial"
@@ -44,7 +45,7 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 OPEN_FILES = 512  # shards kept open at once, well below the usual limit of 1024 per process
-_HASHED_AT_OPEN = 64 << 20  # bytes; a samples.npy up to this size (2.4 million samples) is hashed when opened, in 0.1 s
+_HASHED_AT_OPEN = 64 << 20  # bytes; up to here (2.4 million samples) samples.npy is hashed before anything is read
 _REMEDY = "run make_shards again with the same SOURCE and options: it goes on with what is missing"
 _SYSTEM_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
@@ -102,13 +103,21 @@ class _OpenFile:
 class ShardSet:
     """One complete dataset. Thread-safe; picklable (a copy opens the same folder again)."""
 
-    def __init__(self, path: Path, info: dict[str, Any], samples: np.ndarray, verify_checksums: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        info: dict[str, Any],
+        samples: np.ndarray,
+        verify_checksums: bool,
+        row_check: RowCheck | None = None,
+    ) -> None:
         """Use ``ShardSet.open``."""
         self.path = path
         self.info = info  # dataset.json
         self.samples = samples
         self._rows = samples.view(np.ndarray)  # the same memory; indexing a memmap object costs several times more
         self.verify_checksums = verify_checksums
+        self._row_check = row_check  # None: nothing is left to be compared
         self.shards: Sequence[Shard] = _Shards(info["shards"])
         self.classes: tuple[str, ...] = tuple(info["classes"])
         self.num_samples: int = info["num_samples"]
@@ -123,12 +132,19 @@ class ShardSet:
     def open(cls, path: str | Path, *, verify_checksums: bool = True) -> ShardSet:
         """Open the dataset in folder ``path`` in well under a second: nothing is loaded, samples.npy is mapped.
 
+        A large samples.npy is compared with its sha256 in a thread; what depends on that waits or is told.
+
         Raises UserError if it is missing, half-written, of another version, or its files' sizes disagree with
         dataset.json. ``verify_checksums``: compare each picture with its crc32 when it is read.
         """
         path = Path(path)
         info = read_dataset_file(path)
-        return cls(path, info, _open_samples(path, info), verify_checksums)
+        samples = _open_samples(path, info)
+        row_check = None
+        if isinstance(samples, np.memmap) and samples.nbytes > _HASHED_AT_OPEN:
+            file = path / SAMPLES_FILE
+            row_check = RowCheck(file, samples, info["samples_sha256"], len(info["classes"]), _REPLACE)
+        return cls(path, info, samples, verify_checksums, row_check)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as the path: the copy maps the same files."""
@@ -164,15 +180,26 @@ class ShardSet:
         return np.stack([rows["height"], rows["width"]], axis=-1).astype(np.int32)
 
     def labels(self, ids: ArrayLike) -> np.ndarray:
-        """Int32[n]: class numbers of samples ``ids`` (int64[n]); -1 = none."""
+        """Int32[n]: class numbers of samples ``ids`` (int64[n]); -1 = none. Waits as ``wait_until_verified`` does."""
+        self.wait_until_verified()
         return self._rows[np.asarray(ids, np.int64)]["label"].astype(np.int32)
+
+    def wait_until_verified(self) -> None:
+        """Wait until samples.npy is known to be the recorded one. Raises UserError if it is not, or cannot be read."""
+        if self._row_check is not None:
+            self._row_check.wait()
 
     def shard_path(self, shard: int) -> Path:
         """Where the tar of shard ``shard`` lies."""
         return self.path / self.shards[shard].name
 
     def read(self, sample_id: int) -> bytes:
-        """The encoded picture. Raises BadSampleError if it cannot be read or is not what was written."""
+        """The encoded picture. Raises BadSampleError if it cannot be read or is not what was written.
+
+        Raises UserError once samples.npy has turned out not to be the recorded one.
+        """
+        if self._row_check is not None:
+            self._row_check.raise_if_wrong()
         row = self._rows[sample_id]
         shard, length = int(row["shard"]), int(row["length"])
         try:
