@@ -30,8 +30,8 @@ FAULTS = {
     "bit flip": "one bit in the middle of the body is another",
 }
 PAUSE_S = 0.005  # between the pieces of a slow body
-ALL_FILES = r"/(dataset\.json|samples\.npy|shard-\d+\.tar)$"
-SHARDS = r"/shard-\d+\.tar$"
+ALL_FILES = r"/(dataset\.json|samples\.npy|shard-\d+\.tar) "
+SHARDS = r"/shard-\d+\.tar "
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Faults:
     kinds: tuple[str, ...] = ()
     share: float = 1.0  # of the requests that may be struck
     repeat: int | None = 1  # the same request is struck at most so often and then heals; None: it never does
-    only: str = ALL_FILES  # regular expression that a path must contain
+    only: str = ALL_FILES  # a regular expression that `PATH RANGE` must contain
     seed: int = 0
 
     def strike(self, path: str, byte_range: str, occurrence: int) -> str | None:
         """The fault for a request's ``occurrence``-th time, counted from 0; None for an honest answer."""
-        if not self.kinds or not re.search(self.only, path):
+        if not self.kinds or not re.search(self.only, f"{path} {byte_range}"):
             return None
         if self.repeat is not None and occurrence >= self.repeat:
             return None
@@ -78,12 +78,10 @@ class FaultProxy:
     """Listens on the loopback before the server at ``port``. Use as a context."""
 
     def __init__(self, port: int, faults: Faults = Faults()) -> None:
-        self.faults = faults  # may be changed at any time
-        self.seen: list[Passed] = []
+        self._lock = threading.Lock()
+        self.harm(faults)
         self.closing = threading.Event()
         self._behind = port
-        self._times: Counter[tuple[str, str, str]] = Counter()
-        self._lock = threading.Lock()
         self._server: _Server | None = None
         self._start(0)
         assert self._server is not None
@@ -93,6 +91,13 @@ class FaultProxy:
     def url(self) -> str:
         """Without a slash at its end."""
         return f"http://127.0.0.1:{self.port}"
+
+    def harm(self, faults: Faults) -> None:
+        """Forget what has been; from now on do this."""
+        with self._lock:
+            self.faults = faults
+            self.seen: list[Passed] = []
+            self._times: Counter[tuple[str, str, str]] = Counter()
 
     @property
     def counts(self) -> Counter[str]:

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import pipeline.assemble
 import pipeline.disk
+import pipeline.remote
 import train.checkpoint
 import train.knn
 import train.metrics
@@ -28,7 +29,7 @@ def arm(place: str = "", time: int = 1, number: int = 9) -> None:
         if left[0] == 0:
             os.kill(os.getpid(), number)
 
-    PLACES[place](strike)
+    {**PLACES, **REMOTE_PLACES}[place](strike)
 
 
 def before(owner: Any, name: str, strike: Callable[[], None]) -> None:
@@ -104,4 +105,26 @@ PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
     "an old checkpoint deleted": lambda strike: after(Path, "unlink", strike),
     "kNN evaluation": lambda strike: before(train.knn.OnlineKnn, "evaluate", strike),
     "opening the run": lambda strike: before(pretrain, "claim_run_dir", strike),
+}
+
+
+def small_pieces(_: Callable[[], None]) -> None:
+    """Several pieces a shard, and little patience with each."""
+    pipeline.remote.PIECE, pipeline.remote.PIECE_TIMEOUT_S, pipeline.remote.FIRST_DELAY_S = 16_000, 1.0, 0.05
+
+
+def piece_fetched(strike: Callable[[], None]) -> None:
+    small_pieces(strike)
+    after(pipeline.remote.RemoteFolder, "read", strike)
+
+
+def fetch_failed(strike: Callable[[], None]) -> None:
+    small_pieces(strike)
+    before(pipeline.remote.RemoteFolder, "_wait", strike)
+
+
+REMOTE_PLACES: dict[str, Callable[[Callable[[], None]], None]] = {  # of runs over the network alone
+    "small pieces": small_pieces,  # nothing strikes
+    "a piece fetched": piece_fetched,
+    "a fetch failed": fetch_failed,
 }

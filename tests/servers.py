@@ -69,7 +69,8 @@ class Nginx:
     """A running nginx."""
 
     port: int
-    work: Path
+    folder: Path  # what it serves
+    work: Path  # configuration and logs
 
     @property
     def url(self) -> str:
@@ -96,15 +97,15 @@ class Nginx:
 def nginx(folder: Path, work: Path, *, ranges: bool = True, password: str = "", signature: str = "") -> Iterator[Nginx]:
     """Serve ``folder``; ``work`` holds configuration and logs. Skips the test where nginx is not installed.
 
-    ``ranges=False``: always the whole file. ``password``: "USER:PASSWORD" that requests must bring, ``signature``: what
-    they must have behind ?signature=; both are refused with 401 and 403.
+    ``ranges=False``: always the whole file. ``password``: "USER:PASSWORD" that requests must bring (no further colon),
+    ``signature``: what they must have behind ?signature=; others are answered by 401 and 403.
     """
     program = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
     if program is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
     work.mkdir(parents=True, exist_ok=True)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    (work / "passwords").write_text(password.replace(":", ":{PLAIN}"))
+    (work / "passwords").write_text(password.replace(":", ":{PLAIN}", 1))
     for _ in range(5):  # somebody else may take the port before nginx does
         port = free_port()
         (work / "nginx.conf").write_text(
@@ -121,7 +122,7 @@ def nginx(folder: Path, work: Path, *, ranges: bool = True, password: str = "", 
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
             if _listens(process, port):
-                yield Nginx(port, work)
+                yield Nginx(port, folder, work)
                 return
         finally:
             process.terminate()

@@ -52,10 +52,10 @@ for line in sys.stdin:
 class Sessions:
     """Runs the training script again and again, one after the other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more_environment: dict[str, str] | None = None) -> None:
         """What the runs print goes to ``folder``/output."""
         self.output = folder / "output"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more_environment or {})}
         self._parent = subprocess.Popen(
             [sys.executable, "-c", PARENT],
             cwd=ROOT,
