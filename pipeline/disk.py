@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -27,6 +28,8 @@ _REMEDY = {
 }
 
 
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_SYNC_FILE_RANGE: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
@@ -57,6 +60,16 @@ def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def start_writing_back(file: IO[bytes], start: int, length: int) -> None:
+    """Let the kernel begin to bring this part of a growing file to the disk, so that syncing it at the end waits less.
+
+    A hint: what the disk has to say, fsync says. Nothing happens where the system has no such call.
+    """
+    if _SYNC_FILE_RANGE is not None:
+        file.flush()
+        _SYNC_FILE_RANGE(file.fileno(), ctypes.c_int64(start), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def sync_folder(path: Path) -> None:

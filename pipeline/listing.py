@@ -74,7 +74,8 @@ class Listing:
     def load(cls, folder: Path) -> Listing:
         """Map a saved listing. Raises OSError if it is not there."""
         meta = json.loads((folder / "meta.json").read_text())
-        columns = {c: np.load(folder / f"{c}.npy", mmap_mode="r", allow_pickle=False) for c in _COLUMNS}
+        maps = {c: np.load(folder / f"{c}.npy", mmap_mode="r", allow_pickle=False) for c in _COLUMNS}
+        columns = {c: column.view(np.ndarray) for c, column in maps.items()}  # memmap itself is slow to index
         rejected = tuple(Rejected(name, reason) for name, reason in meta["rejected"])
         return cls(**columns, classes=tuple(meta["classes"]), rejected=rejected)
 

@@ -50,7 +50,8 @@ class FolderReader:
 
     def read(self, listing: Listing, index: int) -> bytes:
         """One file's bytes. Raises OSError."""
-        return (self.root / listing.name(index)).read_bytes()
+        with open(os.path.join(self.root, listing.name(index)), "rb", buffering=0) as file:
+            return file.read()
 
 
 @dataclass(frozen=True)

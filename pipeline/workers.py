@@ -21,7 +21,8 @@ from tqdm import tqdm
 from pipeline.disk import progress
 from pipeline.errors import UserError
 from pipeline.options import ShardingOptions
-from pipeline.shard_file import Job, keep_torch_out
+from pipeline.shard_file import Job
+from pipeline.shard_tar import keep_torch_out
 from pipeline.tar_source import check_room
 
 _REPORT_EVERY = 32  # pictures between two looks at the shared counters

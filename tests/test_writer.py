@@ -40,7 +40,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 CHILD = """
 import os, signal, sys
-from pipeline.shard_file import keep_torch_out
+from pipeline.shard_tar import keep_torch_out
 keep_torch_out()
 import pipeline.completion, pipeline.shard_file, pipeline.workers
 from pipeline.errors import UserError
@@ -87,7 +87,7 @@ def test_the_number_of_workers_makes_no_difference(
 def test_workers_start_without_torch() -> None:
     code = (
         "import sys, pipeline.writer; assert not {'torch', 'webdataset', 'numba'} & set(sys.modules);"
-        "from pipeline.shard_file import keep_torch_out; keep_torch_out();"
+        "from pipeline.shard_tar import keep_torch_out; keep_torch_out();"
         "from webdataset import TarWriter; assert sys.modules['torch'] is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
