@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -154,3 +156,37 @@ def test_dali_decodes_every_kind_that_passes() -> None:
         assert np.asarray(pixels[i]).shape == expected.shape, kind
         if kind != "16 bit":
             assert np.abs(np.asarray(pixels[i]) - expected).max() <= 1, kind
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    at, length = rng.randrange(len(data)), rng.randrange(1, 400)
+    match rng.randrange(4):
+        case 0:
+            return data[:at]
+        case 1:
+            return data[:at] + data[at + length :]
+        case 2:
+            return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
+        case _:
+            return data[:at] + rng.choice([b"\xff\xd9", b"\xff\xda", b"\xff\xd3", b"\xff\xc4\0\5"]) + data[at:]
+
+
+def refused(judge: Callable[[], object]) -> bool:
+    try:
+        judge()
+    except (BadPictureError, OSError, SyntaxError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}, {"mode": "L"}], ids=str
+)
+def test_jpegs_read_at_an_eighth_are_judged_as_at_full_size(options: dict[str, object]) -> None:
+    rng, data = random.Random(0), picture_bytes(1, 96, 128, **options)
+    verdicts = []
+    for _ in range(200):
+        bytes_ = damaged(data, rng)
+        verdicts.append(refused(lambda: Image.open(io.BytesIO(bytes_), formats=["JPEG"]).load()))  # noqa: B023  # now
+        assert refused(lambda: inspect_picture(bytes_, "full", LIMIT)) == verdicts[-1]  # noqa: B023
+    assert 20 < sum(verdicts) < 180
