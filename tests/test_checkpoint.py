@@ -117,10 +117,10 @@ def test_timer_by_minutes() -> None:
     assert not timer.rings()
     now[0] = 600.0
     assert timer.rings()
-    timer.saved(7, Path("p"))
+    timer.saved(7)
     assert not timer.rings()
-    assert timer.newest(7) == Path("p")
-    assert timer.newest(8) is None
+    assert timer.is_saved(7)
+    assert not timer.is_saved(8)
 
 
 @pytest.mark.parametrize("text", ["", "10", "m", "0steps", "-1epoch", "1.5h"])

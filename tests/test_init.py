@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import UserError
 from train.config import PretrainConfig, parse_config
 from train.dist import Dist
-from train.run import prepare, save, start_weights
+from train.run import finish_checkpoint, prepare, start_weights
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
 HEADS = ["--dim", "16", "--projector-hidden", "16", "--predictor-hidden", "4"]
@@ -26,14 +26,14 @@ def config(photo_dataset_path: Path, tmp_path: Path) -> PretrainConfig:
 
 def test_a_run_starts_from_another_runs_weights(config: PretrainConfig, tmp_path: Path) -> None:
     first = prepare(replace(config, seed=5), ALONE)
-    save(first)
+    finish_checkpoint(first)
     second_config = replace(config, run_dir=tmp_path / "second", init=tmp_path / "run")
     second = prepare(second_config, ALONE)
     for name, value in first.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
     assert second_config.identity("d") != config.identity("d")
     # What a resumed run takes is its own checkpoint, wherever the first weights are by now.
-    save(second)
+    finish_checkpoint(second)
     gone = replace(second_config, init=tmp_path / "gone", resume=True)
     assert start_weights(gone, second.model) == "of the checkpoint"
     with pytest.raises(UserError, match="cannot read the checkpoint"):
@@ -41,7 +41,7 @@ def test_a_run_starts_from_another_runs_weights(config: PretrainConfig, tmp_path
 
 
 def test_weights_of_another_architecture_are_refused(config: PretrainConfig, tmp_path: Path) -> None:
-    save(prepare(config, ALONE))
+    finish_checkpoint(prepare(config, ALONE))
     other = replace(config, init=tmp_path / "run", model=replace(config.model, backbone="resnet18"))
     with pytest.raises(UserError, match="is no resnet18 with the imagenet stem"):
         prepare(other, ALONE)

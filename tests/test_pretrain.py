@@ -121,7 +121,7 @@ def test_the_samples_are_those_of_the_order(undisturbed: Path) -> None:
 
 KILLED = """
 import train.openmp
-import os, signal, sys
+import os, signal, sys, time
 from train import pretrain
 from train.report import Reporter
 
@@ -129,7 +129,9 @@ write = Reporter.step
 
 def write_then_die(self, step, result):
     write(self, step, result)
-    if step == 6:  # in the middle of the second epoch, before its checkpoint
+    if step == 6:  # in the middle of the second epoch, before its checkpoint, and after that of step 3 is on disk
+        while not list(self._config.run_dir.glob("checkpoints/step-000000003-*.pt")):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 Reporter.step = write_then_die

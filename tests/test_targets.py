@@ -56,7 +56,7 @@ def test_the_average_by_hand(tmp_path: Path) -> None:
     torch.testing.assert_close(second.z2, torch.tensor([[0.8, 0.8]]))
     third = targets(2, output([[0.0, 0.0]], [[0.0, 0.0]]), seen)
     torch.testing.assert_close(third.z1, 0.8 * torch.tensor([[0.7, 0.9]]))
-    others = np.load(tmp_path / targets.save(tmp_path, 3)["file"])[[0, 1, 2, 4]]
+    others = np.load(tmp_path / targets.save(tmp_path, 3)()["file"])[[0, 1, 2, 4]]
     assert not others.any()
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from pipeline.dataset_file import file_sha256
 from pipeline.disk import atomic_file, disk_error
 from pipeline.errors import UserError
-from pipeline.shards import file_sha256
 
 FORMAT = 1
 HASH_DIGITS = 16
@@ -150,7 +150,7 @@ class CheckpointTimer:
         if match is None or int(match[1]) == 0:
             raise UserError(f"--checkpoint-every {text!r}: write minutes as 10m, steps as 500steps, epochs as 1epoch")
         self._number, self._unit = int(match[1]), match[2][0]
-        self._clock, self._saved_s, self._newest = clock, clock(), (-1, Path())
+        self._clock, self._saved_s, self._saved_step = clock, clock(), -1
 
     def is_due_at(self, step: int, steps_per_epoch: int) -> bool:
         """Whether steps or epochs say so after ``step`` steps: a pure function, the same on every rank."""
@@ -166,10 +166,10 @@ class CheckpointTimer:
         """Whether the minutes since the last checkpoint are over; ranks' clocks differ, so they must agree on it."""
         return self._unit == "m" and self._clock() - self._saved_s >= 60 * self._number
 
-    def saved(self, step: int, path: Path) -> None:
-        """Note that the checkpoint after ``step`` steps is written."""
-        self._saved_s, self._newest = self._clock(), (step, path)
+    def saved(self, step: int) -> None:
+        """Note that the state after ``step`` steps is saved, or about to be."""
+        self._saved_s, self._saved_step = self._clock(), step
 
-    def newest(self, step: int) -> Path | None:
-        """The checkpoint after ``step`` steps, if it is the newest."""
-        return self._newest[1] if self._newest[0] == step else None
+    def is_saved(self, step: int) -> bool:
+        """Whether the newest checkpoint is that after ``step`` steps."""
+        return self._saved_step == step

@@ -13,6 +13,7 @@ from model.backbone import BACKBONES
 from model.simsiam import SimSiamConfig
 from pipeline.errors import UserError
 from pipeline.loader_config import LoaderConfig
+from pipeline.location import Location, Url
 from pipeline.order import OrderConfig
 from pipeline.views import ViewRecipe
 from train.knn import KnnConfig
@@ -29,7 +30,8 @@ RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"
 class PretrainConfig:
     """SimSiam pretraining from a dataset that tools/make_shards.py wrote."""
 
-    data: Path  # dataset folder
+    # Dataset folder; or its URL, s3://, gs://, https:// or hf://, whose shards are fetched ahead of use into --cache-dir
+    data: Location
     run_dir: Path  # where checkpoints, metrics and the plan go; on a file system that all machines share
     recipe: RecipeName | None = None  # take the defaults from train/recipes.py; with --help it shows them
     # Start from these weights: a checkpoint or run folder of ours, an official SimSiam checkpoint, torchvision's or
@@ -51,6 +53,8 @@ class PretrainConfig:
     on_collapse: Literal["warn", "stop"] = "warn"
     checkpoint_every: str = "1epoch"  # or 500steps, or 10m (minutes)
     keep_checkpoints: int = 3  # the newest ones
+    # When no rank has gone on for so long: say which one hangs, and exit with code 70. 90s, 10m, 2h, or off
+    hang_timeout: str = "10m"
     log_every: int = 10  # steps between lines of metrics.jsonl
     loader_tuning: Path | None = None  # file of profile_throughput.py --tune: sets the loader where no flag does
     record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
@@ -134,7 +138,7 @@ def _plain(value: Any) -> Any:
             return {key: _plain(entry) for key, entry in value.items()}
         case list() | tuple():
             return [_plain(entry) for entry in value]
-        case Path():
+        case Path() | Url():
             return str(value)
         case _:
             return value

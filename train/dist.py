@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as td
@@ -15,6 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from train.activity import Activity
 
 T = TypeVar("T")
 
@@ -48,6 +50,8 @@ class Dist:
     local_rank: int
     local_world_size: int
     device: torch.device
+    store: td.Store | None = field(default=None, compare=False, repr=False)  # where several processes leave notes
+    activity: Activity = field(default_factory=Activity, compare=False, repr=False)  # what this process is doing
 
     @property
     def is_main(self) -> bool:
@@ -56,10 +60,11 @@ class Dist:
 
 
 @contextmanager
-def distributed(device: Literal["auto", "cuda", "cpu"]) -> Iterator[Dist]:
+def distributed(device: Literal["auto", "cuda", "cpu"], timeout: timedelta = timedelta(minutes=30)) -> Iterator[Dist]:
     """Join the run's processes (NCCL on GPUs, gloo on CPUs) and leave them at the end.
 
-    Without torchrun there is one process and nothing to join. Raises SharedError if the device cannot be had.
+    A collective of ``timeout`` ends the process, without a word on who is to blame: train/hangs.py finds that out
+    before. Without torchrun there is one process and nothing to join. Raises SharedError if the device cannot be had.
     """
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
@@ -75,12 +80,13 @@ def distributed(device: Literal["auto", "cuda", "cpu"]) -> Iterator[Dist]:
         yield dist
         return
     store = _fresh_store()
+    options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
     if dist.device.type == "cuda":
-        td.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=dist.device)
+        td.init_process_group("nccl", device_id=dist.device, **options)
     else:
-        td.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        td.init_process_group("gloo", **options)
     try:
-        yield dist
+        yield replace(dist, store=store)
         td.barrier()  # torchrun ends the others as soon as one has left with an exit code of its own
     finally:
         td.destroy_process_group()
@@ -133,7 +139,8 @@ def together(dist: Dist, action: Callable[[], T]) -> T:
             raise error
         return result
     messages: list[str | None] = [None] * dist.world_size
-    td.all_gather_object(messages, None if error is None else str(error))
+    with dist.activity.waiting("hearing whether every rank could do the same"):
+        td.all_gather_object(messages, None if error is None else str(error))
     for rank, message in enumerate(messages):
         if message is not None:
             where = f" (on rank {rank})" if rank > 0 else ""
@@ -147,7 +154,8 @@ def on_main(dist: Dist, action: Callable[[], T]) -> T:
     if dist.world_size == 1:
         return result  # type: ignore[return-value]
     box = [result]
-    td.broadcast_object_list(box, src=0)
+    with dist.activity.waiting("hearing what rank 0 found"):
+        td.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
 
 
@@ -156,8 +164,9 @@ def any_rank(dist: Dist, *flags: bool) -> tuple[bool, ...]:
     if dist.world_size == 1:
         return flags
     votes = torch.tensor(flags, dtype=torch.int32, device=dist.device)
-    td.all_reduce(votes, op=td.ReduceOp.MAX)
-    return tuple(bool(vote) for vote in votes.tolist())
+    with dist.activity.waiting("asking all ranks"):
+        td.all_reduce(votes, op=td.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes.tolist())
 
 
 def mean_over_ranks(dist: Dist, values: Tensor) -> Tensor:
@@ -183,5 +192,6 @@ def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) 
 def share_buffers(dist: Dist, module: nn.Module) -> None:
     """Give every rank rank 0's BN statistics. They differ only where BN is local (CPU, or SyncBN switched off)."""
     if dist.world_size > 1:
-        for buffer in module.buffers():
-            td.broadcast(buffer, src=0)
+        with dist.activity.waiting("sharing rank 0's batch statistics"):
+            for buffer in module.buffers():
+                td.broadcast(buffer, src=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from model.backbone import Stem
 from pipeline.errors import UserError
-from pipeline.loader import open_pictures
+from pipeline.loader import open_dataset, open_pictures
 from pipeline.loader_config import LoaderConfig
+from pipeline.location import Url
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import ViewRecipe
-from train.dist import Dist, together
+from train.dist import Dist, any_rank, together
 from train.weights import Pixels, Weights, open_encoder
 
 PICTURES_PER_PASS = 256
@@ -86,6 +87,11 @@ class PictureSource:
     dist: Dist
     autocast: Callable[[], AbstractContextManager[object]]
     dtype: torch.dtype  # of the pictures
+    asked_to_stop: Callable[[], bool] = lambda: False  # looked at between batches; true ends them with Abandoned
+
+
+class Abandoned(Exception):
+    """The features are not made, since a process was asked to stop. ``labelled_features`` raises it on every rank."""
 
 
 def refuse_bad_sample(error: BadSampleError) -> None:
@@ -109,33 +115,47 @@ def extract_features(
     """This rank's part of the features of samples ``ids``: rows ``split_ids(...)``, in ``dtype``, on its device.
 
     The backbone computes in evaluation mode and is given back in the mode it came in. A picture that cannot be read
-    goes to ``on_bad_sample``; if that returns, the row holds another picture's features. Contains no collective.
+    goes to ``on_bad_sample``; if that returns, the row holds another picture's features. Raises Abandoned. Contains no
+    collective.
     """
     dist = source.dist
     mine = split_ids(ids, dist.world_size)[dist.rank]
-    was_training = backbone.training
-    backbone.eval()
     features, filled = torch.empty(0), 0
-    with open_pictures(
-        dataset,
-        source.recipe,
-        source.loader,
-        ids=mine if len(mine) else ids[:1],  # a rank without pictures still learns how wide features are
-        batch=PICTURES_PER_PASS,
-        local_world_size=dist.local_world_size,
-        device=dist.device,
-        dtype=source.dtype,
-        on_bad_sample=on_bad_sample,
-    ) as batches:
+    with (
+        _evaluating(backbone),
+        open_pictures(
+            dataset,
+            source.recipe,
+            source.loader,
+            ids=mine if len(mine) else ids[:1],  # a rank without pictures still learns how wide features are
+            batch=PICTURES_PER_PASS,
+            local_world_size=dist.local_world_size,
+            device=dist.device,
+            dtype=source.dtype,
+            on_bad_sample=on_bad_sample,
+        ) as batches,
+    ):
         for x, _ in batches:
+            dist.activity.work(f"features of pictures, {filled:,} of {len(mine):,} done")
+            if source.asked_to_stop():
+                raise Abandoned
             with source.autocast():
                 part = backbone(x)
             if filled == 0:
                 features = torch.empty((max(len(mine), 1), part.shape[1]), dtype=dtype, device=part.device)
             features[filled : filled + len(part)] = part
             filled += len(part)
-    backbone.train(was_training)
     return features[: len(mine)]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def labelled_features(
@@ -148,8 +168,8 @@ def labelled_features(
 ) -> tuple[Float[Tensor, "part d"], Int64[Tensor, " part"]]:
     """This rank's features with their labels.
 
-    A picture that cannot be read raises SharedError; if ``tolerant`` it is warned of and labelled NOT_SEEN instead. A
-    collective.
+    A picture that cannot be read raises SharedError; if ``tolerant`` it is warned of and labelled NOT_SEEN instead.
+    Raises Abandoned if any rank is asked to stop. A collective.
     """
     dist, bad = source.dist, set[int]()
 
@@ -158,17 +178,19 @@ def labelled_features(
             print(f"bad sample, left out of the accuracy: {error}", flush=True)
         bad.add(error.sample_id)
 
-    features = together(
-        dist,
-        lambda: extract_features(
-            backbone,
-            samples.dataset,
-            samples.ids,
-            source,
-            dtype=dtype,
-            on_bad_sample=note if tolerant else refuse_bad_sample,
-        ),
-    )
+    def extract() -> Float[Tensor, "part d"] | None:
+        on_bad_sample = note if tolerant else refuse_bad_sample
+        try:
+            return extract_features(
+                backbone, samples.dataset, samples.ids, source, dtype=dtype, on_bad_sample=on_bad_sample
+            )
+        except Abandoned:
+            return None
+
+    features = together(dist, extract)
+    (abandoned,) = any_rank(dist, features is None)
+    if features is None or abandoned:
+        raise Abandoned
     mine = split_ids(samples.ids, dist.world_size)[dist.rank]
     labels = samples.dataset.labels(mine).astype(np.int64)
     labels[np.isin(mine, list(bad))] = NOT_SEEN
@@ -194,9 +216,9 @@ def each_rank(
         yield part
 
 
-def open_labelled(path: Path, flag: str, *, verify_checksums: bool) -> ShardSet:
+def open_labelled(path: Path | Url, flag: str, loader: LoaderConfig) -> ShardSet:
     """Open a dataset that must have labels. Raises UserError otherwise."""
-    dataset = ShardSet.open(path, verify_checksums=verify_checksums)
+    dataset = open_dataset(path, loader)
     if not dataset.has_labels:
         raise UserError(f"{flag} {path} has no labels: shard it from class folders, or with a label file (--labels)")
     return dataset

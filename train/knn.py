@@ -30,6 +30,7 @@ from torch import nn
 from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader_config import LoaderConfig
+from pipeline.location import Location
 from pipeline.order import epoch_order
 from pipeline.shards import ShardSet
 from train.dist import Dist, distributed, on_main, say, together, told_once
@@ -58,7 +59,7 @@ class KnnConfig:
     """The online kNN accuracy of the backbone's features, where the dataset has labels."""
 
     # Labelled dataset to classify, of the same classes; None: a tenth of the bank, held out
-    data: Annotated[Path | None, tyro.conf.arg(name="knn-data")] = None
+    data: Annotated[Location | None, tyro.conf.arg(name="knn-data")] = None
     k: Annotated[int, tyro.conf.arg(name="knn-k")] = 20  # neighbours; Wu et al. take 200
     temperature: Annotated[float, tyro.conf.arg(name="knn-temperature")] = 0.07  # Wu et al., section 4
     bank_size: Annotated[int, tyro.conf.arg(name="knn-bank-size")] = 50_000  # training samples to compare with
@@ -126,7 +127,7 @@ class OnlineKnn:
             queries = min(max(1, int(len(ids) * HELD_OUT)), MAX_QUERIES_HELD_OUT)
             self._bank, self._queries = Samples(train, ids[:-queries]), Samples(train, ids[-queries:])
         else:
-            query_set = open_labelled(config.data, "--knn-data", verify_checksums=source.loader.verify_checksums)
+            query_set = open_labelled(config.data, "--knn-data", source.loader)
             check_same_classes("--knn-data", query_set, train)
             self._bank, self._queries = Samples(train, ids), Samples.all_of(query_set)
         if len(self._bank.ids) == 0:
@@ -139,7 +140,7 @@ class OnlineKnn:
         return f"{queries:,} queries{held_out} against {bank:,} training samples, k {self._config.k}"
 
     def evaluate(self, backbone: nn.Module) -> float:
-        """Top-1 accuracy in percent, the same on every rank. A collective.
+        """Top-1 accuracy in percent, the same on every rank. Raises Abandoned as the source says. A collective.
 
         A picture that rotted since it was sharded is left out, and does not stop the training.
         """
@@ -159,8 +160,8 @@ def bank_ids(num_samples: int, bank_size: int) -> Int64[np.ndarray, " n"]:
 class KnnEvalConfig:
     """Weighted kNN accuracy of an encoder: the pictures of --val-data are classified by their neighbours in --data."""
 
-    data: Path  # labelled dataset to compare with
-    val_data: Path  # labelled dataset to classify, of the same classes; every picture counts exactly once
+    data: Location  # labelled dataset to compare with
+    val_data: Location  # labelled dataset to classify, of the same classes; every picture counts exactly once
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
     k: str = "20"  # neighbours; several separated by commas cost one pass
     temperature: float = 0.07  # Wu et al. 2018, section 4
@@ -211,9 +212,8 @@ def _check(config: KnnEvalConfig) -> list[int]:
 
 
 def _open(config: KnnEvalConfig) -> tuple[Samples, Samples]:
-    verify = config.loader.verify_checksums
-    train = open_labelled(config.data, "--data", verify_checksums=verify)
-    val = open_labelled(config.val_data, "--val-data", verify_checksums=verify)
+    train = open_labelled(config.data, "--data", config.loader)
+    val = open_labelled(config.val_data, "--val-data", config.loader)
     check_same_classes("--val-data", val, train)
     bank = Samples.all_of(train)
     if config.bank_size is not None:

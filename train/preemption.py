@@ -1,11 +1,16 @@
 """Owns what happens when the system asks a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning).
 
 The run finishes its step, writes a checkpoint and exits with ``EXIT_PREEMPTED``; ``--resume`` goes on from there.
+Before the first step there is nothing to save, and it leaves at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +25,7 @@ class StopRequest:
     """Whether this process has been asked to stop, and by which signal."""
 
     signal_name: str | None = None
+    starting: bool = True  # nothing is done yet that a checkpoint should hold
 
     def __bool__(self) -> bool:
         """Whether a signal has come."""
@@ -28,15 +34,45 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Note the signals instead of dying of them; the former handlers come back at the end."""
+    """Note the signals instead of dying of them; the former handlers come back at the end.
+
+    While the request is ``starting``, a signal ends the process at once.
+    """
     request = StopRequest()
 
     def note(number: int, _frame: FrameType | None) -> None:
         request.signal_name = signal.Signals(number).name
 
-    former = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    with _listening(request):
+        former = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        try:
+            yield request
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _listening(request: StopRequest) -> Iterator[None]:
+    """A thread hears the signals of the start too: waiting for other processes, the main thread runs no Python."""
+    hears, tells = socket.socketpair()
+    tells.setblocking(False)
+    former = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number := hears.recv(1):
+            if request.starting and number[0] in STOP_SIGNALS:
+                name = signal.Signals(number[0]).name
+                print(f"stopped by {name} before the first step; the same command starts again", file=sys.stderr)
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(EXIT_PREEMPTED)
+
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    thread.start()
     try:
-        yield request
+        yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(former)
+        tells.close()
+        thread.join()
+        hears.close()

@@ -6,7 +6,7 @@
 Owns the order of things: parse, build, resume, loop. The run folder holds config.json, plan.json, metrics.jsonl,
 tensorboard/, checkpoints/, bad_samples.jsonl if there are any and, at the end, summary.json.
 Exit codes: 0 done; 2 a user's mistake, a full disk, a collapse with --on-collapse stop; 75 stopped by a signal after a
-checkpoint, go on with --resume; 1 anything else.
+checkpoint, go on with --resume; 70 no rank has gone on for --hang-timeout; 1 anything else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import train.openmp  # noqa: F401  # before torch
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -26,9 +27,12 @@ from model.simsiam import SimSiamOutput, simsiam_loss, z_std
 from pipeline.errors import exit_on_user_error
 from pipeline.loader import Views, open_views
 from pipeline.read_costs import ReadCosts
+from train.agreement import Agreement
 from train.bad_samples import BadSampleRecord
 from train.config import PretrainConfig, parse_config
-from train.dist import Dist, any_rank, distributed, on_main, say, share_buffers, told_once
+from train.dist import Dist, distributed, on_main, say, share_buffers, told_once
+from train.features import Abandoned
+from train.hangs import hangs_watched
 from train.knn import OnlineKnn
 from train.optim import set_lr
 from train.preemption import EXIT_PREEMPTED, StopRequest, stop_signals
@@ -37,19 +41,28 @@ from train.run import (
     Run,
     check_run_dir,
     claim_run_dir,
+    finish_checkpoint,
     open_knn,
     prepare,
     resume,
     save,
     stop_if_collapsed,
     stop_if_too_many_steps_were_bad,
+    written,
 )
+
+COLLECTIVE_TIMEOUT = timedelta(days=1)  # of torch, which does not say who is to blame: --hang-timeout comes before
 
 
 def main() -> None:
     """The script."""
     config = parse_config()
-    with told_once(), stop_signals() as stop, distributed(config.device) as dist:
+    with (
+        told_once(),
+        stop_signals() as stop,
+        distributed(config.device, COLLECTIVE_TIMEOUT) as dist,
+        hangs_watched(dist, config.hang_timeout, stop),
+    ):
         finished = pretrain(config, dist, stop)
     if not finished:
         sys.exit(EXIT_PREEMPTED)
@@ -61,7 +74,7 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
     check_run_dir(run)
     if config.resume:
         resume(run)
-    knn, costs = open_knn(run), ReadCosts(len(run.dataset.shards))
+    knn, costs = open_knn(run, lambda: bool(stop)), ReadCosts(len(run.dataset.shards))
     claim_run_dir(run)
     with (
         Reporter(dist, config, run.plan, run.step) as reporter,
@@ -85,7 +98,9 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
             pairs=config.model.pairs,
             read_costs=costs,
         ) as batches,
+        run.writer,
     ):
+        stop.starting = False
         finished = loop(run, batches, reporter, knn, stop)
         reporter.say_what_cost_most(run.dataset, costs)
         return finished
@@ -93,13 +108,17 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
 
 def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn | None, stop: StopRequest) -> bool:
     """One turn is one optimizer step; between steps: kNN accuracy, checkpoint, a look at the signals."""
-    plan, dist = run.plan, run.dist
+    plan, agreement = run.plan, Agreement(run.dist)
     run.model.train()
     while True:
         if knn is not None and knn_is_due(run) and not reporter.has_knn(run.step):
-            with reporter.paused():
-                share_buffers(dist, run.model)
-                reporter.knn(run.step // plan.steps_per_epoch, run.step, knn.evaluate(run.model.backbone))
+            try:
+                with reporter.paused():
+                    share_buffers(run.dist, run.model)
+                    top1 = knn.evaluate(run.model.backbone)
+            except Abandoned:
+                return leave(run, stop)
+            reporter.knn(run.step // plan.steps_per_epoch, run.step, top1)
         if run.step >= plan.stop_step:
             break
         result = train_step(run, batches)
@@ -108,16 +127,24 @@ def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn 
         if run.step % run.config.log_every == 0:
             stop_if_too_many_steps_were_bad(run, result.lr)
         stop_if_collapsed(run, reporter.collapse)
-        stopping, timer_rang = poll(run, stop)
-        if stopping or timer_rang or run.checkpoints.is_due_at(run.step, plan.steps_per_epoch):
+        stopping, timer_rang, write_failed = agreement.ask(bool(stop), run.checkpoints.rings(), run.writer.has_failed())
+        if write_failed:
+            written(run)  # raises what went wrong
+        if stopping:
+            return leave(run, stop)
+        if timer_rang or run.checkpoints.is_due_at(run.step, plan.steps_per_epoch):
             with reporter.paused():
                 save(run)
-        if stopping:
-            say(dist, f"stopped by {stop.signal_name or 'a signal'} after step {run.step:,}; go on with --resume")
-            return False
-    checkpoint = run.checkpoints.newest(run.step) or save(run)
-    on_main(dist, lambda: reporter.summary(run.step, checkpoint))
+    checkpoint = finish_checkpoint(run)
+    on_main(run.dist, lambda: reporter.summary(run.step, checkpoint))
     return True
+
+
+def leave(run: Run, stop: StopRequest) -> bool:
+    """Stop between two steps, with a checkpoint: always False. A kNN accuracy that was begun comes after --resume."""
+    finish_checkpoint(run)
+    say(run.dist, f"stopped by {stop.signal_name or 'a signal'} after step {run.step:,}; go on with --resume")
+    return False
 
 
 def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
@@ -132,7 +159,9 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
     losses, stds, ids, wait_s = [], [], [], 0.0
     passes = config.accumulate * config.model.pairs
     for number in range(passes):
+        run.dist.activity.work(f"step {run.step + 1}: waiting for the loader")
         views = next(batches)
+        run.dist.activity.wait(f"step {run.step + 1}: forward, backward, averaging gradients over the ranks")
         with no_sync(run, last=number == passes - 1):
             with run.precision.autocast():
                 out: SimSiamOutput = run.parallel(views.x1, views.x2)
@@ -145,6 +174,7 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
             ids.append(views.ids)
         wait_s += views.wait_s
     run.guard.step(scaler)
+    run.dist.activity.work(f"step {run.step + 1}: between two steps")
     loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
     return StepResult(loss, std, out.z1.detach(), run.guard.skipped, lr, wait_s, np.concatenate(ids))
 
@@ -160,17 +190,6 @@ def knn_is_due(run: Run) -> bool:
     """Before the first step, at every n-th epoch's end, and at the end of the run."""
     epoch, rest = divmod(run.step, run.plan.steps_per_epoch)
     return rest == 0 and (epoch % run.config.knn.every == 0 or run.step == run.plan.total_steps)
-
-
-def poll(run: Run, stop: StopRequest) -> tuple[bool, bool]:
-    """Whether any rank was asked to stop, and whether the checkpoint's timer rang.
-
-    Agreeing costs a host sync on GPUs, so there it happens only with the log lines, which sync anyway.
-    """
-    if run.dist.device.type == "cuda" and run.dist.world_size > 1 and run.step % run.config.log_every:
-        return False, False
-    stopping, rang = any_rank(run.dist, bool(stop), run.checkpoints.rings())
-    return stopping, rang
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ class Reporter:
         if self._samples is not None:
             self._samples.write(step, result.ids.tolist())
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
-            loss, z_std, rank, rates, waits = self._read(result)
+            with self._dist.activity.waiting(f"step {step}: adding up the losses of all ranks"):
+                loss, z_std, rank, rates, waits = self._read(result)
             skipped = {"skipped_steps": result.skipped.item()} if result.skipped else {}
             epoch = (step - 1) // self._plan.steps_per_epoch
             if self._metrics is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from model.simsiam import SimSiam
 from pipeline.backends import choose_backend
 from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError
+from pipeline.loader import check_cache, open_dataset
 from pipeline.shards import ShardSet
+from train.background import CheckpointWriter, host_copy
 from train.checkpoint import (
     CheckpointTimer,
     check_same_run,
@@ -58,6 +60,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     checkpoints: CheckpointTimer
     guard: StepGuard  # of the optimizer's steps
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
 
 
@@ -70,7 +73,8 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     together(dist, lambda: check_model(config.model))
     precision = together(dist, lambda: choose_precision(config.precision, dist.device))
     together(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
-    dataset = together(dist, lambda: ShardSet.open(config.data, verify_checksums=config.loader.verify_checksums))
+    dataset = together(dist, lambda: open_dataset(config.data, config.loader))
+    together(dist, lambda: check_cache(dataset, config.order, dist.world_size, dist.local_world_size))
     plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
     backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
     torch.manual_seed(config.seed)
@@ -183,7 +187,8 @@ def resume(run: Run) -> None:
     else:
         path = found.path
         together(run.dist, lambda: _load(run, path))
-        run.checkpoints.saved(run.step, path)
+        run.checkpoints.saved(run.step)
+        run.writer.newest = path
         say(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
     on_main(run.dist, lambda: _cut_off(run))
 
@@ -209,34 +214,56 @@ def _cut_off(run: Run) -> None:
         raise disk_error(error, f"writing {run.config.run_dir}") or error from error
 
 
-def save(run: Run) -> Path:
-    """Write a checkpoint of the state after ``run.step`` steps. Raises SharedError for a full disk. A collective."""
+def save(run: Run) -> None:
+    """Copy the state after ``run.step`` steps and let it be written as a checkpoint while training goes on.
+
+    Waits for the write before it, and raises SharedError if that has failed. A collective.
+    """
     share_buffers(run.dist, run.model)
-    epoch, step = divmod(run.step, run.plan.steps_per_epoch)
+    written(run)
+    on_main(run.dist, lambda: _start_write(run))
+    run.checkpoints.saved(run.step)
 
-    folder = run.config.run_dir / CHECKPOINTS
 
-    def write() -> Path:
-        state: dict[str, Any] = {
-            "epoch": epoch,  # the next step to do is step ``step`` of epoch ``epoch``
-            "step": step,
-            "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict()["state"],
-            "scaler": run.precision.scaler.state_dict(),
-            "targets": run.targets.save(folder, run.step),
-            "config": run.config.as_json(),
-            "identity": run.config.identity(run.dataset.fingerprint),
-        }
-        return save_checkpoint(folder, state, run.step, run.config.keep_checkpoints)
+def _start_write(run: Run) -> None:
+    folder, keep, done = run.config.run_dir / CHECKPOINTS, run.config.keep_checkpoints, run.step
+    epoch, step = divmod(done, run.plan.steps_per_epoch)
+    numbers: dict[str, Any] = {
+        "epoch": epoch,  # the next step to do is step ``step`` of epoch ``epoch``
+        "step": step,
+        "scaler": run.precision.scaler.state_dict(),
+        "config": run.config.as_json(),
+        "identity": run.config.identity(run.dataset.fingerprint),
+    }
+    tensors = host_copy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]})
+    targets = run.targets.save(folder, done)
+    run.writer.start(lambda: save_checkpoint(folder, {**numbers, **tensors(), "targets": targets()}, done, keep))
 
-    path = on_main(run.dist, write)
-    run.checkpoints.saved(run.step, path)
+
+def written(run: Run) -> Path | None:
+    """Wait for the checkpoint that is being written; returns the newest on disk. SharedError for a full disk.
+
+    A collective.
+    """
+    return on_main(run.dist, run.writer.wait)
+
+
+def finish_checkpoint(run: Run) -> Path:
+    """The checkpoint after ``run.step`` steps, saved now if it is not yet, and on disk. Raises as ``written``.
+
+    A collective.
+    """
+    if not run.checkpoints.is_saved(run.step):
+        save(run)
+    path = written(run)
+    assert path is not None
     return path
 
 
 def stop_if_collapsed(run: Run, collapse: str | None) -> None:
     """Raise SharedError, on every rank alike, if the guard has spoken and --on-collapse is stop."""
     if collapse is not None and run.config.on_collapse == "stop":
+        written(run)
         newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
         rest = f"Stopped (--on-collapse stop); newest checkpoint: {newest.name if newest else 'none so far'}"
         raise SharedError(f"{collapse}\n{rest}", run.dist.is_main)
@@ -246,14 +273,18 @@ def stop_if_too_many_steps_were_bad(run: Run, lr: float) -> None:
     """Raise SharedError, on every rank alike, if --max-bad-steps in a row were skipped. Waits for the device."""
     row, limit = run.guard.longest_row(), run.config.max_bad_steps
     if row >= limit:
+        written(run)
         newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
         text = diagnosis(row, limit, run.step, lr, run.precision.name, newest.name if newest else "none so far")
         raise SharedError(text, run.dist.is_main)
 
 
-def open_knn(run: Run) -> OnlineKnn | None:
-    """The kNN monitor, if it is wanted and the samples have labels. Raises SharedError if --knn-data does not fit."""
-    config, source = run.config, _picture_source(run)
+def open_knn(run: Run, asked_to_stop: Callable[[], bool]) -> OnlineKnn | None:
+    """The kNN monitor, if it is wanted and the samples have labels. Raises SharedError if --knn-data does not fit.
+
+    It gives up when any rank is ``asked_to_stop``.
+    """
+    config, source = run.config, replace(_picture_source(run), asked_to_stop=asked_to_stop)
     if config.knn.every == 0:
         return None
     if not run.dataset.has_labels:

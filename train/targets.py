@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +21,11 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from model.simsiam import SimSiam, SimSiamConfig, SimSiamOutput
+from pipeline.dataset_file import file_sha256
 from pipeline.disk import atomic_file, disk_error
 from pipeline.errors import UserError
 from pipeline.loader import Views
-from pipeline.shards import file_sha256
+from train.background import host_copy
 from train.dist import Dist, gather_rows
 
 
@@ -36,8 +38,12 @@ class Targets(Protocol):
     def claim(self, run_dir: Path) -> None:
         """Take what it needs of memory or disk. Raises UserError if there is not enough."""
 
-    def save(self, folder: Path, step: int) -> dict[str, Any]:
-        """What a checkpoint in ``folder`` must hold; large things are files beside it. On rank 0 alone."""
+    def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
+        """Copy what the next step would change; the result writes large things beside the checkpoint in ``folder``.
+
+        It returns what the checkpoint must hold, and may be called in a thread, while training goes on. On rank 0
+        alone.
+        """
 
     def load(self, state: dict[str, Any], folder: Path) -> None:
         """Take up what ``save`` gave, after ``claim``. Raises UserError if its file is missing or damaged."""
@@ -67,9 +73,9 @@ class EncoderTargets:
     def claim(self, run_dir: Path) -> None:
         """Nothing."""
 
-    def save(self, folder: Path, step: int) -> dict[str, Any]:
+    def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
         """Nothing."""
-        return {}
+        return dict
 
     def load(self, state: dict[str, Any], folder: Path) -> None:
         """Nothing."""
@@ -100,9 +106,9 @@ class FrozenTargets:
     def claim(self, run_dir: Path) -> None:
         """Nothing."""
 
-    def save(self, folder: Path, step: int) -> dict[str, Any]:
+    def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
         """The copy's weights and the step before which it was made."""
-        return {"frozen": self._frozen.state_dict(), "renewed_at": self._renewed_at}
+        return host_copy({"frozen": self._frozen.state_dict(), "renewed_at": self._renewed_at})
 
     def load(self, state: dict[str, Any], folder: Path) -> None:
         """Take them up."""
@@ -162,15 +168,26 @@ class AveragedTargets:
                 f"{path} cannot be made: {error.strerror}; name another --run-dir, or take --target-memory ram"
             ) from error
 
-    def save(self, folder: Path, step: int) -> dict[str, Any]:
-        """All rows as a file beside the checkpoints, named and described in this one; files of deleted ones go."""
+    def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
+        """All rows as a file beside the checkpoints, named and described in this one; files of deleted ones go.
+
+        Rows in memory are copied, and written later; rows on disk are there because memory is short, and are written
+        at once.
+        """
         assert self._rows is not None
+        if self._where == "ram":
+            rows = self._rows.copy()
+            return lambda: self._write_file(rows, folder, step)
+        written = self._write_file(self._rows, folder, step)
+        return lambda: written
+
+    def _write_file(self, rows: Float32[np.ndarray, "samples d"], folder: Path, step: int) -> dict[str, Any]:
         path = folder / f"targets-{step:09d}.npy"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _delete_unused(folder)
             with atomic_file(path) as file:
-                np.save(file, self._rows)
+                np.save(file, rows)
         except OSError as error:
             raise disk_error(error, f"writing {path}") or error from error
         return {"file": path.name, "sha256": file_sha256(path)}
