@@ -1,0 +1,295 @@
+"""Does a long run grow? python benchmarks/soak.py OUT
+
+Trains a tiny model on drawn pictures for as many steps as an ImageNet run does in hours (12,000 an hour at 1,700
+images/s and a batch of 512), with all that a run does beside stepping: checkpoints, kNN, bad samples. It is stopped by
+SIGTERM in the middle and resumed. From outside, every so many steps, its memory, open files, threads and the disk use
+of its checkpoints are read. Exit code 1 if any of them grows: if, in either session, its median over the last quarter
+of the steps is above that over the second quarter by more than the allowance.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from pipeline.errors import UserError, exit_on_user_error
+from pipeline.options import ShardingOptions
+from pipeline.shards import ShardSet
+from pipeline.writer import make_dataset
+from tools.measuring import describe_machine, write_json
+from train.bad_samples import BAD_SAMPLES_FILE
+from train.metrics import METRICS_FILE, read_lines
+from train.preemption import EXIT_PREEMPTED
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_S = 0.02  # between two looks at metrics.jsonl
+BATCH, SIDE, KEEP = 8, 16, 2  # pictures a step; px of a view; checkpoints kept
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """A long run, watched from outside."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """A new folder for the dataset, the run, soak.json and soak.png."""
+    steps: int = 24_000
+    """Of both sessions together; 24,000 are two hours on ImageNet."""
+    sample_every: int = 50
+    """Steps between two samples."""
+    pictures: int = 512
+    """Of the dataset."""
+    bad: int = 8
+    """Of them, pictures whose bytes change after sharding."""
+    checkpoint_every: int = 200
+    """Steps."""
+    knn_every: int = 5
+    """Epochs."""
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    """Of the loader."""
+    threads: int = 1
+    """Of the loader and of the model."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a process held after a step."""
+
+    session: int  # 0: before the stop, 1: after it
+    step: int
+    own_mib: float  # anonymous memory; what others do with the same libraries does not change it
+    rss_mib: float  # with the pages of mapped files
+    files: int  # open descriptors
+    threads: int
+    checkpoints_mib: float  # disk use of the checkpoints
+    other_mib: float  # disk use of the rest of the run folder, which records every logged step
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What must not grow, and by how much two medians may differ nevertheless."""
+
+    field: str
+    title: str
+    unit: str
+    allowance: float
+
+
+QUANTITIES = (
+    Quantity("own_mib", "anonymous memory", "MiB", 16.0),
+    Quantity("rss_mib", "resident memory", "MiB", 16.0),
+    Quantity("files", "open files", "", 1.0),
+    Quantity("threads", "threads", "", 1.0),
+    Quantity("checkpoints_mib", "checkpoints on disk", "MiB", 0.1),
+)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One quantity in one session: medians over the second and the last quarter of its steps."""
+
+    session: int
+    quantity: Quantity
+    second: float
+    last: float
+
+    @property
+    def grew(self) -> bool:
+        """Whether it is more than the allowance."""
+        return self.last - self.second > self.quantity.allowance
+
+
+def main() -> None:
+    """The command."""
+    config = tyro.cli(Config, description=__doc__)
+    if not Path("/proc/self/smaps_rollup").exists():
+        raise UserError("this benchmark reads Linux's /proc/PID/smaps_rollup, which is not here")
+    if config.out.exists():
+        raise UserError(f"{config.out} exists: name a new folder")
+    if config.steps < 8 * max(2 * config.sample_every, (KEEP + 1) * config.checkpoint_every):
+        raise UserError(
+            f"--steps {config.steps}: a quarter of a session must hold two samples (--sample-every "
+            f"{config.sample_every}) and {KEEP + 1} checkpoints (--checkpoint-every {config.checkpoint_every})"
+        )
+    print(describe_machine(), flush=True)
+    data = make_data(config)
+    start_s = time.perf_counter()
+    samples = soak(config, data, [sys.executable, str(ROOT / "train" / "pretrain.py")])
+    minutes = (time.perf_counter() - start_s) / 60
+    growths = compare(samples)
+    knn = sum("knn_top1" in line for line in read_lines(config.out / "run" / METRICS_FILE))
+    bad = len(read_lines(config.out / "run" / BAD_SAMPLES_FILE))
+    told = f"{config.steps:,} steps in {minutes:.1f} minutes, {knn} kNN evaluations, {bad} bad samples of {config.bad}"
+    print(told)
+    print(table(samples, growths))
+    draw(samples, told).savefig(config.out / "soak.png", dpi=110)
+    write_json(config.out / "soak.json", {"told": told, "samples": [asdict(s) for s in samples]})
+    if any(growth.grew for growth in growths) or bad != config.bad:
+        print("something grew, or a bad sample was not found")
+        sys.exit(1)
+    print("nothing grew")
+
+
+def make_data(config: Config) -> Path:
+    """A dataset of drawn pictures, some of which change after they are written."""
+    path = config.out / "data"
+    options = ShardingOptions(samples_per_shard=100)
+    make_dataset(f"synthetic:{config.pictures}", path, options, quiet=True, in_process=True)
+    dataset = ShardSet.open(path)
+    for sample in np.linspace(0, config.pictures - 1, config.bad).astype(int).tolist():
+        row = dataset.samples[sample]
+        with open(dataset.shard_path(int(row["shard"])), "r+b") as file:
+            file.seek(int(row["offset"]) + 100)
+            file.write(b"rotten")
+    return path
+
+
+def soak(config: Config, data: Path, trainer: Sequence[str]) -> list[Sample]:
+    """Both sessions. ``trainer``: the words that start train/pretrain.py. Raises UserError if it does not do its part.
+
+    The epochs are counted as the run does it: without the remainder of the pictures.
+    """
+    run_dir, every = config.out / "run", config.sample_every
+    epochs = -(-config.steps // (config.pictures // BATCH))
+    words = ["--data", data, "--run-dir", run_dir, "--backbone", "resnet_tiny", "--image-size", SIDE, "--dim", 64]
+    words += ["--projector-hidden", 64, "--predictor-hidden", 16, "--global-batch", BATCH, "--device", "cpu"]
+    words += ["--epochs", epochs, "--max-steps", config.steps, "--log-every", every, "--backend", config.backend]
+    words += ["--checkpoint-every", f"{config.checkpoint_every}steps", "--keep-checkpoints", KEEP]
+    words += ["--knn-every", config.knn_every, "--threads", config.threads, "--resume"]
+    command = [*trainer, *map(str, words)]
+    samples: list[Sample] = []
+    for session, stop_at, expected in ((0, config.steps // 2, EXIT_PREEMPTED), (1, None, 0)):
+        code = watch(command, run_dir, session, stop_at, samples, config.threads)
+        if code != expected:
+            log = (run_dir.parent / f"session{session}.log").read_text()
+            raise UserError(f"session {session} ended with exit code {code} instead of {expected}:\n{log[-2000:]}")
+    return samples
+
+
+def watch(
+    command: list[str], run_dir: Path, session: int, stop_at: int | None, samples: list[Sample], threads: int
+) -> int:
+    """Run one session, sampled at every line of metrics.jsonl; SIGTERM after step ``stop_at``. Gives its exit code."""
+    seen = newest_step(run_dir)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(run_dir.parent / f"session{session}.log", "wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            while process.poll() is None:
+                step = newest_step(run_dir)
+                if step > seen:
+                    seen = step
+                    sample = look_at(process.pid, run_dir, session, step)
+                    if sample is not None:
+                        samples.append(sample)
+                    if stop_at is not None and step >= stop_at:
+                        process.send_signal(signal.SIGTERM)
+                        stop_at = None
+                time.sleep(POLL_S)
+        finally:
+            process.kill()
+            process.wait()
+    return process.returncode
+
+
+def newest_step(run_dir: Path) -> int:
+    """The last step in metrics.jsonl, read from its end; 0 before the first."""
+    try:
+        with open(run_dir / METRICS_FILE, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().rpartition(b"\n")[0].splitlines()
+    except FileNotFoundError:
+        return 0
+    return int(lines[-1].partition(b'"step": ')[2].partition(b",")[0]) if lines else 0
+
+
+def look_at(pid: int, run_dir: Path, session: int, step: int) -> Sample | None:
+    """A sample of a running process; None if it has ended meanwhile."""
+    proc = Path("/proc") / str(pid)
+    try:
+        rollup = dict(line.split(":", 1) for line in (proc / "smaps_rollup").read_text().splitlines()[1:])
+        files = len(os.listdir(proc / "fd"))
+        threads = len(os.listdir(proc / "task"))
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    own, rss = (int(rollup[name].split()[0]) / 1024 for name in ("Anonymous", "Rss"))
+    checkpoints = disk_use(run_dir / "checkpoints")
+    return Sample(session, step, own, rss, files, threads, checkpoints, disk_use(run_dir) - checkpoints)
+
+
+def disk_use(folder: Path) -> float:
+    """MiB of the files below a folder; a file that is replaced while we look counts as it was or not at all."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(place, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total / MIB
+
+
+def compare(samples: list[Sample]) -> list[Growth]:
+    """Every quantity in every session. Raises UserError for a session too short to tell."""
+    growths = []
+    for session in sorted({sample.session for sample in samples}):
+        mine = [sample for sample in samples if sample.session == session]
+        first, width = mine[0].step, (mine[-1].step - mine[0].step) / 4
+        second = [s for s in mine if width <= s.step - first < 2 * width]
+        last = [s for s in mine if s.step - first >= 3 * width]
+        if min(len(second), len(last)) < 2:
+            raise UserError(f"session {session} has {len(mine)} samples, too few to compare its quarters: more --steps")
+        for quantity in QUANTITIES:
+            values = [statistics.median(getattr(s, quantity.field) for s in part) for part in (second, last)]
+            growths.append(Growth(session, quantity, *values))
+    return growths
+
+
+def table(samples: list[Sample], growths: list[Growth]) -> str:
+    """What came out, for people."""
+    lines = [f"{'':22} {'session':>8} {'second quarter':>15} {'last quarter':>13} {'allowed':>8}"]
+    for growth in sorted(growths, key=lambda growth: (growth.quantity.field, growth.session)):
+        quantity = growth.quantity
+        name = f"{quantity.title}{f', {quantity.unit}' if quantity.unit else ''}"
+        verdict = "GREW" if growth.grew else ""
+        lines.append(
+            f"{name:22} {growth.session + 1:8d} {growth.second:15.1f} {growth.last:13.1f} "
+            f"{f'+{quantity.allowance:g}':>8} {verdict}"
+        )
+    lines.append(f"metrics and TensorBoard at the end: {samples[-1].other_mib:.2f} MiB, which grow by design")
+    return "\n".join(lines)
+
+
+def draw(samples: list[Sample], subtitle: str) -> Figure:
+    """One panel a quantity over the steps; the sessions in two colours."""
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    shown = [quantity for quantity in QUANTITIES if quantity.field != "rss_mib"]
+    panels = figure.subplots(len(shown), 1, sharex=True)
+    for axes, quantity in zip(panels, shown, strict=True):
+        for session, colour in ((0, "#1f5fa8"), (1, "#1d7a4f")):
+            mine = [sample for sample in samples if sample.session == session]
+            values = [getattr(sample, quantity.field) for sample in mine]
+            axes.plot([sample.step for sample in mine], values, color=colour, linewidth=1)
+        axes.set_ylim(0, 1.15 * max(getattr(sample, quantity.field) for sample in samples))
+        axes.set_ylabel(f"{quantity.title}\n({quantity.unit})" if quantity.unit else quantity.title)
+        axes.grid(color="#e4e7ea", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("optimizer steps; stopped by SIGTERM and resumed where the colour changes")
+    figure.suptitle(f"A long run, watched from outside\n{subtitle}", fontsize=11)
+    return figure
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
