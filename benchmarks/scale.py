@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import tyro
 
+from pipeline.dataset_file import FORMAT_VERSION, SAMPLE_DTYPE
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.order import BlockOrder, Order, OrderConfig, batch_positions, choose_order, steps_per_epoch
-from pipeline.shards import FORMAT_VERSION, SAMPLE_DTYPE, ShardSet
+from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe, draw_views
 from tools.measuring import Spread, describe_machine, write_json
 

@@ -76,13 +76,18 @@ class Assembler:
         pool: ThreadPoolExecutor,
         bad: BadSamples,
         costs: ReadCosts | None = None,
+        cancelled: threading.Event | None = None,
     ) -> None:
-        """``draw`` says what to cut out of each sample; ``pool`` reads; ``costs`` hears how long each read took."""
+        """``draw`` says what to cut out of each sample; ``pool`` reads; ``costs`` hears how long each read took.
+
+        ``cancelled`` ends reads that wait for a remote dataset.
+        """
         self._dataset = dataset
         self._draw = draw
         self._pool = pool
         self._bad = bad
         self._costs = costs
+        self._cancelled = cancelled or threading.Event()
 
     def read_ahead(self, places: Iterable[Place], depth: int) -> Iterator[Batch]:
         """The batches of ``places`` in order, ``depth`` of them being read while one is used."""
@@ -128,7 +133,7 @@ class Assembler:
             if source in self._bad:
                 continue
             try:
-                return source, np.frombuffer(self._dataset.read(source), dtype=np.uint8)
+                return source, np.frombuffer(self._dataset.read(source, self._cancelled), dtype=np.uint8)
             except BadSampleError as error:
                 self._bad.add(error)
         raise UserError(f"no sample of {self._dataset.path} can be read: check the disk or write the dataset again")

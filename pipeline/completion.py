@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.disk import atomic_file, write_json
-from pipeline.errors import UserError
-from pipeline.shard_file import Job
-from pipeline.shards import (
+from pipeline.dataset_file import (
     DATASET_FILE,
     FORMAT_VERSION,
     PARTIAL_DIR,
@@ -21,6 +18,9 @@ from pipeline.shards import (
     SAMPLES_FILE,
     file_sha256,
 )
+from pipeline.disk import atomic_file, write_json
+from pipeline.errors import UserError
+from pipeline.shard_file import Job
 
 
 def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from pipeline.dataset_file import file_sha256
 from pipeline.errors import UserError
 from pipeline.listing import Rejected
 from pipeline.options import ShardingOptions
 from pipeline.picture import PICTURE_SUFFIXES, BadPictureError, inspect_picture
 from pipeline.shard_file import Component, Job, ShardParts, Tick
-from pipeline.shards import file_sha256, split_key
+from pipeline.shards import split_key
 from pipeline.tar_source import Member, scan_tar
 
 _UNUSED = {"limit": None, "shorter_side": None, "subtree": "", "labels": ("auto", "none")}

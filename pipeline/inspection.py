@@ -19,20 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.disk import progress
-from pipeline.errors import UserError
-from pipeline.shard_check import CheckOptions, Damage, Findings, Records, ShardFindings, check_shard
-from pipeline.shards import (
+from pipeline.dataset_file import (
     DATASET_FILE,
     PARTIAL_DIR,
     REJECTED_FILE,
     SAMPLE_DTYPE,
     SAMPLES_FILE,
-    BadSampleError,
-    ShardSet,
     file_sha256,
     read_dataset_file,
 )
+from pipeline.disk import progress
+from pipeline.errors import UserError
+from pipeline.shard_check import CheckOptions, Damage, Findings, Records, ShardFindings, check_shard
+from pipeline.shards import BadSampleError, ShardSet
 from pipeline.workers import cores
 
 GROUPS_LISTED = 1000  # groups of equal pictures that a report names; all are counted

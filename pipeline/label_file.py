@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pipeline.dataset_file import read_dataset_file
 from pipeline.errors import UserError
 from pipeline.listing import Listing
 from pipeline.matlab import read_struct_array
-from pipeline.shards import read_dataset_file
 
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 

@@ -9,27 +9,41 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from typing_extensions import assert_never
 
 from pipeline.assemble import Assembler, BadSamples, DrawWindows, Place
 from pipeline.backends import Delivered, ViewMaker
 from pipeline.feeder import fed_ahead
 from pipeline.loader_config import LoaderConfig
-from pipeline.order import OrderConfig, batch_positions, choose_order, epoch_order, rank_slice, steps_per_epoch
+from pipeline.location import Url
+from pipeline.order import (
+    OrderConfig,
+    batch_positions,
+    choose_order,
+    epoch_order,
+    node_positions,
+    rank_slice,
+    steps_per_epoch,
+)
 from pipeline.read_costs import ReadCosts
+from pipeline.remote_shards import Ahead
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 
 # The second pair of views of a sample in epoch e is drawn as that of epoch e + PAIR_EPOCHS would be.
 PAIR_EPOCHS = 1 << 24
+RANKS_APART = 2  # steps by which one rank of a machine may be behind another
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,26 @@ class Crops:
     epoch: int
     step: int  # within the epoch
     wait_s: float  # how long the consumer waited for this batch
+
+
+def open_dataset(path: Path | Url, config: LoaderConfig) -> ShardSet:
+    """The dataset in a folder or below a URL. Raises UserError as ``ShardSet.open``."""
+    return ShardSet.open(path, verify_checksums=config.verify_checksums, cache=config.cache)
+
+
+def check_cache(dataset: ShardSet, order: OrderConfig, world_size: int, local_world_size: int) -> None:
+    """Raise UserError if the cache of a remote dataset cannot hold what a machine reads at a time in this order."""
+    match order.epoch_order:
+        case "random":
+            dataset.check_room(len(dataset.shards), "--epoch-order random", "take --epoch-order blocks")
+        case "blocks":
+            streams = -(-order.block_streams * local_world_size // world_size)
+            at_once = 2 * streams * order.block_shards  # a stream goes on from one group of shards to the next
+            dataset.check_room(
+                at_once, f"--block-shards {order.block_shards} x {streams} streams x 2", "take fewer --block-shards"
+            )
+        case _:
+            assert_never(order.epoch_order)
 
 
 def print_bad_sample(error: BadSampleError) -> None:
@@ -110,9 +144,14 @@ def open_views(
     def draw(epoch: int, ids: Int64[np.ndarray, " n"]) -> ViewParams:
         return draw_views(recipe, seed, epoch, ids, dataset.sizes(ids))
 
+    def of_machine() -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
+        for epoch in range(start_epoch, epochs):
+            for step in range(start_step if epoch == start_epoch else 0, steps):
+                yield sample_ids(epoch, node_positions(step, global_batch, rank, world_size, local_world_size))
+
     max_batch = global_batch // world_size // accumulate
     settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample, read_costs)
-    with _delivered(settings, draw, places) as delivered:
+    with _delivered(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
         yield (
             Views(x1, x2, batch.ids, batch.sources, epoch, batch.step, wait_s, pair)
             for (batch, (x1, x2)), wait_s in delivered
@@ -150,12 +189,18 @@ def open_crops(
                 for micro in range(accumulate):
                     yield epoch, step, rank_slice(mine, micro, accumulate)
 
+    def of_machine() -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
+        for epoch in range(start_epoch, epochs):
+            for step in range(steps_per_epoch(len(ids), global_batch)):
+                positions = node_positions(step, global_batch, rank, world_size, local_world_size)
+                yield ids[epoch_order(len(ids), seed, epoch, positions)]
+
     def draw(epoch: int, sources: Int64[np.ndarray, " n"]) -> ViewParams:
         return draw_views(recipe, seed, epoch, sources, dataset.sizes(sources)).only_view(0)
 
     max_batch = global_batch // world_size // accumulate
     settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
-    with _delivered(settings, draw, places) as delivered:
+    with _delivered(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
         yield (Crops(x, batch.sources, batch.epoch, batch.step, wait_s) for (batch, (x,)), wait_s in delivered)
 
 
@@ -174,15 +219,18 @@ def open_pictures(
 ) -> Iterator[Iterator[tuple[Float[Tensor, "b 3 s s"], Int64[np.ndarray, " b"]]]]:
     """The evaluation view of samples ``ids``, in that order: (x, ids). The last batch is smaller."""
 
+    def batches() -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
+        return (ids[start : start + batch] for start in range(0, len(ids), batch))
+
     def places() -> Iterator[Place]:
-        for start in range(0, len(ids), batch):
-            yield 0, start // batch, ids[start : start + batch]
+        for step, part in enumerate(batches()):
+            yield 0, step, part
 
     def draw(_: int, sources: Int64[np.ndarray, " n"]) -> CentreCrops:
         return centre_crops(recipe.image_size, dataset.sizes(sources))
 
     settings = _Settings(dataset, recipe, config, batch, local_world_size, device, dtype, on_bad_sample)
-    with _delivered(settings, draw, places) as delivered:
+    with _delivered(settings, draw, places, Ahead(batches(), None) if dataset.pays(ids) else None) as delivered:
         yield ((x, part.ids) for (part, (x,)), _ in delivered)
 
 
@@ -203,18 +251,22 @@ class _Settings:
 
 @contextmanager
 def _delivered(
-    settings: _Settings, draw: DrawWindows, places: Callable[[], Iterator[Place]]
+    settings: _Settings, draw: DrawWindows, places: Callable[[], Iterator[Place]], ahead: Ahead | None
 ) -> Iterator[Iterator[tuple[Delivered, float]]]:
-    """The views of ``places`` with the time waited for each, made ahead by a thread."""
+    """The views of ``places`` with the time waited for each, made ahead by a thread, shards fetched by ``ahead``."""
     config, device = settings.config, settings.device
     threads = config.threads or share_of_cores(settings.local_world_size)
+    slack = config.read_ahead + config.prefetch + config.dali.prefetch + RANKS_APART
     with (
         ThreadPoolExecutor(threads, "read") as readers,
         ThreadPoolExecutor(threads, "transform") as transformers,
+        ExitStack() as innermost,
     ):
+        cancelled = threading.Event()
+        begin = innermost.enter_context(settings.dataset.follow(ahead, cancelled, slack, settings.local_world_size))
         bad = BadSamples(config.max_bad_samples, settings.on_bad_sample)
         maker = ViewMaker(
-            Assembler(settings.dataset, draw, readers, bad, settings.read_costs),
+            Assembler(settings.dataset, draw, readers, bad, settings.read_costs, cancelled),
             settings.recipe,
             config,
             max_batch=settings.max_batch,
@@ -224,11 +276,27 @@ def _delivered(
             threads=threads,
         )
         if device.type != "cuda":
-            with fed_ahead(lambda: maker.deliver(places()), config.prefetch) as delivered:
-                yield delivered
+            delivered = innermost.enter_context(
+                fed_ahead(lambda: maker.deliver(_begun(places(), begin)), config.prefetch)
+            )
         else:
-            with fed_ahead(lambda: _on_side_stream(maker.deliver(places()), device), config.prefetch) as delivered:
-                yield _to_current_stream(delivered, device)
+            on_device = innermost.enter_context(
+                fed_ahead(lambda: _on_side_stream(maker.deliver(_begun(places(), begin)), device), config.prefetch)
+            )
+            delivered = _to_current_stream(on_device, device)
+        innermost.callback(cancelled.set)  # first of all: a reader that waits for a fetch would hold up the rest
+        yield delivered
+
+
+def _begun(places: Iterator[Place], begin: Callable[[], None]) -> Iterator[Place]:
+    """The same places; ``begin`` is called with the first of each step."""
+    newest = None
+    for place in places:
+        step = place[0] % PAIR_EPOCHS, place[1]
+        if step != newest:
+            begin()
+            newest = step
+        yield place
 
 
 def _on_side_stream(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from pipeline.errors import UserError
+from pipeline.shard_cache import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class DaliConfig:
     hw_decoder_load: float = 0.65  # share of a batch for the hardware decoder (DALI's default)
     preallocate_side: int = 0  # px; GPU memory for pictures of this side is set aside at the start; 0: grows as needed
     prefetch: int = 2  # batches in DALI's own queue
+    # On a GPU: interpolate the colours of JPEGs as PIL does; off, they are repeated, and views differ more from PIL's
+    smooth_chroma: bool = True
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers that DALI cannot work with."""
@@ -37,6 +42,7 @@ class LoaderConfig:
     verify_checksums: bool = True
     max_bad_samples: int = 100  # pictures that may turn out bad and be replaced before the run stops
     dali: DaliConfig = field(default_factory=DaliConfig)
+    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers with which no batch would ever come, or all at once."""

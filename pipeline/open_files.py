@@ -33,6 +33,10 @@ class OpenFiles:
         self._files: OrderedDict[int, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        """Shards that are open."""
+        return len(self._files)
+
     def get(self, shard: int, cancelled: threading.Event) -> OpenFile | None:
         """The shard's file, opened if need be. Raises what the opener raises."""
         with self._lock:

@@ -18,24 +18,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
+from pipeline.dataset_file import (
+    DATASET_FILE,
+    SAMPLE_DTYPE,
+    SAMPLES_FILE,
+    DamagedError,
+    check_counts,
+    open_rows,
+    parse_dataset_file,
+)
 from pipeline.errors import UserError
 from pipeline.fetch_plan import Turns, Window
 from pipeline.location import Url
 from pipeline.remote import FetchCancelledError, RemoteFolder
 from pipeline.shard_cache import LEASE_S, CacheConfig, RemoteFile, ShardCache
 
+_READ_ATTEMPTS = 3  # of a dataset.json that comes damaged
 _IDLE_S = 0.2  # between looks for more to fetch
 _EVALUATION_SHARE = 0.25  # of a cache that does not hold everything: kept free for other datasets
 _WHOLE_SHARE = 0.25  # of the shards' bytes must be wanted, or pictures are read one by one
 
 
 @dataclass(frozen=True)
-class Place:
-    """This process among those of its machine."""
+class Ahead:
+    """What is known of a loader's future."""
 
-    number: int
-    processes: int
+    steps: Iterator[Int64[np.ndarray, "_"]]  # the samples of each step  # noqa: F821
+    # Which of its machine's processes this is, where the steps are those of all of them; None: they are this one's own
+    local_rank: int | None
 
 
 class RemoteShards:
@@ -43,7 +55,7 @@ class RemoteShards:
 
     def __init__(self, url: Url, config: CacheConfig) -> None:
         """Raises UserError if the URL's file system or the cache's folder cannot be used."""
-        self._config = config
+        self.config = config
         self._remote = RemoteFolder(url, config.retry_minutes)
         self._cache = ShardCache(self._remote, config)
         self._entries: Sequence[dict[str, Any]] = ()
@@ -51,31 +63,48 @@ class RemoteShards:
         self._followings: list[Following] = []
         self._failure: UserError | None = None  # of fetching ahead; the next reader raises it
 
-    def read_file(self, name: str) -> bytes:
-        """All of a small file of the dataset. Raises UserError if it cannot be had."""
-        return self._remote.read_whole(name)
+    def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
+        """dataset.json, a path of samples.npy that stays good while this process lives, and its rows.
 
-    def open_samples(self, name: str, info: dict[str, Any], dtype: np.dtype) -> Path:
-        """Fetch samples.npy unless the cache has it; a path that stays good while this process lives.
-
-        ``info``: dataset.json, whose shards are those that this object will read. Raises UserError.
+        samples.npy is fetched unless the cache has it. Raises UserError if either cannot be had or is damaged.
         """
+        info = self._dataset_file()
         self._entries = info["shards"]
-        for entry in self._entries:
+        self._samples = RemoteFile(SAMPLES_FILE, _npy_bytes(info["num_samples"]), info["samples_sha256"])
+        try:
+            return info, *self._open_samples(info)
+        except UserError:
+            self._cache.discard(self._samples)  # it may have rotted there
+            return info, *self._open_samples(info)
+
+    def _dataset_file(self) -> dict[str, Any]:
+        name = f"{DATASET_FILE} of {self._remote.url}"
+        for attempt in range(_READ_ATTEMPTS):
+            try:
+                info = parse_dataset_file(self._remote.read_whole(DATASET_FILE), name)
+                check_counts(info, name)
+                break
+            except DamagedError:
+                if attempt == _READ_ATTEMPTS - 1:
+                    raise
+        for entry in info["shards"]:
             if Path(entry["name"]).is_absolute():
                 raise UserError(
-                    f"{self._remote.url} is an index of tars that lie elsewhere ({entry['name']}); "
-                    "index them where they are by a relative path, or copy them into its folder"
+                    f"{self._remote.url} is an index of tars that lie elsewhere ({entry['name']}): "
+                    "put the tars into its folder and make the index there"
                 )
-        size = _npy_bytes(dtype, info["num_samples"])
-        self._samples = RemoteFile(name, size, info["samples_sha256"])
+        return info
+
+    def _open_samples(self, info: dict[str, Any]) -> tuple[Path, np.ndarray]:
+        assert self._samples is not None
         handle = self._cache.open(self._samples, self._needed, threading.Event())
         if handle is None:
             raise UserError(
-                f"--cache-size {self._config.cache_size} has no room for {name} of {self._remote.url} "
-                f"({size / 1e9:.3g} GB): take more, or another --cache-dir"
+                f"--cache-size {self.config.cache_size} has no room for {SAMPLES_FILE} of {self._remote.url} "
+                f"({self._samples.bytes / 1e9:.3g} GB): take more, or another --cache-dir"
             )
-        return Path(f"/dev/fd/{handle}")
+        file = Path(f"/dev/fd/{handle}")
+        return file, open_rows(file, info, f"{SAMPLES_FILE} of {self._remote.url}")
 
     def open(self, shard: int, cancelled: threading.Event) -> int | None:
         """A handle of the shard's tar, which the caller closes; None if its pictures should be read by their ranges.
@@ -99,16 +128,16 @@ class RemoteShards:
 
     @contextmanager
     def follow(
-        self, turns: Turns, cancelled: threading.Event, *, slack: int, place: Place, together: bool
+        self, turns: Turns, local_rank: int | None, cancelled: threading.Event, slack: int, processes: int
     ) -> Iterator[Following]:
         """Fetch the shards of ``turns`` ahead of use; tell ``advance`` of the returned object when a step begins.
 
-        ``cancelled`` ends it. ``slack``: steps that some process may still read when a later one begins. ``together``:
-        the steps are those of all processes of this machine, and its first one fetches; else each follows its own.
+        ``local_rank``: as in ``Ahead``. ``cancelled`` ends it all. ``slack``: steps that some process may still read
+        when a later one begins. ``processes`` of this machine.
         """
-        window = Window(turns, self._sizes, self.budget // (1 if together else place.processes), slack)
-        following = Following(self, window, cancelled, knows_machine=together)
-        threads = self._config.fetch_threads if place.number == 0 or not together else 0
+        window = Window(turns, self._sizes, self.budget // (processes if local_rank is None else 1), slack)
+        following = Following(self, window, cancelled, knows_machine=local_rank is not None)
+        threads = self.config.fetch_threads if not local_rank else 0
         self._followings.append(following)
         with ThreadPoolExecutor(max(threads, 1), "fetch") as pool:
             for _ in range(threads):
@@ -119,20 +148,23 @@ class RemoteShards:
                 cancelled.set()
                 self._followings.remove(following)
 
-    @property
+    @cached_property
     def budget(self) -> int:
         """Bytes of the cache that may hold shards fetched ahead."""
         assert self._samples is not None
         room = self._cache.limit - self._samples.bytes
         return room if sum(self._sizes) <= room else int(room * (1 - _EVALUATION_SHARE))
 
-    def check_room(self, needed: int, reason: str, remedy: str) -> None:
-        """Raise UserError unless ``needed`` bytes of shards fit the cache at once."""
+    def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
+        """Raise UserError unless the cache holds so many shards at once; ``reason`` is what needs them."""
+        assert self._samples is not None
+        needed, whole = sum(sorted(self._sizes)[-shards_at_once:]), sum(self._sizes)
         if needed > self.budget:
+            least = self._samples.bytes + min(needed / (1 - _EVALUATION_SHARE), whole)
             raise UserError(
-                f"--cache-size {self._config.cache_size} is too small for {self._remote.url}: {reason} needs "
-                f"{needed / 1e9:.3g} GB of shards at once, and there is room for {max(self.budget, 0) / 1e9:.3g} GB; "
-                f"{remedy}"
+                f"--cache-size {self.config.cache_size} is too small for {self._remote.url}: {reason} reads from "
+                f"{_gb(needed)} of shards at a time, and there is room for {_gb(max(self.budget, 0))}; {remedy}, or a "
+                f"--cache-size of {_gb(least)} at least"
             )
 
     def pays(self, shards: np.ndarray, wanted_bytes: int) -> bool:
@@ -228,9 +260,13 @@ class Following:
         self._shards.announce(window)
 
 
-def _npy_bytes(dtype: np.dtype, rows: int) -> int:
-    """The size of a .npy file of a one-dimensional array."""
+def _npy_bytes(rows: int) -> int:
+    """The size of samples.npy."""
     header = BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+    fields = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (rows,)}
     np.lib.format.write_array_header_1_0(header, fields)
-    return len(header.getvalue()) + rows * dtype.itemsize
+    return len(header.getvalue()) + rows * SAMPLE_DTYPE.itemsize
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.4g} GB"

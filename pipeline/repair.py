@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.completion import complete
+from pipeline.dataset_file import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, file_sha256, read_dataset_file
 from pipeline.disk import disk_error, exclusive_lock
 from pipeline.errors import UserError
 from pipeline.foreign import IndexJob
@@ -20,7 +21,6 @@ from pipeline.inspection import WDS, read_rejected
 from pipeline.options import ShardingOptions
 from pipeline.picture import Verify
 from pipeline.shard_check import Findings, recorded_options
-from pipeline.shards import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, file_sha256, read_dataset_file
 from pipeline.workers import build_missing
 
 UNKNOWN_SOURCE = "(unknown: repaired from its tars)"

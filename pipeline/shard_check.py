@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.dataset_file import file_sha256
 from pipeline.errors import UserError
 from pipeline.foreign import components, picture_member, read_label, tar_samples
 from pipeline.listing import Rejected
 from pipeline.options import ShardingOptions
 from pipeline.picture import BadPictureError, inspect_picture
 from pipeline.shard_file import Component, index_bytes
-from pipeline.shards import BadSampleError, ShardSet, file_sha256
+from pipeline.shards import BadSampleError, ShardSet
 from pipeline.tar_source import Member
 
 EXAMPLES = 5  # of each kind of damage that a report names; the rest is counted
@@ -261,14 +262,13 @@ def _check_unlisted(
 
 def _check_index(records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings) -> None:
     """DALI's index against the tar, line by line."""
-    shard = records.dataset.shards[number]
     chosen = samples
     if records.foreign and len(rows):
         listed = set(records.dataset.samples["offset"][rows.start : rows.stop].tolist())
         chosen = {offset: sample for offset, sample in samples.items() if offset in listed}
     expected = index_bytes(sample.components for sample in chosen.values())
     try:
-        content = (records.dataset.path / shard.index).read_bytes()
+        content = records.dataset.index_path(number).read_bytes()
     except FileNotFoundError:
         found.add("is missing")
         return

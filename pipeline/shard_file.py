@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.dataset_file import PARTIAL_DIR, SAMPLE_DTYPE, Shard
 from pipeline.disk import atomic_file, write_json
 from pipeline.errors import UserError
 from pipeline.listing import UNKNOWN_LENGTH, Listing, Rejected
 from pipeline.options import ShardingOptions
 from pipeline.picture import BadPictureError, inspect_picture, shrink_picture
 from pipeline.shard_tar import BLOCK, Component, ShardTar
-from pipeline.shards import PARTIAL_DIR, SAMPLE_DTYPE, Shard
 from pipeline.sources import Reader
 
 Tick = Callable[[int, int], None]  # (pictures, bytes) done since the last call; may raise to stop the work

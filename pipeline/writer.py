@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.completion import complete
+from pipeline.dataset_file import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
 from pipeline.disk import atomic_file, disk_error, exclusive_lock, make_exclusive, write_json
 from pipeline.errors import UserError
 from pipeline.foreign import IndexJob, listing_fingerprint, open_tars
@@ -25,7 +26,6 @@ from pipeline.label_file import dataset_classes
 from pipeline.listing import Listing
 from pipeline.options import ShardingOptions
 from pipeline.shard_file import Job, WriteJob
-from pipeline.shards import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
 from pipeline.sources import open_source
 from pipeline.workers import build_missing
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards import DATASET_FILE, SAMPLES_FILE, ShardSet
+from pipeline.dataset_file import DATASET_FILE, SAMPLES_FILE
+from pipeline.shards import ShardSet
 
 
 def copy_dataset(source: Path, target: Path) -> Path:

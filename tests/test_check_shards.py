@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from photos import picture_bytes
 
 import pipeline.inspection
+from pipeline.dataset_file import SAMPLE_DTYPE, file_sha256
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.inspection import Inspection, find_duplicates, inspect_dataset
 from pipeline.options import ShardingOptions
 from pipeline.repair import repair_dataset
 from pipeline.shard_check import CheckOptions, decoded_rows
-from pipeline.shards import SAMPLE_DTYPE, ShardSet, file_sha256
+from pipeline.shards import ShardSet
 from pipeline.writer import make_dataset
 from tools.check_shards import main
 

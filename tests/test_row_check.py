@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.dataset_file
 import pipeline.row_check
-import pipeline.shards
 import train.openmp  # noqa: F401
+from pipeline.dataset_file import SAMPLE_DTYPE
 from pipeline.errors import UserError
-from pipeline.shards import SAMPLE_DTYPE, ShardSet
+from pipeline.shards import ShardSet
 from train import pretrain
 
 TINY = ["--backbone", "resnet_tiny", "--image-size", "16", "--dim", "16", "--projector-hidden", "16"]
@@ -28,7 +29,7 @@ CPU = ["--predictor-hidden", "4", "--device", "cpu", "--threads", "1", "--backen
 
 @pytest.fixture(autouse=True)
 def every_index_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.shards, "_HASHED_AT_OPEN", 0)
+    monkeypatch.setattr(pipeline.dataset_file, "HASHED_AT_OPEN", -1)
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from photos import CLASSES, PER_CLASS
 
-import pipeline.shards
+import pipeline.open_files
+from pipeline.dataset_file import SAMPLE_DTYPE
 from pipeline.errors import UserError
-from pipeline.shards import SAMPLE_DTYPE, BadSampleError, ShardSet, split_key
+from pipeline.shards import BadSampleError, ShardSet, split_key
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_sizes_and_labels_are_vectors(photo_dataset: ShardSet) -> None:
 
 
 def test_threads_share_a_small_cache_of_open_files(photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.shards, "OPEN_FILES", 1)
+    monkeypatch.setattr(pipeline.open_files, "MOST", 1)
     dataset = ShardSet.open(photo_dataset_path)
     expected = [dataset.read(i) for i in range(len(dataset))]
     ids = np.random.default_rng(0).integers(0, len(dataset), 2000).tolist()

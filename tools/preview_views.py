@@ -21,6 +21,7 @@ from pipeline.backends import choose_backend
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import Views, open_views
 from pipeline.loader_config import LoaderConfig
+from pipeline.location import Location
 from pipeline.reference import decode
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe
@@ -33,7 +34,7 @@ CELL_INCHES = 1.5
 class PreviewConfig:
     """Originals and their two views in one picture."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[Location, tyro.conf.Positional]
     """Dataset folder, as tools/make_shards.py wrote it."""
     out: Annotated[Path, tyro.conf.Positional]
     """The PNG to write."""

@@ -31,8 +31,9 @@ import tyro
 from model.simsiam import SimSiamConfig
 from pipeline.backends import choose_backend
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader import share_of_cores
+from pipeline.loader import open_dataset, share_of_cores
 from pipeline.loader_config import LoaderConfig
+from pipeline.location import Location
 from pipeline.options import ShardingOptions
 from pipeline.order import OrderConfig
 from pipeline.shards import ShardSet
@@ -63,7 +64,7 @@ TRACE_STEPS = 3
 class ProfileConfig:
     """What limits training, measured."""
 
-    data: str  # dataset folder, as tools/make_shards.py wrote it, or "synthetic"
+    data: Location  # dataset folder, as tools/make_shards.py wrote it, or "synthetic"
     batch: int | None = None  # source images a step on this rank; default: 256 on a GPU, 64 on a CPU
     repeats: int = 5  # timed turns of each rung, after one that warms up; at least 3
     seconds: float = 2.0  # of each turn
@@ -157,14 +158,14 @@ def check_writable(flag: str, path: Path) -> None:
 @contextmanager
 def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
     """The dataset to measure with, or one drawn for the purpose."""
-    if config.data != SYNTHETIC:
-        yield ShardSet.open(config.data, verify_checksums=config.loader.verify_checksums)
+    if str(config.data) != SYNTHETIC:
+        yield open_dataset(config.data, config.loader)
         return
     folder = config.synthetic_dir or Path(tempfile.mkdtemp(prefix="siamstream-"))
     try:
         if not (folder / "dataset.json").exists():
             draw_dataset(folder, config.synthetic_samples)
-        dataset = ShardSet.open(folder, verify_checksums=config.loader.verify_checksums)
+        dataset = open_dataset(folder, config.loader)
         mean = float(dataset.samples["length"].mean()) / 1e3
         height, width = dataset.sizes(range(dataset.num_samples)).mean(axis=0)
         print(f"data: {dataset.num_samples} synthetic JPEGs, mean {mean:.0f} KB, {width:.0f} x {height:.0f} px")

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import open_crops
 from pipeline.loader_config import LoaderConfig
+from pipeline.location import Location
 from pipeline.order import batch_positions, epoch_order, steps_per_epoch
 from pipeline.shards import ShardSet
 from train.dist import Dist, distributed, mean_over_ranks, say, together, told_once
@@ -64,8 +65,8 @@ Batch = tuple[Float[Tensor, "n d"], Int64[Tensor, " n"]]  # features and labels 
 class LinearConfig:
     """Linear evaluation of a frozen encoder."""
 
-    data: Path  # labelled dataset to train the classifier on
-    val_data: Path  # labelled dataset to measure on, of the same classes; every picture counts exactly once
+    data: Location  # labelled dataset to train the classifier on
+    val_data: Location  # labelled dataset to measure on, of the same classes; every picture counts exactly once
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
     run_dir: Path | None = None  # folder for metrics.jsonl, summary.json and what --resume needs; None: print only
     resume: bool = False  # go on after the last whole epoch in run_dir; from the start if there is none
@@ -166,9 +167,8 @@ def prepare(config: LinearConfig, dist: Dist) -> Work:
 
 def open_datasets(config: LinearConfig) -> tuple[Samples, ShardSet]:
     """What to train on and what to measure on. Raises UserError if they do not fit."""
-    verify = config.loader.verify_checksums
-    train = open_labelled(config.data, "--data", verify_checksums=verify)
-    val = open_labelled(config.val_data, "--val-data", verify_checksums=verify)
+    train = open_labelled(config.data, "--data", config.loader)
+    val = open_labelled(config.val_data, "--val-data", config.loader)
     check_same_classes("--val-data", val, train)
     samples = Samples.all_of(train)
     ids = stratified(train.labels(samples.ids), config.fraction, train.classes, config.encoder.seed)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from model.backbone import BACKBONES, Stem, build_backbone
 from model.simsiam import SimSiam
+from pipeline.dataset_file import file_sha256
 from pipeline.errors import UserError
-from pipeline.shards import file_sha256
 from train.checkpoint import HASH_DIGITS, is_damaged, newest_checkpoint
 from train.layouts import Parts, State, recognise
 
