@@ -30,7 +30,7 @@ RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"
 class PretrainConfig:
     """SimSiam pretraining from a dataset that tools/make_shards.py wrote."""
 
-    # Dataset folder; or its URL, s3://, gs://, https:// or hf://, whose shards are fetched ahead of use into --cache-dir
+    # Dataset folder; or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into --cache-dir
     data: Location
     run_dir: Path  # where checkpoints, metrics and the plan go; on a file system that all machines share
     recipe: RecipeName | None = None  # take the defaults from train/recipes.py; with --help it shows them
