@@ -117,23 +117,29 @@ class ViewMaker:
 
         Raises RuntimeError when every picture is good by itself: then the trouble is not the pictures'.
         """
-        found = False
-        for tell_fault in (_pil_fault, self._backend_fault):
-            for sample in range(len(error.batch)):
-                fault = tell_fault(error.batch, sample)
-                if fault is not None:
-                    found = True
-                    self._assembler.note_bad(int(error.batch.sources[sample]), fault)
+        for faults in (self._pil_faults(error.batch), self._backend_faults(error.batch)):
+            found = False
+            for sample, fault in faults:
+                found = True
+                self._assembler.note_bad(int(error.batch.sources[sample]), fault)
             if found:
                 return
         raise RuntimeError(f"a batch of pictures, each of them good, could not be decoded: {error.reason}") from error
 
-    def _backend_fault(self, batch: Batch, sample: int) -> str | None:
-        try:
-            next(self._make(iter([batch.only(sample)])))
-        except UndecodableBatchError as error:
-            return f"cannot be decoded: {error.reason}"
-        return None
+    def _pil_faults(self, batch: Batch) -> Iterator[tuple[int, str]]:
+        """(sample, fault) of the pictures that PIL cannot decode."""
+        for sample, fault in enumerate(self._pool.map(lambda sample: _pil_fault(batch, sample), range(len(batch)))):
+            if fault is not None:
+                yield sample, fault
+
+    def _backend_faults(self, batch: Batch) -> Iterator[tuple[int, str]]:
+        """(sample, fault) of those that the back end cannot decode alone. One pipeline does: to make one takes long."""
+        made = self._make(batch.only(sample) for sample in range(len(batch)))
+        for sample in range(len(batch)):
+            try:
+                next(made)
+            except UndecodableBatchError as error:
+                yield sample, f"cannot be decoded: {error.reason}"
 
 
 def _pil_fault(batch: Batch, sample: int) -> str | None:

@@ -6,6 +6,7 @@ in the order in which they are pulled. Colour, blur and normalisation follow in 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,8 @@ from pipeline.loader_config import DaliConfig
 from pipeline.views import VIEWS, CentreCrops, ViewParams
 
 GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
+# In an error of DALI's: no picture caused it, and to look for one would only hide it.
+_GPU_AT_FAULT = re.compile(r"CUDA (runtime|driver) API error|CUDA allocation failed|cudaError|CUDA_ERROR_")
 
 
 class _Inputs:
@@ -84,11 +87,16 @@ class DaliSquares:
         return self
 
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]:
-        """The next batch and its squares. Raises UndecodableBatchError, after which the iteration may go on."""
+        """The next batch and its squares.
+
+        Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU is to blame.
+        """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             outputs = self._pipeline.run(stream)
         except RuntimeError as error:
+            if _GPU_AT_FAULT.search(str(error)):
+                raise
             raise UndecodableBatchError(self._inputs.in_flight.popleft(), _reason(error)) from error
         return self._inputs.in_flight.popleft(), self._tensors(outputs)
 
@@ -110,6 +118,7 @@ class DaliSquares:
             "hw_decoder_load": self._config.hw_decoder_load,
             "preallocate_width_hint": self._config.preallocate_side,
             "preallocate_height_hint": self._config.preallocate_side,
+            "jpeg_fancy_upsampling": self._config.smooth_chroma,  # what PIL and DALI's CPU decoder do
         }
         decoded = fn.decoders.image(
             encoded,

@@ -53,8 +53,8 @@ def transform_on_gpu(
         out,
         flags,
         numbers,
-        torch.from_numpy(scale).to(squares.device, non_blocking=True),
-        torch.from_numpy(offset).to(squares.device, non_blocking=True),
+        _on_device(scale, squares.device),
+        _on_device(offset, squares.device),
         recipe.solarize_threshold,
         side,
         RADIUS=radius,
@@ -75,10 +75,13 @@ def _tables(params: ViewParams, view: int, device: torch.device) -> tuple[Tensor
         ]
     )
     numbers = np.column_stack([params.factors[:, view], params.sigma[:, view]])
-    return (
-        torch.from_numpy(flags.astype(np.int32)).to(device, non_blocking=True),
-        torch.from_numpy(numbers.astype(np.float32)).to(device, non_blocking=True),
-    )
+    return _on_device(flags.astype(np.int32), device), _on_device(numbers.astype(np.float32), device)
+
+
+def _on_device(values: NDArray, device: torch.device) -> Tensor:
+    """Through pinned memory where there is a GPU, so that neither the host nor the stream waits for the copy."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @triton.jit
@@ -142,7 +145,7 @@ def _load_pixels(picture, at, mask):
 
 
 @triton.jit
-def _colour(squares, coloured, flags, numbers, pixels, BLOCK: tl.constexpr):
+def _colour(squares, coloured, flags, numbers, pixels: tl.constexpr, BLOCK: tl.constexpr):
     """Jitter and grayscale of one picture: interleaved bytes in, one plane a channel out."""
     index = tl.program_id(0).to(tl.int64)
     picture = squares + index * pixels * 3
@@ -191,7 +194,7 @@ def _reflect(at, side):
 
 
 @triton.jit
-def _blur_rows(coloured, rows, numbers, side, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
+def _blur_rows(coloured, rows, numbers, side: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
     """Horizontal blur of a part of one channel; nothing where the picture is not blurred."""
     index = tl.program_id(0).to(tl.int64)
     sigma = tl.load(numbers + index * NUMBERS + SIGMA)
@@ -212,7 +215,17 @@ def _blur_rows(coloured, rows, numbers, side, RADIUS: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _finish(
-    coloured, rows, out, flags, numbers, scale, offset, threshold, side, RADIUS: tl.constexpr, BLOCK: tl.constexpr
+    coloured,
+    rows,
+    out,
+    flags,
+    numbers,
+    scale,
+    offset,
+    threshold: tl.constexpr,
+    side: tl.constexpr,
+    RADIUS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Vertical blur where there is one, then solarize, normalise and flip of a part of one channel."""
     index = tl.program_id(0).to(tl.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, dr
 if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
     pytest.skip("needs NVIDIA DALI, which exists for Linux: pip install nvidia-dali-cuda130", allow_module_level=True)
 
+from pipeline import dali
 from pipeline.dali import DaliSquares
 
 SIDE = 40
@@ -212,3 +214,42 @@ def test_a_window_outside_the_picture_is_an_error_not_wrong_pixels() -> None:
     batch.windows.crop[2, 1] = [0, 0, HEIGHT + 1, 10]
     with pytest.raises(UndecodableBatchError, match="out of bounds"):
         next(squares_of(iter([batch])))
+
+
+@pytest.mark.parametrize("decoder", ["mixed", "cpu"])
+@pytest.mark.parametrize("centre", [False, True])
+def test_the_graph_of_a_gpu_is_as_configured(
+    decoder: Literal["mixed", "cpu"], centre: bool, photo_dataset: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made, but not built: that takes a GPU."""
+    seen: dict[str, Any] = {}
+
+    def image(encoded: Any, **options: Any) -> Any:
+        seen.update(options)
+        return decode(encoded, **options)
+
+    decode = dali.fn.decoders.image
+    monkeypatch.setattr(dali.fn.decoders, "image", image)
+    monkeypatch.setattr(dali.Pipeline, "build", lambda pipeline: None)
+    outputs: list[Any] = []
+    monkeypatch.setattr(dali.Pipeline, "set_outputs", lambda pipeline, *nodes: outputs.extend(nodes))
+    batch, _ = photo_batch(photo_dataset, SIDE, centre)
+    config = DaliConfig(decoder=decoder, hw_decoder_load=0.5, smooth_chroma=True)
+    DaliSquares(iter([batch]), SIDE, len(batch), 2, torch.device("cuda", 0), config)
+    assert [node.device for node in outputs] == ["gpu"] * (1 if centre else 2)
+    assert seen["device"] == decoder
+    assert seen["adjust_orientation"] is False
+    if decoder == "mixed":
+        assert (seen["hw_decoder_load"], seen["jpeg_fancy_upsampling"]) == (0.5, True)
+
+
+def test_an_error_of_the_gpu_is_no_pictures_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    squares = squares_of(iter([good_batch(0)]))
+    message = "Error in GPU operator: CUDA runtime API error cudaErrorIllegalAddress (700):"
+
+    def run(*_: Any) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(squares._pipeline, "run", run)
+    with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
+        next(squares)

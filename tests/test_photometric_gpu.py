@@ -19,10 +19,10 @@ from pipeline.views import ViewRecipe, draw_views
 pytest.importorskip("triton", reason="Triton comes with torch on Linux only")
 
 KERNELS = {
-    "_colour": "squares:*u8 coloured:*u8 flags:*i32 numbers:*fp32 pixels:i32 BLOCK=1024",
-    "_blur_rows": "coloured:*u8 rows:*fp32 numbers:*fp32 side:i32 RADIUS=11 BLOCK=1024",
+    "_colour": "squares:*u8 coloured:*u8 flags:*i32 numbers:*fp32 pixels=50176 BLOCK=1024",
+    "_blur_rows": "coloured:*u8 rows:*fp32 numbers:*fp32 side=224 RADIUS=11 BLOCK=1024",
     "_finish": "coloured:*u8 rows:*fp32 out:*{out} flags:*i32 numbers:*fp32 scale:*fp32 offset:*fp32 "
-    "threshold:i32 side:i32 RADIUS=11 BLOCK=1024",
+    "threshold=128 side=224 RADIUS=11 BLOCK=1024",
 }
 
 
