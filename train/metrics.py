@@ -13,7 +13,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,15 @@ METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
 
 
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Let a full disk, or a missing permission, be a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, f"writing {path}") or error from error
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one run; used on rank 0 only."""
 
@@ -32,14 +42,12 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # takes over a second to import: not for every rank
 
         self._path = run_dir / METRICS_FILE
-        try:
+        with _disk_errors(self._path):
             kept = cut_off(self._path, resume_step)
             self._knn = {line["step"]: line["knn_top1"] for line in kept if "knn_top1" in line}
             self._last: dict[str, Any] = next((line for line in reversed(kept) if "loss" in line), {})
             self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
-        except OSError as error:
-            raise disk_error(error, f"writing {self._path}") or error from error
 
     def has_knn(self, step: int) -> bool:
         """Whether a kNN line of this step is written."""
@@ -57,21 +65,22 @@ class MetricsLog:
     def write(self, epoch: int, step: int, **values: float) -> None:
         """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
         line: dict[str, Any] = {"epoch": epoch, "step": step, **values}
-        try:
+        with _disk_errors(self._path):
             self._file.write(json.dumps(line) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        except OSError as error:
-            raise disk_error(error, f"writing {self._path}") or error from error
         if "knn_top1" in values:
             self._knn[step] = values["knn_top1"]
         else:
             self._last = line
 
     def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
-        self._board.close()
+        """Flush and close. What could not be written before is tried once more, so this raises as ``write`` does."""
+        with _disk_errors(self._path):
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
 
 def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
@@ -95,16 +104,20 @@ class SampleRecord:
     """samples-rankR.jsonl: the sample ids of each step (steps done, ids in the order of the batch) on one rank."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        """Open for appending; ``cut_off`` has dropped what lies after the checkpoint."""
-        self._file = open(run_dir / f"samples-rank{rank}.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        """Open for appending; ``cut_off`` has dropped what lies after the checkpoint. UserError as MetricsLog."""
+        self._path = run_dir / f"samples-rank{rank}.jsonl"
+        with _disk_errors(self._path):
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
 
     def write(self, step: int, ids: list[int]) -> None:
-        """Append the ids of step number ``step`` (from 1)."""
-        self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+        """Append the ids of step number ``step`` (from 1). Raises UserError if there is no room."""
+        with _disk_errors(self._path):
+            self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. Raises UserError if there is no room."""
+        with _disk_errors(self._path):
+            self._file.close()
 
 
 @dataclass(frozen=True)
