@@ -37,7 +37,7 @@ from pipeline.shard_cache import LEASE_S, CacheConfig, RemoteFile, ShardCache
 
 _READ_ATTEMPTS = 3  # of a dataset.json that comes damaged
 _IDLE_S = 0.2  # between looks for more to fetch
-_EVALUATION_SHARE = 0.25  # of a cache that does not hold everything: kept free for other datasets
+_EVALUATION_SHARE = 0.25  # of a cache that does not hold everything: for what is read beside training
 _WHOLE_SHARE = 0.25  # of the shards' bytes must be wanted, or pictures are read one by one
 
 
@@ -135,7 +135,11 @@ class RemoteShards:
         ``local_rank``: as in ``Ahead``. ``cancelled`` ends it all. ``slack``: steps that some process may still read
         when a later one begins. ``processes`` of this machine.
         """
-        window = Window(turns, self._sizes, self.budget // (processes if local_rank is None else 1), slack)
+        if local_rank is None:
+            budget = int(self._room * _EVALUATION_SHARE) // processes
+        else:
+            budget = self.budget
+        window = Window(turns, self._sizes, budget, slack)
         following = Following(self, window, cancelled, knows_machine=local_rank is not None)
         threads = self.config.fetch_threads if not local_rank else 0
         self._followings.append(following)
@@ -150,10 +154,13 @@ class RemoteShards:
 
     @cached_property
     def budget(self) -> int:
-        """Bytes of the cache that may hold shards fetched ahead."""
+        """Bytes of the cache that may hold shards fetched ahead for training."""
+        return self._room if sum(self._sizes) <= self._room else int(self._room * (1 - _EVALUATION_SHARE))
+
+    @property
+    def _room(self) -> int:
         assert self._samples is not None
-        room = self._cache.limit - self._samples.bytes
-        return room if sum(self._sizes) <= room else int(room * (1 - _EVALUATION_SHARE))
+        return self._cache.limit - self._samples.bytes
 
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
         """Raise UserError unless the cache holds so many shards at once; ``reason`` is what needs them."""

@@ -77,6 +77,11 @@ class Samples:
         """Every sample, in the order of the shards."""
         return cls(dataset, np.arange(dataset.num_samples))
 
+    @classmethod
+    def sorted(cls, dataset: ShardSet, ids: Int64[np.ndarray, " n"]) -> Samples:
+        """Samples ``ids`` in the order of the shards, so that one is read after the other."""
+        return cls(dataset, np.sort(ids))
+
 
 @dataclass(frozen=True)
 class PictureSource:

@@ -125,11 +125,11 @@ class OnlineKnn:
         ids = bank_ids(train.num_samples, config.bank_size)
         if config.data is None:
             queries = min(max(1, int(len(ids) * HELD_OUT)), MAX_QUERIES_HELD_OUT)
-            self._bank, self._queries = Samples(train, ids[:-queries]), Samples(train, ids[-queries:])
+            self._bank, self._queries = Samples.sorted(train, ids[:-queries]), Samples.sorted(train, ids[-queries:])
         else:
             query_set = open_labelled(config.data, "--knn-data", source.loader)
             check_same_classes("--knn-data", query_set, train)
-            self._bank, self._queries = Samples(train, ids), Samples.all_of(query_set)
+            self._bank, self._queries = Samples.sorted(train, ids), Samples.all_of(query_set)
         if len(self._bank.ids) == 0:
             raise UserError(f"kNN needs more than {train.num_samples} sample(s) to compare with: take --knn-every 0")
 
@@ -217,7 +217,7 @@ def _open(config: KnnEvalConfig) -> tuple[Samples, Samples]:
     check_same_classes("--val-data", val, train)
     bank = Samples.all_of(train)
     if config.bank_size is not None:
-        bank = Samples(train, bank_ids(train.num_samples, config.bank_size))
+        bank = Samples.sorted(train, bank_ids(train.num_samples, config.bank_size))
     return bank, Samples.all_of(val)
 
 
