@@ -24,7 +24,7 @@ class Activity:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """``clock`` gives seconds."""
         self._clock = clock
-        self.now = Doing("starting", waiting=False, waits=0, since_s=clock())
+        self.now = Doing("preparing the run", waiting=False, waits=0, since_s=clock())
 
     def work(self, what: str) -> None:
         """From now on the process does something that depends on no other rank."""

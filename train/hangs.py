@@ -19,6 +19,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ EXIT_HANG = 70  # sysexits.h EX_SOFTWARE
 MAX_INTERVAL_S = 2.0  # between two notes of a rank
 READINGS = 4  # notes read one interval after the other; a rank whose note is the same in all of them is silent
 RANKS_NAMED = 8
+GRACE_S = 5.0  # rank 0, whose process may hold the store, leaves so much later than the others
 
 
 def parse_hang_timeout(text: str) -> float:
@@ -208,7 +210,8 @@ class HangWatch:
                 self.look()
             except RuntimeError as error:  # of the store: its process is gone, or too busy
                 if self._dist.activity.age_s() > self._limit_s:
-                    self._leave(f"{self._own_note()}; and the rendezvous' store does not answer: {error}", False)
+                    words = f"rank {self._dist.rank} does not go on, {self._own_note()}"
+                    self._leave(f"{words}; the rendezvous' store does not answer: {error}", True)
 
     def look(self) -> None:
         """Leave a note, hear of signals, and judge. Once every interval."""
@@ -248,8 +251,10 @@ def hangs_watched(dist: Dist, timeout: str, stop: StopRequest) -> Iterator[None]
     def leave(message: str, guilty: bool) -> None:
         if guilty:
             faulthandler.dump_traceback(sys.stderr)  # where each thread of this process is
-        print(f"error: hang on rank {dist.rank}'s watch: {message} (--hang-timeout {timeout})", file=sys.stderr)
+        print(f"error: {message} (--hang-timeout {timeout}; told by rank {dist.rank})", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
+        if dist.is_main and dist.world_size > 1:
+            time.sleep(GRACE_S)
         os._exit(EXIT_HANG)
 
     watch = HangWatch(dist, board, limit_s, stop, leave)

@@ -75,6 +75,8 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     together(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
     dataset = together(dist, lambda: open_dataset(config.data, config.loader))
     together(dist, lambda: check_cache(dataset, config.order, dist.world_size, dist.local_world_size))
+    of_main = on_main(dist, lambda: dataset.fingerprint)
+    together(dist, lambda: check_same_dataset(dataset, of_main))
     plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
     backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
     torch.manual_seed(config.seed)
@@ -106,6 +108,12 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     parallel = _parallel(model, config, dist)
     guard = StepGuard(model, optimizer, dist.device)
     return Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)
+
+
+def check_same_dataset(dataset: ShardSet, of_main: str) -> None:
+    """Raise UserError unless this process sees the dataset that rank 0 does: machines may hold copies of their own."""
+    if dataset.fingerprint != of_main:
+        raise UserError(f"--data {dataset.path} is another dataset here than on rank 0: copy it to all machines anew")
 
 
 def start_weights(config: PretrainConfig, model: SimSiam) -> str:
@@ -237,7 +245,12 @@ def _start_write(run: Run) -> None:
     }
     tensors = host_copy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]})
     targets = run.targets.save(folder, done)
-    run.writer.start(lambda: save_checkpoint(folder, {**numbers, **tensors(), "targets": targets()}, done, keep))
+
+    def write() -> Path:
+        # MUT run.dataset.wait_until_verified()  # rows that are not the recorded ones must not leave a trace in a checkpoint
+        return save_checkpoint(folder, {**numbers, **tensors(), "targets": targets()}, done, keep)
+
+    run.writer.start(write)
 
 
 def written(run: Run) -> Path | None:
@@ -245,6 +258,7 @@ def written(run: Run) -> Path | None:
 
     A collective.
     """
+    run.dist.activity.work("waiting for a checkpoint to be written")
     return on_main(run.dist, run.writer.wait)
 
 
