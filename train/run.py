@@ -247,7 +247,7 @@ def _start_write(run: Run) -> None:
     targets = run.targets.save(folder, done)
 
     def write() -> Path:
-        # MUT run.dataset.wait_until_verified()  # rows that are not the recorded ones must not leave a trace in a checkpoint
+        run.dataset.wait_until_verified()  # rows that are not the recorded ones must not leave a trace in a checkpoint
         return save_checkpoint(folder, {**numbers, **tensors(), "targets": targets()}, done, keep)
 
     run.writer.start(write)
