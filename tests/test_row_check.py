@@ -114,6 +114,7 @@ def test_any_other_failure_is_not_taken_for_a_whole_file(
         ShardSet.open(photo_dataset_path).wait_until_verified()
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape")  # in a header of garbage
 @given(start=st.integers(0, 127 + 48 * SAMPLE_DTYPE.itemsize), junk=st.binary(min_size=1, max_size=8))
 def test_damage_anywhere_in_it_is_found(
     photo_dataset_path: Path, tmp_path_factory: pytest.TempPathFactory, start: int, junk: bytes
@@ -149,3 +150,25 @@ def test_no_accuracy_rests_on_a_changed_label(
     assert run_here(monkeypatch, own_dataset, tmp_path / "run") == 2
     assert "samples.npy is damaged" in capsys.readouterr().err
     assert "knn_top1" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_no_checkpoint_rests_on_a_changed_size(
+    own_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gate: Gate,
+) -> None:
+    """The comparison ends when the first checkpoint is already under way."""
+    change_row(own_dataset, 7, "height", 1)
+    save = pretrain.save
+
+    def save_late(*arguments: Any) -> Any:
+        gate.opened.set()
+        return save(*arguments)
+
+    monkeypatch.setattr(pretrain, "save", save_late)
+    assert run_here(monkeypatch, own_dataset, tmp_path / "run", "--knn-every", "0") == 2
+    assert "samples.npy is damaged" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
+    assert not (tmp_path / "run" / "summary.json").exists()
