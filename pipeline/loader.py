@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,12 +123,14 @@ def open_views(
     on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
     pairs: int = 1,
     read_costs: ReadCosts | None = None,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> Iterator[Iterator[Views]]:
     """One rank's views from step ``start_step`` of ``start_epoch`` to the end of ``epochs``.
 
     Each step comes as ``accumulate`` micro-batches of ``global_batch / world_size / accumulate`` samples, each of them
     ``pairs`` times in a row with other views. The iterator raises UserError when too many samples are bad.
-    ``read_costs`` is told how long each shard's reads took.
+    ``read_costs`` is told how long each shard's reads took. The iterator raises StarvedError if ``give_up`` says so
+    while it waits for a batch.
     """
     assert global_batch % (world_size * accumulate) == 0
     steps = steps_per_epoch(dataset.num_samples, global_batch)
@@ -150,7 +152,8 @@ def open_views(
                 yield sample_ids(epoch, node_positions(step, global_batch, rank, world_size, local_world_size))
 
     max_batch = global_batch // world_size // accumulate
-    settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample, read_costs)
+    settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
+    settings = replace(settings, read_costs=read_costs, give_up=give_up)
     with _delivered(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
         yield (
             Views(x1, x2, batch.ids, batch.sources, epoch, batch.step, wait_s, pair)
@@ -247,6 +250,7 @@ class _Settings:
     dtype: torch.dtype
     on_bad_sample: Callable[[BadSampleError], None]
     read_costs: ReadCosts | None = None
+    give_up: Callable[[], bool] = lambda: False
 
 
 @contextmanager
@@ -275,15 +279,16 @@ def _delivered(
             pool=transformers,
             threads=threads,
         )
+
+        def make() -> Iterator[Delivered]:
+            return maker.deliver(_begun(places(), begin))
+
+        depth, give_up = config.prefetch, settings.give_up
         if device.type != "cuda":
-            delivered = innermost.enter_context(
-                fed_ahead(lambda: maker.deliver(_begun(places(), begin)), config.prefetch)
-            )
+            delivered = innermost.enter_context(fed_ahead(make, depth, give_up))
         else:
-            on_device = innermost.enter_context(
-                fed_ahead(lambda: _on_side_stream(maker.deliver(_begun(places(), begin)), device), config.prefetch)
-            )
-            delivered = _to_current_stream(on_device, device)
+            made = innermost.enter_context(fed_ahead(lambda: _on_side_stream(make(), device), depth, give_up))
+            delivered = _to_current_stream(made, device)
         innermost.callback(cancelled.set)  # first of all: a reader that waits for a fetch would hold up the rest
         yield delivered
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.feeder import fed_ahead
+from pipeline import feeder
+from pipeline.feeder import StarvedError, fed_ahead
 
 
 def feeders() -> list[threading.Thread]:
@@ -133,3 +134,24 @@ def test_nothing_can_be_taken_after_the_context() -> None:
         next(items)
     with pytest.raises(AssertionError, match="context is left"):
         next(items)
+
+
+def test_a_consumer_may_give_up_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder, "GIVE_UP_CHECK_S", 0.01)
+    patience, asked, closed = 3, [], threading.Event()
+
+    def produce() -> Iterator[int]:
+        yield 1
+        closed.wait()
+
+    def give_up() -> bool:
+        asked.append(len(asked))
+        return len(asked) > patience
+
+    with fed_ahead(produce, 1, give_up) as items:
+        assert next(items)[0] == 1
+        with pytest.raises(StarvedError):
+            next(items)
+        closed.set()
+    assert len(asked) == patience + 1
+    assert not feeders()

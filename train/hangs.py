@@ -236,7 +236,7 @@ class HangWatch:
             self._board.ask_to_stop(f"{self._stop.signal_name} on rank {self._dist.rank}")
             self._told = True
         elif not self._stop and (reason := self._board.stop_reason()) is not None:
-            self._stop.signal_name = reason
+            self._stop.note(reason)
 
 
 @contextmanager

@@ -6,16 +6,19 @@ Before the first step there is nothing to save, and it leaves at once.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+PATIENCE_S = 10.0  # after a signal, for a batch that does not come
 EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: "try again later"
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -26,6 +29,16 @@ class StopRequest:
 
     signal_name: str | None = None
     starting: bool = True  # nothing is done yet that a checkpoint should hold
+    since_s: float = math.inf  # time.monotonic of the first signal
+
+    def note(self, reason: str) -> None:
+        """The process is asked to stop, by a signal of its own or another's."""
+        self.since_s = min(self.since_s, time.monotonic())
+        self.signal_name = reason
+
+    def is_urgent(self) -> bool:
+        """Whether a step that still waits for its pictures should be given up."""
+        return time.monotonic() - self.since_s > PATIENCE_S
 
     def __bool__(self) -> bool:
         """Whether a signal has come."""
@@ -41,7 +54,7 @@ def stop_signals() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, _frame: FrameType | None) -> None:
-        request.signal_name = signal.Signals(number).name
+        request.note(signal.Signals(number).name)
 
     with _listening(request):
         former = {number: signal.signal(number, note) for number in STOP_SIGNALS}

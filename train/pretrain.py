@@ -14,6 +14,7 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.simsiam import SimSiamOutput, simsiam_loss, z_std
 from pipeline.errors import exit_on_user_error
+from pipeline.feeder import StarvedError
 from pipeline.loader import Views, open_views
 from pipeline.read_costs import ReadCosts
 from train.agreement import Agreement
@@ -97,6 +99,7 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
             on_bad_sample=BadSampleRecord(config.run_dir, run.dataset.num_samples, config.loader.max_bad_samples),
             pairs=config.model.pairs,
             read_costs=costs,
+            give_up=stop.is_urgent,
         ) as batches,
         run.writer,
     ):
@@ -121,7 +124,10 @@ def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn 
             reporter.knn(run.step // plan.steps_per_epoch, run.step, top1)
         if run.step >= plan.stop_step:
             break
-        result = train_step(run, batches)
+        try:
+            result = train_step(run, batches)
+        except StarvedError:
+            return leave_starved(run, stop)
         run.step += 1
         reporter.step(run.step, result)
         if run.step % run.config.log_every == 0:
@@ -147,6 +153,16 @@ def leave(run: Run, stop: StopRequest) -> bool:
     return False
 
 
+def leave_starved(run: Run, stop: StopRequest) -> bool:
+    """Stop in a step whose pictures do not come. Had it begun, here or on other ranks, the last checkpoint stands."""
+    if run.dist.world_size == 1 and not run.midway:
+        return leave(run, stop)
+    run.writer.wait()
+    words = f"stopped by {stop.signal_name} in step {run.step + 1:,}, whose pictures do not come (rank {run.dist.rank})"
+    print(f"{words}; go on with --resume from the last checkpoint", flush=True)
+    os._exit(EXIT_PREEMPTED)  # the others may be anywhere: nothing can be agreed on any more
+
+
 def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
     """Forward and backward over the step's micro-batches, then one optimizer step. Nothing waits for the device.
 
@@ -161,6 +177,7 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
     for number in range(passes):
         run.dist.activity.work(f"step {run.step + 1}: waiting for the loader")
         views = next(batches)
+        run.midway = True
         run.dist.activity.wait(f"step {run.step + 1}: forward, backward, averaging gradients over the ranks")
         with no_sync(run, last=number == passes - 1):
             with run.precision.autocast():
@@ -174,6 +191,7 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
             ids.append(views.ids)
         wait_s += views.wait_s
     run.guard.step(scaler)
+    run.midway = False
     run.dist.activity.work(f"step {run.step + 1}: between two steps")
     loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
     return StepResult(loss, std, out.z1.detach(), run.guard.skipped, lr, wait_s, np.concatenate(ids))

@@ -62,6 +62,7 @@ class Run:
     guard: StepGuard  # of the optimizer's steps
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
+    midway: bool = False  # the next one has begun
 
 
 def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], None] = say) -> Run:
