@@ -1,32 +1,46 @@
 """Sharding against webdataset's own writer and against tar: python benchmarks/sharding.py DATASET
 
-The pictures of DATASET are written out as an image folder first. Then all contestants make tars of it in turn: ours
-with each kind of verification and number of workers, webdataset's ShardWriter in one process, and `tar cf`, which does
-nothing but copy. Ours also checks, hashes, indexes, shuffles and syncs. Reported: images/s and MB/s, by wall clock and
-per second of CPU, and how far workers scale.
+The pictures of DATASET are written out as an image folder first, again and again under other names (hard links) until
+there are enough for a run of 10 seconds. Then all contestants make tars of it in turn: ours with each kind of
+verification and number of workers, webdataset's ShardWriter in one process, and `tar cf`, which does nothing but copy.
+Ours also checks, hashes, indexes, shuffles and syncs; what the disk takes when a file is copied and synced stands
+beside them. Pictures come from memory, since the same ones are read again and again.
+
+Reported: images/s and MB/s, by wall clock and per second of CPU; how long ours takes to start, which is the time for a
+handful of pictures; and how far workers scale, with and without that start, beside how far processes do that only
+hash, which is what the machine's cores allow.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import webdataset
 
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.options import ShardingOptions
 from pipeline.shards import ShardSet
 from pipeline.writer import make_dataset
-from tools.measuring import Run, Spread, alternate, describe_machine, ratio, write_json
+from tools.measuring import Run, Spread, alternate, describe_machine, write_json
+
+Verify = Literal["full", "header", "none"]
 
 CLASSES = 10
-SHARD = 256  # samples; small, so that a thousand pictures are work for several workers
+SHARDS_A_WORKER = 8  # of the largest number of workers: none waits long for the last one
+FEW = 4  # pictures a worker, where only the start is measured
+HASHING = "import hashlib; data = bytes(1 << 20)\nfor _ in range(3000): hashlib.sha256(data)"
+START = "start-up"
+SHARD_WRITER = "webdataset ShardWriter"
 
 
 @dataclass(frozen=True)
@@ -35,84 +49,166 @@ class Config:
 
     data: Annotated[Path, tyro.conf.Positional]
     """Dataset folder whose pictures are sharded again."""
-    samples: int = 1000
-    """Pictures, at most."""
+    megabytes: float = 4000
+    """Pictures for those who only copy; as much room must be free on the disk."""
+    full_megabytes: float = 1500
+    """Pictures for --verify full, which decodes them."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of worker processes."""
-    verify: tuple[Literal["full", "header", "none"], ...] = ("full", "header", "none")
+    verify: tuple[Verify, ...] = ("full", "header", "none")
     """Kinds of verification."""
-    repeats: int = 5
+    repeats: int = 3
     """Runs of each after a warm-up."""
+    place: Path | None = None
+    """Folder on the disk to measure. Default: the system's temporary folder."""
     json: Path | None = None
     """Write the results here too."""
+    plot: Path | None = None
+    """Draw the results here, as PNG."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to make tars of a folder of pictures."""
+
+    work: Callable[[], Any]
+    samples: int  # pictures in it
+    size: int  # their bytes
 
 
 def main() -> None:
     """The command."""
     config = tyro.cli(Config, description=__doc__)
+    check(config)
     dataset = ShardSet.open(config.data)
-    samples = min(config.samples, dataset.num_samples)
-    if samples < 2 * SHARD:
-        raise UserError(
-            f"{config.data} and --samples give {samples} pictures: it takes {2 * SHARD} to measure anything"
-        )
-    if config.repeats < 3 or min(config.workers) < 1:
-        raise UserError("--repeats must be at least 3, and --workers at least 1")
-    folder = Path(tempfile.mkdtemp(prefix="sharding-"))
+    folder = Path(tempfile.mkdtemp(prefix="sharding-", dir=config.place))
     try:
-        size = write_folder(dataset, samples, folder / "pictures")
+        named = contestants(config, folder, *write_folders(config, dataset, folder))
         print(describe_machine(), flush=True)
-        print(
-            f"{samples} pictures, {size / 1e6:.1f} MB, {config.repeats} runs each in turn; median (minimum .. maximum)"
-        )
-        runs = alternate(contestants(config, folder), config.repeats)
+        for kind, picked in (("copied", named[SHARD_WRITER]), ("decoded", named.get(ours("full", config.workers[0])))):
+            if picked is not None:
+                print(f"{picked.samples:,} pictures, {picked.size / 1e6:,.0f} MB, where they are {kind}")
+        print(f"{config.repeats} runs each in turn; median (minimum .. maximum)", flush=True)
+        works = {name: contestant.work for name, contestant in named.items()}
+        runs = alternate(works, config.repeats, lambda: shutil.rmtree(folder / "out", ignore_errors=True))
     finally:
         shutil.rmtree(folder)
-    results = report(runs, samples, size)
+    results = report(named, runs)
     if config.json is not None:
-        write_json(config.json, {"samples": samples, "bytes": size, "contestants": results})
+        write_json(config.json, {"contestants": results})
+    if config.plot is not None:
+        from plots import (
+            draw_sharding,
+        )  # here: worker processes import this module again, and matplotlib takes a second
+
+        subtitle = f"{describe_machine().splitlines()[0]}; whiskers: slowest and fastest of {config.repeats} runs"
+        draw_sharding({name: result for name, result in results.items() if "img_per_s" in result}, subtitle).savefig(
+            config.plot, dpi=150
+        )
+
+
+def check(config: Config) -> None:
+    """Raise UserError for what cannot be measured or written, before time is spent."""
+    if config.repeats < 3 or not config.workers or min(config.workers) < 1:
+        raise UserError("--repeats must be at least 3, and --workers at least 1")
+    if min(config.megabytes, config.full_megabytes) <= 0:
+        raise UserError("--megabytes and --full-megabytes must be above 0")
+    place = config.place or Path(tempfile.gettempdir())
+    if not place.is_dir():
+        raise UserError(f"--place {place} is no folder: make it, or choose another")
+    needed, free = 1e6 * (config.megabytes + config.full_megabytes), shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{place} has {free / 1e6:.0f} MB free, and this takes {needed / 1e6:.0f}: "
+            "lower --megabytes, or choose another disk with --place"
+        )
+    for flag, path in (("--json", config.json), ("--plot", config.plot)):
+        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{flag} {path} cannot be written: choose another place")
+
+
+def ours(what: str, workers: int) -> str:
+    """Our name in the tables; ``what``: a kind of verification, or START."""
+    return f"ours, {what}, {workers} worker{'s' if workers > 1 else ''}"
+
+
+def hashing(processes: int) -> str:
+    """The name of processes that only hash."""
+    return f"hashing, {processes} process{'es' if processes > 1 else ''}"
+
+
+def write_folders(config: Config, dataset: ShardSet, folder: Path) -> tuple[Contestant, Contestant, Contestant]:
+    """Folders of pictures to copy, to decode, and of a handful to start with; gives how much is in each."""
+    mean = float(dataset.samples["length"].mean())
+    fewest = SHARDS_A_WORKER * max(config.workers)
+    counts = [max(fewest, round(1e6 * megabytes / mean)) for megabytes in (config.megabytes, config.full_megabytes)]
+    copied, decoded, few = (
+        Contestant(lambda: None, count, write_folder(dataset, count, folder / name))
+        for name, count in zip(("copied", "decoded", "few"), (*counts, FEW * max(config.workers)), strict=True)
+    )
+    return copied, decoded, few
 
 
 def write_folder(dataset: ShardSet, samples: int, folder: Path) -> int:
-    """The pictures as files in class folders; gives their bytes."""
-    size = 0
-    for sample in range(samples):
-        place = folder / f"class-{sample % CLASSES}"
+    """So many pictures as files in class folders, from the first on again where they run out; gives their bytes."""
+    size, files = 0, []
+    for number in range(samples):
+        place = folder / f"class-{number % CLASSES}"
         place.mkdir(parents=True, exist_ok=True)
-        size += (place / f"{sample:06d}.jpg").write_bytes(dataset.read(sample))
+        file = place / f"{number:07d}.jpg"
+        if number < dataset.num_samples:
+            files.append((file, file.write_bytes(dataset.read(number))))
+        else:
+            os.link(files[number % dataset.num_samples][0], file)
+        size += files[number % dataset.num_samples][1]
     return size
 
 
-def contestants(config: Config, folder: Path) -> dict[str, Callable[[], None]]:
-    """All of them, each writing into a folder that is empty before it begins."""
-    pictures, out = folder / "pictures", folder / "out"
+def contestants(
+    config: Config, folder: Path, copied: Contestant, decoded: Contestant, few: Contestant
+) -> dict[str, Contestant]:
+    """All of them, each writing into a folder that is not there before it begins."""
+    out = folder / "out"
 
-    def afresh(work: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            if out.exists():
-                shutil.rmtree(out)
-            work()
+    def shard(verify: Verify, workers: int, name: str, amount: Contestant, per_shard: int) -> Contestant:
+        options = ShardingOptions(samples_per_shard=per_shard, workers=workers, verify=verify)
+        work = partial(make_dataset, str(folder / name), out, options, quiet=True)
+        return Contestant(work, amount.samples, amount.size)
 
-        return run
+    def of_shards(amount: Contestant) -> int:
+        return math.ceil(amount.samples / (SHARDS_A_WORKER * max(config.workers)))
 
-    def ours(workers: int, verify: Literal["full", "header", "none"]) -> Callable[[], None]:
-        options = ShardingOptions(samples_per_shard=SHARD, workers=workers, verify=verify)
-        return afresh(lambda: make_dataset(str(pictures), out, options, quiet=True))
-
-    named = {
-        f"ours, {verify}, {workers} worker{'s' if workers > 1 else ''}": ours(workers, verify)
-        for verify in config.verify
-        for workers in config.workers
+    named = {}
+    for verify in config.verify:
+        name, amount = ("decoded", decoded) if verify == "full" else ("copied", copied)
+        for workers in config.workers:
+            named[ours(verify, workers)] = shard(verify, workers, name, amount, of_shards(amount))
+    for workers in config.workers:
+        named[ours(START, workers)] = shard("header", workers, "few", few, FEW)
+    others = {
+        SHARD_WRITER: partial(write_with_webdataset, folder / "copied", out, of_shards(copied)),
+        "tar cf": partial(write_with_tar, folder / "copied", out),
+        "copied and synced": partial(copy_and_sync, folder / "copied", out),
     }
-    named["webdataset ShardWriter"] = afresh(lambda: write_with_webdataset(pictures, out))
-    named["tar cf"] = afresh(lambda: write_with_tar(pictures, out))
+    named |= {name: Contestant(work, copied.samples, copied.size) for name, work in others.items()}
+    for processes in config.workers:
+        named[hashing(processes)] = Contestant(partial(hash_only, processes), 0, 0)
     return named
 
 
-def write_with_webdataset(pictures: Path, out: Path) -> None:
-    """What its users do: one process, a shuffled list, no checks."""
+def hash_only(processes: int) -> None:
+    """As much work for each process, however many there are."""
+    running = [subprocess.Popen([sys.executable, "-c", HASHING]) for _ in range(processes)]
+    for process in running:
+        process.wait()
+
+
+def write_with_webdataset(pictures: Path, out: Path, per_shard: int) -> None:
+    """What its users do: one process, no checks."""
+    import webdataset  # here, since it imports torch, which worker processes of ours would wait for
+
     out.mkdir()
-    with webdataset.ShardWriter(str(out / "shard-%06d.tar"), maxcount=SHARD, verbose=0) as writer:
+    with webdataset.ShardWriter(str(out / "shard-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
         for picture in sorted(pictures.glob("*/*.jpg")):
             label = int(picture.parent.name.removeprefix("class-"))
             writer.write({"__key__": picture.stem, "jpg": picture.read_bytes(), "cls": label})
@@ -121,30 +217,78 @@ def write_with_webdataset(pictures: Path, out: Path) -> None:
 def write_with_tar(pictures: Path, out: Path) -> None:
     """One tar of all."""
     out.mkdir()
-    subprocess.run(["tar", "cf", str(out / "all.tar"), "-C", str(pictures), "."], check=True)
+    subprocess.run(["tar", "cf", str(out / "all.tar"), "--hard-dereference", "-C", str(pictures), "."], check=True)
 
 
-def report(runs: dict[str, list[Run]], samples: int, size: int) -> dict[str, Any]:
-    """Print the table; gives it for --json."""
-    print(f"{'':28} {'images/s':>26} {'MB/s':>8} {'images/CPU s':>26} {'MB/CPU s':>9} {'x ShardWriter':>24}")
-    results: dict[str, Any] = {}
+def copy_and_sync(pictures: Path, out: Path) -> None:
+    """One file after the other into one, as large as memory and disk let it."""
+    out.mkdir()
+    with open(out / "all", "wb", buffering=1 << 20) as file:
+        for picture in sorted(pictures.glob("*/*.jpg")):
+            file.write(picture.read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def report(named: dict[str, Contestant], runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
+    """Print the tables; gives them for --json."""
+    print(f"{'':25} {'images/s':>24} {'MB/s':>6} {'images/CPU s':>24} {'MB/CPU s':>9} {'x ShardWriter':>23} {'s':>7}")
+    results: dict[str, dict[str, Any]] = {}
     for name, of in runs.items():
-        rate = Spread.of([samples / run.wall_s for run in of])
-        per_core = Spread.of([samples / run.cpu_s for run in of])
-        against = ratio(runs, name, "webdataset ShardWriter")
-        megabytes = size / samples / 1e6
+        contestant, wall = named[name], Spread.of([run.wall_s for run in of])
+        results[name] = {"samples": contestant.samples, "bytes": contestant.size, "wall_s": wall}
+        if START in name or contestant.samples == 0:
+            continue
+        rate = Spread.of([contestant.samples / run.wall_s for run in of])
+        per_core = Spread.of([contestant.samples / run.cpu_s for run in of])
+        against = times_as_fast(named, runs, name, SHARD_WRITER)
+        megabytes = contestant.size / contestant.samples / 1e6
         print(
-            f"{name:28} {rate!s:>26} {rate.median * megabytes:8.1f} {per_core!s:>26} "
-            f"{per_core.median * megabytes:9.1f} {against!s:>24}"
+            f"{name:25} {rate!s:>24} {rate.median * megabytes:6.0f} {per_core!s:>24} "
+            f"{per_core.median * megabytes:9.0f} {against!s:>23} {wall.median:7.2f}"
         )
-        results[name] = {"img_per_s": rate, "img_per_cpu_s": per_core, "times_shard_writer": against}
-    for name in runs:
-        one = name.rpartition(", ")[0] + ", 1 worker"
-        if name.startswith("ours") and name != one and one in runs:
-            gain = ratio(runs, name, one)
-            print(f"{name}: {gain} times as fast as 1 worker")
-            results[name]["times_one_worker"] = gain
+        results[name] |= {
+            "img_per_s": rate,
+            "mb_per_s": rate.median * megabytes,
+            "img_per_cpu_s": per_core,
+            "mb_per_cpu_s": per_core.median * megabytes,
+            "times_shard_writer": against,
+        }
+    for name, result in results.items():
+        if START in name:
+            print(f"{name}: {result['wall_s']} s")
+    report_scaling(named, runs, results)
     return results
+
+
+def report_scaling(
+    named: dict[str, Contestant], runs: dict[str, list[Run]], results: dict[str, dict[str, Any]]
+) -> None:
+    """Print how much faster many workers are than one, and add it to ``results``."""
+    for name in [name for name in results if not name.endswith((" 1 worker", " 1 process"))]:
+        head, _, tail = name.rpartition(", ")
+        number = tail.split()[0]
+        if head == "hashing" and hashing(1) in runs:
+            pairs = zip(runs[hashing(1)], runs[name], strict=True)
+            gain = Spread.of([int(number) * one.wall_s / many.wall_s for one, many in pairs])
+            print(f"{name}: {gain} times as much as 1 process")
+            results[name]["times_one"] = gain
+        elif head.startswith("ours") and START not in name and f"{head}, 1 worker" in runs:
+            one = f"{head}, 1 worker"
+            gain = times_as_fast(named, runs, name, one)
+            starts = [[run.wall_s for run in runs[ours(START, workers)]] for workers in (1, int(number))]
+            turns = zip(runs[one], runs[name], *starts, strict=True)
+            begun = Spread.of(
+                [(a.wall_s - a_start) / max(b.wall_s - b_start, 1e-9) for a, b, a_start, b_start in turns]
+            )
+            print(f"{name}: {gain} times as fast as 1 worker; once started {begun}")
+            results[name] |= {"times_one": gain, "times_one_once_started": begun}
+
+
+def times_as_fast(named: dict[str, Contestant], runs: dict[str, list[Run]], name: str, as_: str) -> Spread:
+    """Images a second of ``name`` against those of ``as_``, turn by turn."""
+    share = named[name].samples / named[as_].samples
+    return Spread.of([share * b.wall_s / a.wall_s for a, b in zip(runs[name], runs[as_], strict=True)])
 
 
 if __name__ == "__main__":

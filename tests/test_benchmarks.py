@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
+import shutil
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
+from tools.measuring import Spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import plots
 import scale
 import sharding
 
@@ -65,37 +69,91 @@ def picture_sizes(tar: Path) -> list[int]:
         return [member.size for member in file if member.name.endswith((".jpg", ".png"))]
 
 
+def amounts(dataset: ShardSet, folder: Path) -> list[sharding.Contestant]:
+    counts = {"copied": 100, "decoded": 60, "few": 8}
+    sizes = {name: sharding.write_folder(dataset, count, folder / name) for name, count in counts.items()}
+    return [sharding.Contestant(lambda: None, counts[name], sizes[name]) for name in counts]
+
+
 def test_contestants_of_sharding_write_the_same_pictures(photo_dataset: ShardSet, tmp_path: Path) -> None:
-    size = sharding.write_folder(photo_dataset, 20, tmp_path / "pictures")
-    config = sharding.Config(photo_dataset.path, workers=(1,), verify=("header",))
-    contents = {}
-    for name, work in sharding.contestants(config, tmp_path).items():
-        work()
-        tars = sorted((tmp_path / "out").glob("*.tar"))
-        contents[name] = sorted(size for tar in tars for size in picture_sizes(tar))
-    assert set(contents) == {"ours, header, 1 worker", "webdataset ShardWriter", "tar cf"}
-    assert len({tuple(sizes) for sizes in contents.values()}) == 1
-    assert sum(contents["tar cf"]) == size
+    config = sharding.Config(photo_dataset.path, workers=(1, 2))
+    copied, decoded, few = amounts(photo_dataset, tmp_path)
+    named = sharding.contestants(config, tmp_path, copied, decoded, few)
+    written = {}
+    for name, contestant in named.items():
+        if name in ("ours, full, 1 worker", "ours, header, 2 workers", "webdataset ShardWriter", "tar cf"):
+            contestant.work()
+            tars = sorted((tmp_path / "out").glob("*.tar"))
+            written[name] = sorted(size for tar in tars for size in picture_sizes(tar))
+            assert (len(written[name]), sum(written[name])) == (contestant.samples, contestant.size)
+            shutil.rmtree(tmp_path / "out")
+    assert written["ours, header, 2 workers"] == written["webdataset ShardWriter"] == written["tar cf"]
+    assert len(written) == 4
 
 
-def test_too_few_pictures_are_refused(photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["sharding.py", str(photo_dataset_path)])
-    with pytest.raises(UserError, match="48 pictures: it takes 512 to measure anything"):
-        sharding.main()
+def test_workers_get_shards_of_equal_size(photo_dataset: ShardSet, tmp_path: Path) -> None:
+    config = sharding.Config(photo_dataset.path, workers=(1,), verify=("none",))
+    sharding.contestants(config, tmp_path, *amounts(photo_dataset, tmp_path))["ours, none, 1 worker"].work()
+    assert [shard.samples for shard in ShardSet.open(tmp_path / "out").shards] == [13] * 7 + [9]
 
 
-def test_results_of_sharding_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    run = sharding.Run
-    runs = {
-        "ours, full, 1 worker": [run(2.0, 2.0)] * 3,
-        "ours, full, 2 workers": [run(1.0, 2.0)] * 3,
-        "webdataset ShardWriter": [run(4.0, 4.0)] * 3,
+def test_the_same_pictures_come_again_under_other_names(photo_dataset: ShardSet, tmp_path: Path) -> None:
+    size = sharding.write_folder(photo_dataset, 100, tmp_path)
+    files = sorted(tmp_path.glob("*/*.jpg"), key=lambda file: file.name)
+    assert [file.read_bytes() for file in files] == [photo_dataset.read(number % 48) for number in range(100)]
+    assert size == sum(file.stat().st_size for file in files)
+    assert len({file.stat().st_ino for file in files}) == 48  # the others take no room
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"repeats": 2}, "--repeats must be at least 3"),
+        ({"workers": (0,)}, "--workers at least 1"),
+        ({"megabytes": -1}, "must be above 0"),
+        ({"megabytes": 1e12}, r"MB free, and this takes 1000000001500: lower --megabytes"),
+        ({"place": Path("/nowhere")}, "--place /nowhere is no folder"),
+        ({"plot": Path("/nowhere/plot.png")}, r"--plot /nowhere/plot.png cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sharding.check(sharding.Config(Path("data"), **fields))
+
+
+def test_results_of_sharding_are_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run, seconds = sharding.Run, {}
+    seconds["ours, full, 1 worker"] = 2.5
+    seconds["ours, full, 2 workers"] = 1.5
+    seconds["ours, start-up, 1 worker"] = seconds["ours, start-up, 2 workers"] = 0.5
+    seconds["webdataset ShardWriter"] = 6.0
+    seconds["hashing, 1 process"], seconds["hashing, 2 processes"] = 1.0, 1.25
+    runs = {name: [run(value, 2.0)] * 3 for name, value in seconds.items()}
+    ours = sharding.Contestant(lambda: None, 100, 11_000_000)
+    others = {
+        "webdataset ShardWriter": replace(ours, samples=200, size=22_000_000),
+        "hashing, 1 process": replace(ours, samples=0, size=0),
+        "hashing, 2 processes": replace(ours, samples=0, size=0),
     }
-    results = json.loads(json.dumps(sharding.report(runs, 100, 11_000_000), default=lambda spread: spread.median))
-    assert results["ours, full, 2 workers"] == {
-        "img_per_s": 100.0,
+    results = sharding.report({name: others.get(name, ours) for name in runs}, runs)
+    assert plain(results["ours, full, 2 workers"]) == {
+        "samples": 100,
+        "bytes": 11_000_000,
+        "wall_s": 1.5,
+        "img_per_s": pytest.approx(100 / 1.5),
+        "mb_per_s": pytest.approx(11 / 1.5),
         "img_per_cpu_s": 50.0,
-        "times_shard_writer": 4.0,
-        "times_one_worker": 2.0,
+        "mb_per_cpu_s": pytest.approx(5.5),
+        "times_shard_writer": pytest.approx(2.0),  # 66.7 images a second against 33.3
+        "times_one": pytest.approx(2.5 / 1.5),
+        "times_one_once_started": pytest.approx(2.0),
     }
-    assert "ours, full, 2 workers: 2 (2 .. 2) times as fast as 1 worker" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ours, full, 2 workers: 1.667 (1.667 .. 1.667) times as fast as 1 worker; once started 2 (2 .. 2)" in printed
+    assert "hashing, 2 processes: 1.6 (1.6 .. 1.6) times as much as 1 process" in printed
+    plots.draw_sharding(results, "a machine").savefig(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def plain(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.median if isinstance(value, Spread) else value for name, value in result.items()}

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "webdataset")
 
 
@@ -51,13 +49,20 @@ def timed(work: Callable[[], None]) -> Run:
     return Run(time.perf_counter() - wall, _cpu_seconds() - cpu)
 
 
-def alternate(contestants: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[Run]]:
-    """Run contestants in turn, ``repeats`` times each after one warm-up, so that a drifting machine hits all alike."""
+def alternate(
+    contestants: Mapping[str, Callable[[], None]], repeats: int, tidy: Callable[[], None] = lambda: None
+) -> dict[str, list[Run]]:
+    """Run contestants in turn, ``repeats`` times each after one warm-up, so that a drifting machine hits all alike.
+
+    ``tidy`` runs before each of them and is not timed.
+    """
     for work in contestants.values():
+        tidy()
         work()
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, work in contestants.items():
+            tidy()
             runs[name].append(timed(work))
     return runs
 
@@ -69,6 +74,8 @@ def ratio(runs: Mapping[str, list[Run]], of: str, to: str, quantity: str = "wall
 
 def machine() -> dict[str, str]:
     """What the numbers were measured on."""
+    import torch  # here: worker processes of what is measured import this module again, and torch takes seconds
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     system = f"{platform.system()}, Python {platform.python_version()}"
     facts = {
