@@ -88,18 +88,19 @@ def test_a_machine_goes_and_another_comes(machines: Machines, tmp_path: Path) ->
     def steps() -> int:
         return len(read_lines(run_dir / "metrics.jsonl"))
 
-    def sizes() -> list[str]:
-        return re.findall(r"= (\d) (?:ranks|process)", machines.said())
+    def starts(ranks: int) -> int:
+        return len(re.findall(rf"= {ranks} (?:ranks|process)", machines.said()))
 
     machines.start("stays", meeting_point=True)
     machines.start("goes", meeting_point=False)
-    machines.wait_for(lambda: sizes()[-1:] == ["2"] and steps() >= 9)
+    machines.wait_for(lambda: starts(2) == 1 and steps() >= 9)
+    alone = starts(1)
     machines.lose("goes")
-    machines.wait_for(lambda: sizes() == ["2", "1"])
+    machines.wait_for(lambda: starts(1) > alone)
     lost_at = steps()
     machines.wait_for(lambda: steps() >= lost_at + 5)
     machines.start("comes", meeting_point=False)
-    machines.wait_for(lambda: sizes() == ["2", "1", "2"])
+    machines.wait_for(lambda: starts(2) == 2)
     came_at = steps()
     machines.wait_for(lambda: steps() >= came_at + 5)
     for name in ("stays", "comes"):
@@ -107,8 +108,8 @@ def test_a_machine_goes_and_another_comes(machines: Machines, tmp_path: Path) ->
     for name in ("stays", "comes"):
         machines.agents[name].wait(timeout=PATIENCE_S)
 
-    assert len(re.findall("going on after step", machines.said())) == 2
-    assert len(re.findall("stopped by SIGTERM.* after step", machines.said())) == 2  # the join, and the end
+    assert len(re.findall("going on after step", machines.said())) >= 2
+    assert len(re.findall("stopped by SIGTERM.* after step", machines.said())) >= 2  # the join, and the end
     lines = read_lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     parts: dict[int, list[int]] = {}

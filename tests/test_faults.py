@@ -29,6 +29,7 @@ from pipeline.order import choose_order
 from pipeline.shards import BadSampleError, ShardSet
 from train import pretrain
 from train.bad_samples import BAD_SAMPLES_FILE, BadSampleRecord
+from train.checkpoint import newest_checkpoint
 from train.metrics import read_lines
 from train.preemption import EXIT_PREEMPTED
 
@@ -98,6 +99,29 @@ def test_stopped_once(undisturbed: Path, photo_dataset_path: Path, sessions: Ses
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 
 
+@pytest.mark.parametrize(("evaluation", "step"), [(1, 0), (2, 4), (4, STEPS)])
+def test_stopped_in_knn(
+    evaluation: int, step: int, undisturbed: Path, photo_dataset_path: Path, sessions: Sessions, tmp_path: Path
+) -> None:
+    """The untrained encoder's, that of an epoch, the last one: given up, with a checkpoint, and made again."""
+    arguments = flags(photo_dataset_path, tmp_path / "run")
+    assert sessions.run(arguments, "kNN evaluation", evaluation, TERM) == EXIT_PREEMPTED, sessions.said()
+    assert step not in numbers(tmp_path / "run")[1]
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert newest.name.startswith(f"step-{step:09d}-")
+    assert sessions.run([*arguments, "--resume"]) == 0, sessions.said()
+    assert numbers(tmp_path / "run") == numbers(undisturbed)
+
+
+def test_stopped_before_the_first_step(photo_dataset_path: Path, sessions: Sessions, tmp_path: Path) -> None:
+    arguments = flags(photo_dataset_path, tmp_path / "run")
+    assert sessions.run(arguments, "opening the run", 1, TERM) == EXIT_PREEMPTED
+    assert "stopped by SIGTERM before the first step" in sessions.said()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert sessions.run([*arguments, "--resume", "--max-steps", "1"]) == 0, sessions.said()
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("place", sabotage.PLACES)
 def test_killed_at_every_place(
@@ -124,7 +148,7 @@ def test_struck_again_and_again(
 ) -> None:
     """20 SIGKILLs, or 5 SIGTERMs, at random places of one run; a checkpoint's writing is always among them."""
     rng = random.Random(seed)
-    places = [place for place in sabotage.PLACES if place != "opening the run" or number == KILL]
+    places = list(sabotage.PLACES)
     strikes = [("half a checkpoint written", 1)]
     strikes += [(rng.choice(places), rng.randint(1, 2)) for _ in range(times - 1)]
     survive(sessions, flags(photo_dataset_path, tmp_path / "run"), strikes, number, expected)
@@ -387,7 +411,7 @@ from pipeline.errors import exit_on_user_error
 from train import pretrain
 if os.environ["RANK"] == {rank!r} and not os.path.exists({marker!r}):
     open({marker!r}, "w").close()
-    sabotage.arm({place!r}, 5, {number})
+    sabotage.arm({place!r}, {time}, {number})
 exit_on_user_error(pretrain.main)
 """
 
@@ -400,17 +424,27 @@ def torchrun(processes: int, script: str, arguments: list[str], *options: str) -
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("rank", "number"), [("1", KILL), ("0", KILL), ("1", TERM)])
+@pytest.mark.parametrize(
+    ("rank", "number", "place", "time"),
+    [
+        ("1", KILL, "between forward and backward", 5),
+        ("0", KILL, "between forward and backward", 5),
+        ("1", TERM, "between forward and backward", 5),
+        ("1", TERM, "kNN evaluation", 2),
+        ("0", KILL, "half a checkpoint written", 2),
+    ],
+)
 def test_torchrun_restarts_and_the_run_goes_on(
-    rank: str, number: int, photo_dataset_path: Path, tmp_path: Path
+    rank: str, number: int, place: str, time: int, photo_dataset_path: Path, tmp_path: Path
 ) -> None:
     """One of two ranks is struck; torchrun ends the other, starts both again, and --resume finds the checkpoint."""
     calm = flags(photo_dataset_path, tmp_path / "calm", "--resume")
     assert torchrun(2, "train/pretrain.py", calm).returncode == 0
     script = tmp_path / "struck.py"
     paths = [str(ROOT), str(ROOT / "tests")]
-    place, marker = "between forward and backward", str(tmp_path / "struck-already")
-    script.write_text(STRUCK_RANK.format(paths=paths, rank=rank, marker=marker, place=place, number=int(number)))
+    marker = str(tmp_path / "struck-already")
+    strike = {"place": place, "time": time, "number": int(number)}
+    script.write_text(STRUCK_RANK.format(paths=paths, rank=rank, marker=marker, **strike))
     struck = flags(photo_dataset_path, tmp_path / "struck", "--resume")
     ended = torchrun(2, str(script), struck, "--max-restarts=2")
     assert ended.returncode == 0, ended.stderr
