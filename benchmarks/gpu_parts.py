@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,10 @@ from loader_vs_official import official_loader, write_folder
 from torch import Tensor
 
 from model.simsiam import SimSiamConfig
+from pipeline.delivery import share_of_cores
+from pipeline.disk import atomic_file
 from pipeline.errors import UserError
-from pipeline.loader import Views, open_views, share_of_cores
+from pipeline.loader import Views, open_views
 from pipeline.loader_config import DaliConfig, LoaderConfig
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe
@@ -31,16 +33,18 @@ from tools.ladder import Advance, Bench, Rung, make_ladder, model_step
 from tools.ladder_plot import draw_ladder
 from tools.ladder_report import RungResult, as_json, describe, judge, table
 from tools.profile_throughput import ProfileConfig, build, setting_of, subtitle
-from tools.turns import Climber, Turn
+from tools.turns import FEWEST_BATCHES, Climber, Turn
 from train.dist import Dist, distributed
 from train.optim import OptimConfig, parameter_groups
 from train.pretrain import train_step
 from train.run import Run
+from train.step_guard import StepGuard
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 PARITY_SAMPLES = 64
 OFFICIAL_PICTURES = 1000
-HW_LOADS = (0.0, 0.5, 0.65, 0.8, 1.0)
+HW_LOADS = (0.65, 0.0, 1.0)  # profile_throughput.py --tune tries more of them
+WARM_STEPS = 3  # algorithms are chosen, code is compiled
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Size:
     most_compiled: int  # variants
 
 
-REAL = Size(SimSiamConfig(), 224, (256, 512), 2.0, 3, "inductor", "cuda", 64, 6)
+REAL = Size(SimSiamConfig(), 224, (256, 512), 1.5, 3, "inductor", "cuda", 64, 6)
 TOY = Size(
     SimSiamConfig(backbone="resnet_tiny", dim=16, projector_hidden=16, predictor_hidden=4),
     16,
@@ -115,10 +119,15 @@ class Suite:
 
     def record(self, name: str, value: Any) -> None:
         """Write a number down at once."""
+        self.note(name, value)
+        print(f"{name}: {value}", flush=True)
+
+    def note(self, name: str, value: Any) -> None:
+        """The same without telling: what is known so far, in case the part is stopped. Whole or not at all."""
         self.results[name] = value
         text = json.dumps(self.results, indent=1, default=asdict)
-        (self.out / f"part-{self.name}.json").write_text(text + "\n", encoding="utf-8")
-        print(f"{name}: {value}", flush=True)
+        with atomic_file(self.out / f"part-{self.name}.json") as file:
+            file.write(text.encode() + b"\n")
 
     def attempt(self, name: str, work: Callable[[], Any], needs_s: float = 0.0) -> None:
         """Record what ``work`` gives, or why it could not; only what is unexpected counts as a failure."""
@@ -164,30 +173,52 @@ class Suite:
             run = replace(run, parallel=parallel, config=replace(run.config, compile=True))
         return bench, run
 
-    def climb(self, rungs: dict[str, Rung], bench: Bench) -> dict[str, list[Turn]]:
-        """Turns of rungs."""
-        return Climber(self.size.turn_s, self.watch, bench.tidy).climb(rungs, self.size.repeats)
+    def climb(
+        self, rungs: dict[str, Rung], bench: Bench, note: Callable[[dict[str, RungResult]], None]
+    ) -> dict[str, list[Turn]]:
+        """Turns of rungs, as many as there is time for; ``note`` hears after each what is known by then."""
+        turns: dict[str, list[Turn]] = {}
+
+        def tell(name: str, turn: Turn) -> None:
+            turns.setdefault(name, []).append(turn)
+            note({name: RungResult.of(of) for name, of in turns.items()})
+
+        climber = Climber(self.size.turn_s, self.watch, bench.tidy)
+        return climber.climb(rungs, self.size.repeats, tell, self.end_s)
+
+    def stretches(self, advance: Advance, batch: int) -> list[Turn]:
+        """Timed stretches of one rung that stays open, after a warm-up."""
+        climber = Climber(self.size.turn_s, self.watch, lambda: None)
+        advance(WARM_STEPS)
+        first = climber.timed(advance, batch, FEWEST_BATCHES)
+        count = max(FEWEST_BATCHES, round(self.size.turn_s / first.wall_s * FEWEST_BATCHES))
+        return [climber.timed(advance, batch, count) for _ in range(self.size.repeats)]
 
 
 def parity(suite: Suite) -> None:
     """The device's views against torchvision's on the CPU, in 255ths, with and without what is known to differ."""
     side = suite.size.image_size
-    for name, recipe in {
-        "whole recipe": ViewRecipe(image_size=side),
-        "without blur": ViewRecipe(image_size=side, blur_prob=0.0),
-        "crop and flip alone": ViewRecipe(image_size=side, blur_prob=0.0, jitter_prob=0.0, gray_prob=0.0),
-    }.items():
-        suite.attempt(name, lambda recipe=recipe: _difference(suite, recipe))
+    plain = ViewRecipe(image_size=side, blur_prob=0.0, jitter_prob=0.0, gray_prob=0.0)
+    cases = {
+        "whole recipe": (ViewRecipe(image_size=side), DaliConfig()),
+        "without blur": (ViewRecipe(image_size=side, blur_prob=0.0), DaliConfig()),
+        "crop and flip alone": (plain, DaliConfig()),
+    }
+    if suite.dist.device.type == "cuda":
+        for name, decoder in decoders().items():
+            cases[f"crop and flip alone, {name}"] = (plain, decoder)
+    for name, (recipe, decoder) in cases.items():
+        suite.attempt(name, lambda recipe=recipe, decoder=decoder: _difference(suite, recipe, decoder))
 
 
-def _difference(suite: Suite, recipe: ViewRecipe) -> dict[str, float]:
+def _difference(suite: Suite, recipe: ViewRecipe, decoder: DaliConfig) -> dict[str, float]:
     samples = min(PARITY_SAMPLES, suite.dataset.num_samples)
 
     def views(backend: Literal["dali", "torchvision"], device: torch.device) -> Tensor:
         with open_views(
             suite.dataset,
             recipe,
-            LoaderConfig(backend=backend),
+            LoaderConfig(backend=backend, dali=decoder),
             seed=0,
             global_batch=samples,
             epochs=1,
@@ -210,12 +241,17 @@ def _difference(suite: Suite, recipe: ViewRecipe) -> dict[str, float]:
     }
 
 
+def decoders() -> dict[str, DaliConfig]:
+    """How pictures may be decoded where there is a GPU."""
+    mixed = {f"mixed, hardware load {load:g}": DaliConfig(hw_decoder_load=load) for load in HW_LOADS}
+    repeated = DaliConfig(hw_decoder_load=HW_LOADS[0], smooth_chroma=False)
+    return {**mixed, "CPU": DaliConfig(decoder="cpu"), "mixed, colours repeated": repeated}
+
+
 def placements(suite: Suite) -> dict[str, LoaderConfig]:
     """Where pictures may be decoded."""
-    if suite.dist.device.type == "cpu":
-        return {"CPU": LoaderConfig()}
-    mixed = {f"mixed, hardware load {load:g}": DaliConfig(hw_decoder_load=load) for load in HW_LOADS}
-    return {name: LoaderConfig(dali=dali) for name, dali in {**mixed, "CPU": DaliConfig(decoder="cpu")}.items()}
+    known = decoders() if suite.dist.device.type == "cuda" else {"CPU": DaliConfig()}
+    return {name: LoaderConfig(dali=dali) for name, dali in known.items()}
 
 
 def decode(suite: Suite) -> None:
@@ -231,7 +267,12 @@ def loader(suite: Suite) -> None:
 def _by_placement(suite: Suite, rung: Literal["decode", "loader"], batch: int) -> None:
     bench, _ = suite.set_up(batch)
     rungs = {name: make_ladder(replace(bench, loader=config), None)[rung] for name, config in placements(suite).items()}
-    for name, turns in suite.climb(rungs, bench).items():
+
+    def note(results: dict[str, RungResult]) -> None:
+        for name, result in results.items():
+            suite.note(name, result)
+
+    for name, turns in suite.climb(rungs, bench, note).items():
         suite.record(name, RungResult.of(turns))
 
 
@@ -248,9 +289,13 @@ def ladder_compiled(suite: Suite) -> None:
 def _ladder(suite: Suite, compiled: bool) -> None:
     bench, run = suite.set_up(suite.size.batches[-1], compiled=compiled)
     run.model.train()
-    names = ("loader", "model", "end_to_end") if compiled else tuple(make_ladder(bench, run))
-    rungs = {str(name): rung for name, rung in make_ladder(bench, run).items() if name in names}
-    turns = suite.climb(rungs, bench)
+    every: dict[str, Rung] = {str(name): rung for name, rung in make_ladder(bench, run).items()}
+    views = bench.resident_views()
+    every["model"] = replace(every["model"], open=lambda: model_step(bench, run, views))
+    upper = ("model", "end_to_end", "loader")  # first, in case there is no time for all
+    rungs = {name: every[name] for name in (upper if compiled else dict.fromkeys((*upper, *every)))}
+    turns = suite.climb(rungs, bench, lambda results: suite.note("rungs", results))
+    turns = {name: turns[name] for name in every if name in turns}
     results = {name: RungResult.of(of) for name, of in turns.items()}
     verdict = judge(results, turns, setting_of(bench, run))
     print(table(results))
@@ -278,45 +323,47 @@ class Variant:
 
 
 def model(suite: Suite) -> None:
-    """The step alone: precision by layout by batch, eager."""
+    """The step alone, eager: precision, layout, batch, and how SGD is implemented. What matters most comes first."""
     small, large = suite.size.batches
     precisions: tuple[Precision, ...] = ("bf16", "fp16", "tf32", "fp32")
-    for batch, precision in itertools.product((large, small), precisions):
-        for layout in ("channels_last", "contiguous"):
-            _step(suite, Variant(batch, precision, layout), needs_s=8)
-
-
-def optimizers(suite: Suite) -> None:
-    """The step alone: how SGD is implemented."""
-    large = suite.size.batches[-1]
-    for optimizer in ("apex", "fused", "foreach", "one by one"):
-        _step(suite, Variant(large, optimizer=optimizer), needs_s=8)
+    variants = [
+        *(Variant(large, precision) for precision in precisions),
+        *(Variant(large, optimizer=optimizer) for optimizer in ("apex", "foreach", "one by one")),
+        *(Variant(small, precision) for precision in precisions),
+        *(Variant(large, precision, "contiguous") for precision in precisions),
+        *(Variant(small, precision, "contiguous") for precision in precisions),
+    ]
+    _steps(suite, variants, needs_s=8)
 
 
 def compiled(suite: Suite) -> None:
     """The step alone, compiled: the likeliest settings first, since each takes most of a minute to compile."""
     small, large = suite.size.batches
-    variants = (
-        Variant(large, compiled=True),
+    variants = [
         Variant(small, compiled=True),
+        Variant(large, compiled=True),
         Variant(large, "fp16", compiled=True),
         Variant(large, "tf32", compiled=True),
         Variant(large, layout="contiguous", compiled=True),
         Variant(large, "fp32", compiled=True),
-    )
-    for variant in variants[: suite.size.most_compiled]:
-        _step(suite, variant, needs_s=40 if suite.dist.device.type == "cuda" else 0)
+    ]
+    _steps(suite, variants[: suite.size.most_compiled], needs_s=40)
 
 
-def _step(suite: Suite, variant: Variant, needs_s: float) -> None:
+def _steps(suite: Suite, variants: list[Variant], needs_s: float) -> None:
+    """Measure each, on the same views."""
     on_gpu = suite.dist.device.type == "cuda"
-    if not on_gpu and (variant.precision in ("fp16", "tf32") or variant.optimizer == "apex"):
-        suite.record(str(variant), {"skipped": "needs a GPU"})
-        return
-    suite.attempt(str(variant), lambda: _measure_step(suite, variant), needs_s if on_gpu else 0.0)
+    bench, _ = suite.set_up(suite.size.batches[-1])
+    views = bench.resident_views()
+    for variant in variants:
+        if not on_gpu and (variant.precision in ("fp16", "tf32") or variant.optimizer == "apex"):
+            suite.record(str(variant), {"skipped": "needs a GPU"})
+            continue
+        measure = partial(_measure_step, suite, variant, views)
+        suite.attempt(str(variant), measure, needs_s if on_gpu else 0.0)
 
 
-def _measure_step(suite: Suite, variant: Variant) -> dict[str, Any]:
+def _measure_step(suite: Suite, variant: Variant, views: list[Views]) -> dict[str, Any]:
     bench, run = suite.set_up(
         variant.batch,
         precision="fp32" if variant.precision == "tf32" else variant.precision,
@@ -325,16 +372,29 @@ def _measure_step(suite: Suite, variant: Variant) -> dict[str, Any]:
     )
     if variant.optimizer == "one by one":
         run = with_plain_sgd(run, foreach=False)
-    with _number_format(variant.precision):
-        views = bench.resident_views()
-        if variant.layout == "contiguous":
-            run.model.to(memory_format=torch.contiguous_format)
-            views = [replace(view, x1=view.x1.contiguous(), x2=view.x2.contiguous()) for view in views]
-        run.model.train()
-        rung = Rung("model", lambda: model_step(bench, run, views), bench.batch, 0)
-        turns = suite.climb({"model": rung}, bench)["model"]
+    if variant.layout == "contiguous":
+        make_contiguous(run)
+    run.model.train()
+    seen = [_cut(view, variant, bench.dtype) for view in views]
+    with _number_format(variant.precision), model_step(bench, run, seen) as advance:
+        turns = suite.stretches(advance, bench.batch)
     memory = torch.cuda.max_memory_allocated() / 2**30 if suite.dist.device.type == "cuda" else None
     return {**asdict(RungResult.of(turns)), "torch_memory_gib": memory}
+
+
+def _cut(views: Views, variant: Variant, dtype: torch.dtype) -> Views:
+    """The views in a variant's size, number format and layout."""
+    layout = torch.contiguous_format if variant.layout == "contiguous" else torch.channels_last
+    x1, x2 = (x[: variant.batch].to(dtype).contiguous(memory_format=layout) for x in (views.x1, views.x2))
+    return replace(views, x1=x1, x2=x2, ids=views.ids[: variant.batch], sources=views.sources[: variant.batch])
+
+
+def make_contiguous(run: Run) -> None:
+    """Put weights and momentum in torch's default layout: fused kernels want them alike."""
+    run.model.to(memory_format=torch.contiguous_format)
+    for weight, state in run.optimizer.state.items():
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def with_plain_sgd(run: Run, foreach: bool | None) -> Run:
@@ -349,7 +409,7 @@ def with_plain_sgd(run: Run, foreach: bool | None) -> Run:
         foreach=foreach,
         fused=False,
     )
-    return replace(run, optimizer=sgd)
+    return replace(run, optimizer=sgd, guard=StepGuard(run.model, sgd, run.dist.device))
 
 
 @contextmanager
@@ -376,7 +436,7 @@ def _measure_official(suite: Suite) -> dict[str, Any]:
     batch = suite.size.batches[0]
     bench, run = suite.set_up(batch, precision="fp32", optimizer="foreach")
     run = with_plain_sgd(run, foreach=None)
-    run.model.to(memory_format=torch.contiguous_format)
+    make_contiguous(run)
     run.model.train()
     folder = Path(tempfile.mkdtemp(prefix="official-"))
     try:
@@ -385,11 +445,17 @@ def _measure_official(suite: Suite) -> dict[str, Any]:
             advance(2)  # workers start, algorithms are chosen
             climber = Climber(suite.size.turn_s, suite.watch, bench.tidy)
             count = max(4, round(16 * 1024 / batch / 4)) if suite.size.device == "cuda" else 2
-            turns = [climber.timed(advance, batch, count) for _ in range(suite.size.repeats)]
+            turns: list[Turn] = []
+            for _ in range(suite.size.repeats):
+                turns.append(climber.timed(advance, batch, count))
+                suite.note("official, end to end", _official_result(turns, batch))
     finally:
         shutil.rmtree(folder)
-    workers = share_of_cores(1)
-    return {**asdict(RungResult.of(turns)), "batch": batch, "workers": workers}
+    return _official_result(turns, batch)
+
+
+def _official_result(turns: list[Turn], batch: int) -> dict[str, Any]:
+    return {**asdict(RungResult.of(turns)), "batch": batch, "workers": share_of_cores(1)}
 
 
 def _fill_folder(suite: Suite, batch: int, folder: Path) -> None:
@@ -438,13 +504,12 @@ class Part:
 
 
 PARTS = {
-    "parity": Part(parity, 40),
-    "ladder": Part(ladder, 130),
-    "decode": Part(decode, 70),
-    "official": Part(official, 75),
-    "compiled": Part(compiled, 110),
-    "model": Part(model, 120),
-    "optimizers": Part(optimizers, 45),
-    "ladder-compiled": Part(ladder_compiled, 110),
-    "loader": Part(loader, 70),
+    "parity": Part(parity, 45),
+    "ladder": Part(ladder, 105),
+    "official": Part(official, 65),
+    "ladder-compiled": Part(ladder_compiled, 125),
+    "model": Part(model, 100),
+    "decode": Part(decode, 65),
+    "compiled": Part(compiled, 100),
+    "loader": Part(loader, 60),
 }

@@ -15,7 +15,6 @@ HEADINGS = {
     "loader": "Whole loader, by placement",
     "model": "Model step alone, eager",
     "compiled": "Model step alone, compiled",
-    "optimizers": "Model step alone, by optimizer",
     "official": "The official recipe on this machine",
 }
 

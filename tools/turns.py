@@ -5,6 +5,7 @@ A rung is closed before the next one begins, so that nothing that one has set go
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,12 +57,20 @@ class Climber:
         rungs: Mapping[str, Rung],
         repeats: int,
         tell: Callable[[str, Turn], None] = lambda name, turn: None,
+        end_s: float = math.inf,
     ) -> dict[str, list[Turn]]:
-        """``repeats`` turns of each rung, in turn, after one that only warms up. ``tell`` hears of each that counts."""
+        """``repeats`` turns of each rung, in turn, after one that only warms up. ``tell`` hears of each that counts.
+
+        A round that would end after ``end_s`` (time.perf_counter) is left out with all that follow; never the first.
+        """
         for name, rung in rungs.items():
             self.turn(name, rung)
         turns: dict[str, list[Turn]] = {name: [] for name in rungs}
-        for _ in range(repeats):
+        start_s = time.perf_counter()
+        for number in range(repeats):
+            now_s = time.perf_counter()
+            if number > 0 and now_s + (now_s - start_s) / number > end_s:
+                break
             for name, rung in rungs.items():
                 turn = self.turn(name, rung)
                 turns[name].append(turn)

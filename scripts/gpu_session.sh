@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# What a GPU machine that can be had for a short while should do first, each stage at most ten minutes:
+#
+#   scripts/gpu_session.sh check OUT [DATASET]        smoke test, GPU tests, parity, two ranks on the one GPU
+#   scripts/gpu_session.sh suite OUT DATASET          benchmarks/gpu_suite.py
+#   scripts/gpu_session.sh train OUT CIFAR [CIFAR_TEST]   ResNet-18 on CIFAR-10 until the time is over; goes on if asked again
+#   scripts/gpu_session.sh data  OUT PICTURES.tar     a dataset of 20 x the pictures in a tar -> OUT/dataset
+#   scripts/gpu_session.sh --needs                    packages beside torch and torchvision, one a line, as installed here
+#
+# The stages smoke, tests, parity and ranks, which make up check, can be asked for by name. DATASET is a folder of
+# tools/make_shards.py; check draws synthetic pictures without one. TOY=1 before the command does the same on a CPU, at
+# toy size. PYTHON names the Python. Everything said goes to OUT as it is said: a kill loses only what had not come.
+# Exit code: 0 all went well, 1 something failed, 2 the command line is wrong.
+set -u
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+toy=${TOY:-}
+failed=0
+
+usage() { sed -n '2,14s/^# \{0,1\}//p' scripts/gpu_session.sh >&2; exit 2; }
+
+needs() {
+  "$python" - <<'PY'
+import ast, importlib.metadata as metadata, re
+
+def requirements(name, extras=()):
+    for line in metadata.requires(name) or []:
+        text, _, marker = line.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", marker)
+        if extra and extra[1] not in extras or re.search(r"python_version\s*<|platform_system\s*==\s*.Windows", marker):
+            continue
+        yield text
+
+def closure(lines, found):
+    for line in lines:
+        name, _, extras = re.match(r"([\w.-]+)(\[([\w,-]+)\])?", line.strip()).groups()
+        name = re.sub(r"[-_.]+", "-", name).lower()
+        extras = tuple((extras or "").split(","))
+        if (name, extras) in found:
+            continue
+        try:
+            found[name, extras] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        closure(requirements(name, extras), found)
+    return found
+
+lists = {
+    node.targets[0].id: [entry.value for entry in node.value.elts if isinstance(entry, ast.Constant)]
+    for node in ast.parse(open("setup.py").read()).body
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+}
+there = {name for name, _ in closure(["torch", "torchvision"], {})}
+tests = [line for line in lists["TEST"] if re.match("pytest|hypothesis|beartype", line)]
+for name, version in sorted({(n, v) for (n, _), v in closure(lists["RUNTIME"] + tests, {}).items() if n not in there}):
+    print(f"{name}=={version}")
+PY
+}
+
+# step NAME SECONDS COMMAND...: run under a time limit, everything said into OUT/NAME.log, its end and outcome told.
+step() {
+  local name=$1 limit=$2 code start=$SECONDS
+  shift 2
+  echo "== $name: $*"
+  timeout --preserve-status --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1
+  code=$?
+  tail -n "${lines:-25}" "$out/$name.log"
+  case $code in
+    0) outcome=done ;;
+    137 | 143) outcome="stopped after $limit s" ;;
+    75) outcome="stopped after a checkpoint" code=0 ;;
+    *) outcome="FAILED with exit code $code" ;;
+  esac
+  [ "$code" -eq 0 ] || failed=1
+  echo "== $name: $outcome, $((SECONDS - start)) s" | tee -a "$out/session.txt"
+  return "$code"
+}
+
+dataset() {  # the one that was given, or synthetic pictures
+  if [ -z "$data" ]; then
+    data=$out/synthetic
+    [ -f "$data/dataset.json" ] || step synthetic 120 "$python" -c "
+from pathlib import Path
+from tools.profile_throughput import draw_dataset
+if __name__ == '__main__':
+    draw_dataset(Path('$data'), $([ -n "$toy" ] && echo 64 || echo 1000))" || exit 1
+  fi
+}
+
+smoke() { dataset; step smoke 150 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
+
+gpu_tests() {
+  step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors ${toy:+--collect-only}
+}
+
+parity() {
+  dataset
+  step parity 120 "$python" benchmarks/parity.py "$data" --markdown "$out/parity.md" \
+    --samples "$([ -n "$toy" ] && echo 8 || echo 64)" --device "$device"
+}
+
+# Two processes that take each other for another machine, or NCCL would refuse to share a GPU; then one, for comparison.
+ranks() {
+  dataset
+  local options=(--data "$data" --global-batch 32 --max-steps 4 --log-every 1 --knn-every 0 --epochs 100 --device "$device")
+  if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1)
+  else options+=(--backbone resnet18 --image-size 96 --precision fp32); fi
+  rm -rf "$out/one-rank" "$out/two-ranks"
+  export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-29517} WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
+  local rank
+  RANK=1 NCCL_HOSTID=second NCCL_SOCKET_IFNAME=lo timeout -k 15 100 "$python" train/pretrain.py "${options[@]}" \
+    --run-dir "$out/two-ranks" >"$out/ranks-second.log" 2>&1 &
+  rank=$!
+  RANK=0 NCCL_HOSTID=first NCCL_SOCKET_IFNAME=lo step ranks 100 "$python" train/pretrain.py "${options[@]}" \
+    --run-dir "$out/two-ranks"
+  wait "$rank" || { failed=1; tail -n 5 "$out/ranks-second.log"; }
+  unset MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+  step one-rank 60 "$python" train/pretrain.py "${options[@]}" --run-dir "$out/one-rank"
+  echo "the same steps by two ranks and by one:"
+  cut -c1-100 "$out/two-ranks/metrics.jsonl" "$out/one-rank/metrics.jsonl"
+}
+
+suite() {
+  [ -n "$data" ] || usage
+  lines=150 step suite 560 "$python" benchmarks/gpu_suite.py "$data" --out "$out/suite" ${toy:+--toy --parts decode}
+  cat "$out/suite/suite.md"
+}
+
+train() {
+  [ -n "$data" ] || usage
+  local options=(--data "$data" --run-dir "$out/cifar" --resume --device "$device" --checkpoint-every 2m)
+  [ -z "$more" ] || options+=(--knn-data "$more")
+  if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 32 --max-steps 4 --global-batch 16 --epochs 9)
+  else options+=(--recipe cifar10-800ep --epochs "${EPOCHS:-100}"); fi
+  step train 540 "$python" train/pretrain.py "${options[@]}"
+  grep knn_top1 "$out/cifar/metrics.jsonl" | tail -n 5
+}
+
+make_data() {  # links take no room, and shards only need many samples, not many pictures
+  [ -n "$data" ] || usage
+  local pictures=$out/pictures copy
+  mkdir -p "$pictures/1" && tar xf "$data" -C "$pictures/1" || exit 1
+  for copy in $(seq 2 "$([ -n "$toy" ] && echo 3 || echo 20)"); do cp -al "$pictures/1" "$pictures/$copy" || exit 1; done
+  step data 300 "$python" tools/make_shards.py "$pictures" "$out/dataset" --labels none --verify header --overwrite
+}
+
+[ "${1:-}" != --needs ] || { needs; exit; }
+[ $# -ge 2 ] && [ $# -le 4 ] || usage
+stage=$1 out=$2 data=${3:-} more=${4:-}
+device=cuda
+[ -z "$toy" ] || device=cpu
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
+case $stage in
+  check) smoke; gpu_tests; parity; ranks ;;
+  smoke) smoke ;;
+  tests) gpu_tests ;;
+  parity) parity ;;
+  ranks) ranks ;;
+  suite) suite ;;
+  train) train ;;
+  data) make_data ;;
+  *) usage ;;
+esac
+exit "$failed"
