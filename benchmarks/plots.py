@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.ladder_plot import CHAIN_COLOUR, INK, LOADER_COLOUR, QUIET
-
-OTHERS_COLOUR = "#b9c0c6"
-ORDER_COLOURS = {"random": CHAIN_COLOUR, "blocks": "#c07f1c"}
+# The colours of tools/ladder_plot.py, whose import would bring the loader and the model
+INK, QUIET, LIGHT, STRONG, OTHERS = "#22313f", "#8a949e", "#8fb3d9", "#1f5fa8", "#b9c0c6"
+ORDER_COLOURS = (STRONG, "#c07f1c", "#1d7a4f", "#7a4f10")
+RANK_MARKERS = "osD^vP"
+SCALE_PANELS = {
+    "start_up_s": "start-up, s",
+    "batch_ms": "order + parameters, ms a batch",
+    "lookup_ms": "index, ms a batch",
+}
 
 
 def draw_sharding(results: Mapping[str, Mapping[str, Any]], subtitle: str) -> Figure:
@@ -31,11 +36,47 @@ def draw_sharding(results: Mapping[str, Mapping[str, Any]], subtitle: str) -> Fi
     return figure
 
 
+def draw_scale(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Figure:
+    """A panel for each cost, the datasets side by side in it; whiskers from the slowest to the fastest process."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    sizes, ranks, orders = ([*dict.fromkeys(case[key] for case in cases)] for key in ("samples", "ranks", "order"))
+    kinds = [(order, rank) for order in orders for rank in ranks]
+    for axes, (quantity, title) in zip(figure.subplots(1, len(SCALE_PANELS)), SCALE_PANELS.items(), strict=True):
+        for number, (order, rank) in enumerate(kinds):
+            mine = [case for case in cases if (case["order"], case["ranks"]) == (order, rank)]
+            at = [sizes.index(case["samples"]) + 0.7 * ((number + 0.5) / len(kinds) - 0.5) for case in mine]
+            spreads = [case[quantity] for case in mine]
+            medians = [spread["median"] for spread in spreads]
+            low = [spread["median"] - spread["minimum"] for spread in spreads]
+            high = [spread["maximum"] - spread["median"] for spread in spreads]
+            axes.errorbar(
+                at,
+                medians,
+                yerr=[low, high],
+                color=ORDER_COLOURS[orders.index(order) % len(ORDER_COLOURS)],
+                marker=RANK_MARKERS[ranks.index(rank) % len(RANK_MARKERS)],
+                markersize=5,
+                linestyle="none",
+                linewidth=1,
+                label=f"{order}, {rank:,} rank{'s' if rank > 1 else ''}",
+            )
+        axes.set_xticks(range(len(sizes)), [f"{size:.0e}" for size in sizes])
+        axes.set_xlim(-0.5, len(sizes) - 0.5)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("samples")
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    figure.suptitle(f"What a rank costs as work grows: {subtitle}", fontsize=10, color=INK, x=0.02, ha="left")
+    return figure
+
+
 def _draw_contestant(axes: Axes, row: int, name: str, result: Mapping[str, Any], edge: float) -> None:
     """Bars beyond ``edge`` are broken off: those who do next to nothing would hide the others."""
     rate, per_core = result["img_per_s"], result["img_per_cpu_s"].median
-    colour = CHAIN_COLOUR if name.startswith("ours") else OTHERS_COLOUR
-    axes.barh(row, min(rate.median, edge), color=LOADER_COLOUR if name.endswith(" 1 worker") else colour, height=0.62)
+    colour = STRONG if name.startswith("ours") else OTHERS
+    axes.barh(row, min(rate.median, edge), color=LIGHT if name.endswith(" 1 worker") else colour, height=0.62)
     end = min(max(rate.maximum, per_core), edge)
     if rate.median > edge:
         axes.text(edge, row, "»", ha="right", va="center", fontsize=14, color="white", fontweight="bold")

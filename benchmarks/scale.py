@@ -2,8 +2,12 @@
 
 Simulates datasets of 1e6, 1e8 and 1e9 samples by their index alone, whose 28 bytes a sample are a hole in a file that
 takes no disk, and 1 to 1024 ranks. For each it starts a process that does what a rank does before its first picture and
-at every batch: open the dataset, ask for the order, look up sizes, draw parameters. Then it measures how well the order
-by blocks mixes, against the random one.
+at every batch: open the dataset, ask for the order, look up sizes, draw parameters. Start-up is told with the first
+batch and without the import of torch, which does not grow; memory is what the process has for itself, without the pages
+of the mapped index, which all ranks of a machine share. Of a batch's time, order and parameters are computed, and sizes
+are looked up in the index, whose pages come from the disk the first time.
+
+Then it measures how well the order by blocks mixes, against the random one, and how many of the shards a machine reads.
 """
 
 from __future__ import annotations
@@ -25,12 +29,18 @@ import tyro
 
 from pipeline.dataset_file import FORMAT_VERSION, SAMPLE_DTYPE
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.order import BlockOrder, Order, OrderConfig, batch_positions, choose_order, steps_per_epoch
+from pipeline.order import Order, OrderConfig, batch_positions, choose_order, node_positions, steps_per_epoch
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe, draw_views
 from tools.measuring import Spread, describe_machine, write_json
 
 ONE_RANK = "one-rank"  # first word of the command line of a process that is one rank
+STREAMS = 8
+ORDERS = {
+    "random": OrderConfig(),
+    "blocks": OrderConfig("blocks"),
+    f"{STREAMS} streams": OrderConfig("blocks", block_streams=STREAMS),
+}
 TYPICAL_SIZE = (375, 500)  # height, width in px; holes in the index read as 0 x 0
 
 
@@ -52,6 +62,8 @@ class Config:
     """Processes started for each case, in turn."""
     json: Path | None = None
     """Write the results here too."""
+    plot: Path | None = None
+    """Draw the results here, as PNG."""
 
 
 def main() -> None:
@@ -61,29 +73,49 @@ def main() -> None:
         print(json.dumps(be_a_rank(Path(folder), int(ranks), order, int(rank_batch), int(batches))))
         return
     config = tyro.cli(Config, description=__doc__)
-    if min(config.samples) < config.samples_per_shard or config.repeats < 1 or config.batches < 10:
-        raise UserError("--samples must fill a shard, --repeats must be at least 1 and --batches at least 10")
+    check(config)
     print(describe_machine(), flush=True)
     results = measure(config)
     quality = measure_quality()
-    print(f"\n{'order':34} {'shards in a batch of 256':>26} {'pairs that meet again':>22}")
+    print(f"\n{'order':34} {'shards in a batch of 256':>26} {'pairs that meet again':>22} {'read by a machine':>18}")
     for row in quality:
-        print(f"{row['order']:34} {row['shards_in_batch']:26.1f} {row['meet_again']:18.2f} x")
+        mixing = f"{row['shards_in_batch']:26.1f} {row['meet_again']:20.2f} x"
+        print(f"{row['order']:34} {mixing} {row['read_by_machine']:18.1%}")
     print("pairs that meet again: pairs of one batch that share a batch in the next epoch too, against chance")
+    print(f"read by a machine: the part of the shards that one of {STREAMS} machines reads in an epoch")
     if config.json is not None:
         write_json(config.json, {"cases": results, "quality": quality})
+    if config.plot is not None:
+        from plots import draw_scale  # here: what is a rank would wait for matplotlib
+
+        subtitle = f"{describe_machine().splitlines()[0]}; whiskers: the slowest and the fastest process"
+        draw_scale(results, subtitle).savefig(config.plot, dpi=150)
+
+
+def check(config: Config) -> None:
+    """Raise UserError for what cannot be simulated or written, before time is spent."""
+    if min(config.samples) < config.samples_per_shard or config.repeats < 1 or config.batches < 10:
+        raise UserError("--samples must fill a shard, --repeats must be at least 1 and --batches at least 10")
+    if config.rank_batch % STREAMS:
+        raise UserError(f"--rank-batch {config.rank_batch}: take a multiple of {STREAMS}, the streams of an order here")
+    for ranks, samples in itertools.product(config.ranks, config.samples):
+        if ranks < 1 or ranks * config.rank_batch > samples:
+            raise UserError(f"--ranks {ranks} x --rank-batch {config.rank_batch} is no batch of {samples:g} samples")
+    for flag, path in (("--json", config.json), ("--plot", config.plot)):
+        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{flag} {path} cannot be written: choose another place")
 
 
 def measure(config: Config) -> list[dict[str, Any]]:
     """Every size, number of ranks and order."""
     columns = f"{'start-up s':>26} {'memory MiB':>11} {'order + parameters ms':>27} {'index ms':>26}"
-    title = f"{'samples':>8} {'ranks':>6} {'order':>7} {columns}"
+    title = f"{'samples':>8} {'ranks':>6} {'order':>9} {columns}"
     print(f"\n{title}", flush=True)
     results = []
     for size in config.samples:
         with tempfile.TemporaryDirectory(prefix="scale-") as folder:
             simulate(Path(folder), int(size), config.samples_per_shard)
-            cases = [(ranks, order) for ranks in config.ranks for order in ("random", "blocks")]
+            cases = [(ranks, order) for ranks in config.ranks for order in ORDERS]
             runs: dict[tuple[int, str], list[dict[str, float]]] = {case: [] for case in cases}
             for _ in range(config.repeats):
                 for case in cases:
@@ -91,7 +123,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
             for (ranks, order), measured in runs.items():
                 spread = {name: Spread.of([run[name] for run in measured]) for name in measured[0]}
                 print(
-                    f"{size:8.0e} {ranks:6d} {order:>7} {spread['start_up_s']!s:>26} "
+                    f"{size:8.0e} {ranks:6d} {order:>9} {spread['start_up_s']!s:>26} "
                     f"{spread['memory_mib'].median:11.0f} {spread['batch_ms']!s:>27} {spread['lookup_ms']!s:>26}",
                     flush=True,
                 )
@@ -148,8 +180,7 @@ def be_a_rank(folder: Path, ranks: int, order_name: str, rank_batch: int, batche
     start_s = time.perf_counter()
     dataset = ShardSet.open(folder)
     global_batch = ranks * rank_batch
-    config = OrderConfig("blocks" if order_name == "blocks" else "random")
-    order = choose_order(config, 0, dataset.shard_samples, global_batch)
+    order = choose_order(ORDERS[order_name], 0, dataset.shard_samples, global_batch)
     steps = steps_per_epoch(dataset.num_samples, global_batch)
     one_batch(dataset, order, 0, global_batch, ranks)
     start_up_s = time.perf_counter() - start_s
@@ -190,17 +221,27 @@ def measure_quality(
 ) -> list[dict[str, Any]]:
     """How orders mix a dataset of ImageNet's size: how many shards meet in a batch, and which pairs meet again."""
     counts = np.full(shards, per_shard)
-    orders: list[tuple[str, Order]] = [("random", choose_order(OrderConfig(), 0, counts, batch))]
-    for group in (1, 4, 16, 64):
-        orders.append((f"blocks of {group} shards", BlockOrder(counts, group, 0)))
-    samples, steps = shards * per_shard, shards * per_shard // batch
+    configs = {"random": OrderConfig()}
+    configs |= {f"blocks of {group} shards": OrderConfig("blocks", group) for group in (1, 4, 16, 64)}
+    configs |= {f"blocks of 16 shards, {streams} streams": OrderConfig("blocks", 16, streams) for streams in (2, 8, 32)}
+    steps = shards * per_shard // batch
+    samples = steps * batch
     chance = batch * (batch - 1) / 2 * steps * (batch - 1) / (samples - 1)
     rows = []
-    for name, order in orders:
+    for name, config in configs.items():
+        order = choose_order(config, 0, counts, batch)
         everything = [order(epoch, np.arange(samples)) for epoch in range(epochs)]
-        spread = np.mean([len(np.unique(ids // per_shard)) for ids in everything[0].reshape(steps, batch)])
-        met = np.mean([pairs_again(now, later, batch) for now, later in itertools.pairwise(everything)])
-        rows.append({"order": name, "shards_in_batch": float(spread), "meet_again": float(met / chance)})
+        shard_of = everything[0].reshape(steps, batch) // per_shard
+        rows.append(
+            {
+                "order": name,
+                "shards_in_batch": float(np.mean([len(np.unique(row)) for row in shard_of])),
+                "meet_again": float(
+                    np.mean([pairs_again(now, later, batch) for now, later in itertools.pairwise(everything)]) / chance
+                ),
+                "read_by_machine": len(np.unique(shard_of[:, node_positions(0, batch, 0, STREAMS, 1)])) / shards,
+            }
+        )
     return rows
 
 

@@ -31,7 +31,7 @@ def test_a_simulated_dataset_opens_and_a_rank_runs_on_it(tmp_path: Path, samples
     assert (dataset.num_samples, len(dataset.shards)) == (samples, 4)
     assert dataset.shard_samples.sum() == samples
     assert (tmp_path / "samples.npy").stat().st_blocks * 512 < 1 << 20  # a hole takes no disk
-    for order in ("random", "blocks"):
+    for order in scale.ORDERS:
         measured = scale.be_a_rank(tmp_path, 2, order, rank_batch=8, batches=10)
         assert measured["start_up_s"] > 0
         assert measured["batch_ms"] > 0
@@ -62,6 +62,38 @@ def test_the_quality_of_blocks_lies_between_chance_and_one_shard() -> None:
     again = [rows[f"blocks of {group} shards"]["meet_again"] for group in (1, 4, 16)]
     assert again == sorted(again, reverse=True)
     assert again[-1] > rows["random"]["meet_again"]
+    assert rows["random"]["read_by_machine"] == rows["blocks of 16 shards"]["read_by_machine"] == 1
+    assert rows["blocks of 16 shards, 2 streams"]["read_by_machine"] == 0.5  # eight machines, two streams
+    assert rows["blocks of 16 shards, 2 streams"]["shards_in_batch"] > rows["blocks of 16 shards"]["shards_in_batch"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batches": 9}, "--batches at least 10"),
+        ({"samples": (100.0,)}, "--samples must fill a shard"),
+        ({"rank_batch": 12}, "--rank-batch 12: take a multiple of 8"),
+        ({"ranks": (0,)}, "--ranks 0 x --rank-batch 256 is no batch of 1e[+]06 samples"),
+        ({"ranks": (5000,)}, "--ranks 5000 x --rank-batch 256 is no batch"),
+        ({"json": Path("/nowhere/x.json")}, "--json /nowhere/x.json cannot be written"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        scale.check(scale.Config(**fields))
+
+
+def test_costs_are_drawn(tmp_path: Path) -> None:
+    spread = {"minimum": 1.0, "median": 2.0, "maximum": 4.0}
+    quantities = dict.fromkeys(plots.SCALE_PANELS, spread)
+    cases = [
+        {"samples": samples, "ranks": ranks, "order": order, **quantities}
+        for samples, ranks, order in itertools.product((10**6, 10**9), (1, 1024), scale.ORDERS)
+    ]
+    figure = plots.draw_scale(cases, "a machine")
+    figure.savefig(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [axes.get_title("left") for axes in figure.axes] == list(plots.SCALE_PANELS.values())
 
 
 def picture_sizes(tar: Path) -> list[int]:
