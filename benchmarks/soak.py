@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,6 +33,7 @@ from train.metrics import METRICS_FILE, read_lines
 from train.preemption import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAINER = (sys.executable, str(ROOT / "train" / "pretrain.py"))
 POLL_S = 0.02  # between two looks at metrics.jsonl
 BATCH, SIDE, KEEP = 8, 16, 2  # pictures a step; px of a view; checkpoints kept
 MIB = 1 << 20
@@ -126,7 +126,7 @@ def main() -> None:
     print(describe_machine(), flush=True)
     data = make_data(config)
     start_s = time.perf_counter()
-    samples = soak(config, data, [sys.executable, str(ROOT / "train" / "pretrain.py")])
+    samples = soak(config, data)
     minutes = (time.perf_counter() - start_s) / 60
     growths = compare(samples)
     knn = sum("knn_top1" in line for line in read_lines(config.out / "run" / METRICS_FILE))
@@ -156,8 +156,8 @@ def make_data(config: Config) -> Path:
     return path
 
 
-def soak(config: Config, data: Path, trainer: Sequence[str]) -> list[Sample]:
-    """Both sessions. ``trainer``: the words that start train/pretrain.py. Raises UserError if it does not do its part.
+def soak(config: Config, data: Path) -> list[Sample]:
+    """Both sessions. Raises UserError if the trainer does not do its part.
 
     The epochs are counted as the run does it: without the remainder of the pictures.
     """
@@ -168,7 +168,7 @@ def soak(config: Config, data: Path, trainer: Sequence[str]) -> list[Sample]:
     words += ["--epochs", epochs, "--max-steps", config.steps, "--log-every", every, "--backend", config.backend]
     words += ["--checkpoint-every", f"{config.checkpoint_every}steps", "--keep-checkpoints", KEEP]
     words += ["--knn-every", config.knn_every, "--threads", config.threads, "--resume"]
-    command = [*trainer, *map(str, words)]
+    command = [*TRAINER, *map(str, words)]
     samples: list[Sample] = []
     for session, stop_at, expected in ((0, config.steps // 2, EXIT_PREEMPTED), (1, None, 0)):
         code = watch(command, run_dir, session, stop_at, samples, config.threads)
