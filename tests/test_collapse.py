@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from model.heads import BatchNormPlaces
 from model.simsiam import SimSiam, SimSiamConfig, simsiam_loss, z_std
 from pipeline.views import ViewRecipe
 from train import pretrain
-from train.collapse import KNN_PATIENCE, PATIENCE, CollapseGuard, Reading, effective_rank
+from train.collapse import KNN_PATIENCE, PATIENCE, CollapseGuard, Reading, effective_rank, least_share
 from train.metrics import read_lines
 
 DOCUMENTED_STEPS, LOG_EVERY = 150, 10
-DIM, BATCH, LR = 64, 128, 0.2
+DIM = 64
 TINY = SimSiamConfig("resnet_tiny", dim=DIM, projector_layers=2, projector_hidden=64, predictor_hidden=16)
+NO_OUTPUT_BN = replace(TINY, projector_bn="hidden")
 HEALTHY = 1 / math.sqrt(2048)
 
 
@@ -32,46 +35,100 @@ def reading(share: float = 1.0, rank: float = 100.0) -> Reading:
     return Reading(share * HEALTHY, rank, rows=256)
 
 
-def train_until_told(model_config: SimSiamConfig) -> tuple[str | None, float]:
-    """What the guard says within the documented number of steps, and z_std x sqrt(d) then."""
+@dataclass(frozen=True)
+class Trial:
+    """A short training: what the guard said within the documented number of steps, and z_std x sqrt(d)."""
+
+    told: str | None
+    lowest: float  # of all steps
+
+
+def trial(model_config: SimSiamConfig, batch: int, lr: float = 0.5, enough: float = 0.0) -> Trial:
+    """It ends early once the guard has spoken and z_std x sqrt(d) has been below ``enough``."""
     torch.manual_seed(0)
     model = SimSiam(model_config).train()
-    pictures = F.interpolate(torch.randn(256, 3, 4, 4), size=8, mode="bilinear")
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
-    watching, share = guard(model_config), 1.0
+    pictures = F.interpolate(torch.randn(max(256, batch), 3, 4, 4), size=2, mode="bilinear")
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    watching, told, shares = guard(model_config), None, []
     for step in range(1, DOCUMENTED_STEPS + 1):
-        x = pictures[torch.randint(256, (BATCH,))]
+        x = pictures[torch.randint(len(pictures), (batch,))]
         out = model(x + 0.3 * torch.randn_like(x), x.flip(-1) + 0.3 * torch.randn_like(x))
         optimizer.zero_grad()
         simsiam_loss(*out).backward()
         optimizer.step()
+        shares.append(z_std(out.z1).item() * math.sqrt(DIM))
         if step % LOG_EVERY == 0:
-            share = z_std(out.z1).item() * math.sqrt(DIM)
-            told = watching.check(step, Reading(share / math.sqrt(DIM), effective_rank(out.z1).item(), BATCH))
-            if told is not None:
-                return told, share
-    return None, share
+            reading = Reading(shares[-1] / math.sqrt(DIM), effective_rank(out.z1).item(), batch)
+            told = told or watching.check(step, reading)
+        if told is not None and min(shares) < enough:
+            break
+    return Trial(told, min(shares))
+
+
+COLLAPSING = [
+    ({"stop_gradient": False}, "the stop-gradient is off"),
+    ({"predictor": "none"}, "there is no trained predictor"),
+]
+
+
+@pytest.mark.parametrize(("switched_off", "cause"), COLLAPSING)
+def test_without_batch_norm_at_the_output_a_collapse_goes_to_zero(switched_off: dict[str, Any], cause: str) -> None:
+    collapsed = trial(replace(NO_OUTPUT_BN, **switched_off), batch=64, lr=1.0, enough=0.02)
+    assert collapsed.lowest < 0.02
+    assert "z_std is" in str(collapsed.told)
+    assert f"Likely causes: {cause}" in str(collapsed.told)
 
 
 @pytest.mark.parametrize(
-    ("switched_off", "cause"),
-    [
-        ({"stop_gradient": False}, "the stop-gradient is off"),
-        ({"predictor": "none"}, "there is no trained predictor"),
-    ],
+    ("batch", "switched_off", "cause"),
+    [*((batch, *kind) for batch in (16, 128) for kind in COLLAPSING), (512, *COLLAPSING[0])],
 )
-def test_an_encoder_made_to_collapse_is_told(switched_off: dict[str, Any], cause: str) -> None:
-    told, share = train_until_told(replace(TINY, **switched_off))
-    assert share < 0.5
-    assert told is not None
-    assert "z_std is" in told
-    assert f"Likely causes: {cause}" in told
+def test_with_it_a_collapse_goes_to_its_floor(batch: int, switched_off: dict[str, Any], cause: str) -> None:
+    near = 1.2 * least_share(batch)
+    collapsed = trial(replace(TINY, **switched_off), batch, enough=near)
+    assert 0.99 * least_share(batch) < collapsed.lowest < near
+    assert "z_std is" in str(collapsed.told)
+    assert f"Likely causes: {cause}" in str(collapsed.told)
 
 
-def test_the_method_as_it_is_does_not_fire() -> None:
-    told, share = train_until_told(TINY)
-    assert told is None
-    assert share > 0.8
+@pytest.mark.parametrize(("config", "batch"), [(TINY, 16), (TINY, 128), (NO_OUTPUT_BN, 64)])
+def test_the_method_as_it_is_does_not_fire(config: SimSiamConfig, batch: int) -> None:
+    healthy = trial(config, batch)
+    assert healthy.told is None
+    assert healthy.lowest > 0.75
+
+
+def on_the_other_side(samples: int, n: int) -> Tensor:
+    """z of batch norm where ``samples`` of n stand opposite to the rest."""
+    side = torch.ones(n)
+    side[:samples] = -(n - samples) / samples
+    return nn.BatchNorm1d(DIM, affine=False, eps=1e-9)(side[:, None] * torch.randn(DIM).sign())
+
+
+@pytest.mark.parametrize("n", [8, 16, 128, 512])
+def test_the_floor_is_one_sample_on_the_other_side(n: int) -> None:
+    for k in (1, 2, n // 2):
+        share = z_std(on_the_other_side(k, n)).item() * math.sqrt(DIM)
+        assert share == pytest.approx(2 * math.sqrt(k * (n - k) / (n * (n - 1))), rel=1e-4)
+        assert share >= least_share(n) * (1 - 1e-4)
+    assert z_std(on_the_other_side(1, n)).item() * math.sqrt(DIM) == pytest.approx(least_share(n), rel=1e-4)
+    assert least_share(512) == pytest.approx(0.088, abs=5e-4)
+
+
+@pytest.mark.parametrize("n", [8, 64])
+def test_nothing_under_batch_norm_goes_below_the_floor(n: int) -> None:
+    torch.manual_seed(0)
+    before = (on_the_other_side(1, n) + 0.3 * torch.randn(n, DIM)).requires_grad_()
+    norm, optimizer = nn.BatchNorm1d(DIM, affine=False), torch.optim.Adam([before], lr=0.02)
+    seen = []
+    for _ in range(400):
+        share = (F.normalize(norm(before), dim=1).var(dim=0).mean() * DIM).sqrt()
+        optimizer.zero_grad()
+        share.backward()
+        optimizer.step()
+        seen.append(share.item())
+    assert min(seen) > least_share(n) * (1 - 1e-4)
+    assert seen[-1] < 1.05 * least_share(n) < seen[0]
 
 
 def test_each_sign_must_last_and_is_told_once_until_recovery() -> None:
@@ -89,6 +146,19 @@ def test_each_sign_must_last_and_is_told_once_until_recovery() -> None:
     assert watching.check(12, reading(0.05)) is not None  # far down: nothing to wait for
     assert watching.check(13, reading()) is None
     assert watching.check(14, reading(math.nan)) is not None
+
+
+@pytest.mark.parametrize(
+    ("projector_bn", "rows", "told_at", "not_at"),
+    [("all", 512, 0.54, 0.55), ("all", 128, 0.58, 0.6), ("all", 16, 0.74, 0.76), ("hidden", 16, 0.49, 0.51)],
+)
+def test_what_is_low_depends_on_how_low_it_can_be(
+    projector_bn: BatchNormPlaces, rows: int, told_at: float, not_at: float
+) -> None:
+    for share, expected in ((told_at, True), (not_at, False)):
+        watching = guard(SimSiamConfig(projector_bn=projector_bn))
+        told = [watching.check(step, Reading(share * HEALTHY, 100.0, rows)) for step in range(PATIENCE)]
+        assert (told[-1] is not None) == expected
 
 
 def test_few_directions_are_a_sign_though_z_std_is_not() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.disk import disk_error, write_json
 from pipeline.read_costs import ReadCosts
 from pipeline.shards import ShardSet
-from train.collapse import RANK_ROWS, CollapseGuard, Reading, effective_rank
+from train.collapse import CollapseGuard, Reading, effective_rank
 from train.config import PretrainConfig
 from train.dist import Dist, mean_over_ranks, on_main, say, together
 from train.metrics import MetricsLog, ProgressLine, RateMeter, Rates, SampleRecord, duration
@@ -88,7 +88,7 @@ class Reporter:
                 more = {**asdict(rates), **_per_rank(waits), **skipped}
                 self._metrics.write(epoch, step, loss=loss, lr=result.lr, z_std=z_std, z_rank=rank, **more)
                 self._progress.show(epoch, step, loss, z_std, rates, str(waits))
-            self._warn(self._guard.check(step, Reading(z_std, rank, min(len(result.z), RANK_ROWS))))
+            self._warn(self._guard.check(step, Reading(z_std, rank, len(result.z))))
         self._predict(step)
 
     def _warn(self, collapse: str | None) -> None:
