@@ -21,8 +21,9 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+from pipeline.delivery import share_of_cores
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader import open_views, share_of_cores
+from pipeline.loader import open_views
 from pipeline.loader_config import LoaderConfig
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe

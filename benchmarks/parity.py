@@ -24,8 +24,8 @@ from tqdm import tqdm
 from pipeline import reference
 from pipeline.backends import choose_backend
 from pipeline.batch import Batch
+from pipeline.delivery import share_of_cores
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader import share_of_cores
 from pipeline.loader_config import DaliConfig
 from pipeline.photometric import Photometric
 from pipeline.shards import ShardSet

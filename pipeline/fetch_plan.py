@@ -25,6 +25,7 @@ class Window:
         self._turns, self._sizes, self._budget, self._slack = turns, sizes, budget, slack
         self._laid: deque[list[int]] = deque()  # the shards of steps now - slack .. the last one looked at
         self._uses: dict[int, int] = {}  # shard -> steps in _laid that read it
+        self._last: dict[int, int] = {}  # shard -> the last of these steps
         self._bytes, self._entries, self._now, self._ahead = 0, 0, -1, -1  # _ahead: the last step looked at
         self._next: list[int] | None = None  # the shards of the step that did not fit
         self._wanted: deque[int] = deque()  # shards not yet handed out by ``take``, in the order of first use
@@ -47,20 +48,23 @@ class Window:
                 self._entries -= 1
                 self._uses[shard] -= 1
                 if self._uses[shard] == 0:
-                    del self._uses[shard]
+                    del self._uses[shard], self._last[shard]
                     self._bytes -= self._sizes[shard]
 
     def take(self) -> int | None:
         """The next shard to fetch, in the order of first use; None if there is none now, but perhaps later."""
         for _ in range(_LOOK):
-            if self._wanted or len(self._uses) == len(self._sizes) or not self._extend(force=False):
+            while self._wanted:
+                shard = self._wanted.popleft()
+                if self._last.get(shard, -1) >= self._now:  # else it is over
+                    return shard
+            if len(self._uses) == len(self._sizes) or not self._extend(force=False):
                 break
-        return self._wanted.popleft() if self._wanted else None
+        return None
 
     def put_back(self, shard: int) -> None:
         """Let ``take`` give the shard again; it could not be fetched now."""
-        if shard in self._uses:
-            self._wanted.appendleft(shard)
+        self._wanted.appendleft(shard)
 
     def _extend(self, *, force: bool) -> bool:
         """Take one more step into the window if it fits, or anyway if ``force``."""
@@ -75,6 +79,7 @@ class Window:
             return False
         for shard in self._next:
             self._uses[shard] = self._uses.get(shard, 0) + 1
+            self._last[shard] = self._ahead + 1
         self._laid.append(self._next)
         self._bytes += coming_bytes
         self._entries += len(self._next)

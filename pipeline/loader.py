@@ -7,12 +7,10 @@ not bound by its data.
 from __future__ import annotations
 
 import itertools
-import os
+import math
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +20,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from typing_extensions import assert_never
 
-from pipeline.assemble import Assembler, BadSamples, DrawWindows, Place
-from pipeline.backends import Delivered, ViewMaker
-from pipeline.feeder import fed_ahead
+from pipeline.assemble import Place
+from pipeline.delivery import PAIR_EPOCHS, Settings, deliver_ahead, slack
 from pipeline.loader_config import LoaderConfig
 from pipeline.location import Url
 from pipeline.order import (
@@ -40,10 +37,6 @@ from pipeline.read_costs import ReadCosts
 from pipeline.remote_shards import Ahead
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
-
-# The second pair of views of a sample in epoch e is drawn as that of epoch e + PAIR_EPOCHS would be.
-PAIR_EPOCHS = 1 << 24
-RANKS_APART = 2  # steps by which one rank of a machine may be behind another
 
 
 @dataclass(frozen=True)
@@ -76,17 +69,26 @@ def open_dataset(path: Path | Url, config: LoaderConfig) -> ShardSet:
     return ShardSet.open(path, verify_checksums=config.verify_checksums, cache=config.cache)
 
 
-def check_cache(dataset: ShardSet, order: OrderConfig, world_size: int, local_world_size: int) -> None:
+def check_cache(
+    dataset: ShardSet,
+    order: OrderConfig,
+    config: LoaderConfig,
+    *,
+    global_batch: int,
+    world_size: int,
+    local_world_size: int,
+) -> None:
     """Raise UserError if the cache of a remote dataset cannot hold what a machine reads at a time in this order."""
     match order.epoch_order:
         case "random":
             dataset.check_room(len(dataset.shards), "--epoch-order random", "take --epoch-order blocks")
         case "blocks":
             streams = -(-order.block_streams * local_world_size // world_size)
-            at_once = 2 * streams * order.block_shards  # a stream goes on from one group of shards to the next
-            dataset.check_room(
-                at_once, f"--block-shards {order.block_shards} x {streams} streams x 2", "take fewer --block-shards"
-            )
+            samples = dataset.num_samples / len(dataset.shards) * order.block_shards  # of a group of shards
+            steps = samples * order.block_streams / global_batch  # that a stream takes to read a group
+            groups = 1 + math.ceil((slack(config) + 1) / steps)  # the one being read, and those that end or begin
+            reason = f"--epoch-order blocks, {streams} x {groups} groups of {order.block_shards} shards,"
+            dataset.check_room(streams * groups * order.block_shards, reason, "take fewer --block-shards")
         case _:
             assert_never(order.epoch_order)
 
@@ -94,12 +96,6 @@ def check_cache(dataset: ShardSet, order: OrderConfig, world_size: int, local_wo
 def print_bad_sample(error: BadSampleError) -> None:
     """The default report of a bad sample: one line on stderr."""
     print(f"bad sample, replaced by the next one: {error}", file=sys.stderr, flush=True)
-
-
-def share_of_cores(local_world_size: int) -> int:
-    """The threads of one rank when a machine's ranks share its cores evenly."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size)
 
 
 @contextmanager
@@ -152,9 +148,9 @@ def open_views(
                 yield sample_ids(epoch, node_positions(step, global_batch, rank, world_size, local_world_size))
 
     max_batch = global_batch // world_size // accumulate
-    settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
+    settings = Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
     settings = replace(settings, read_costs=read_costs, give_up=give_up)
-    with _delivered(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
+    with deliver_ahead(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
         yield (
             Views(x1, x2, batch.ids, batch.sources, epoch, batch.step, wait_s, pair)
             for (batch, (x1, x2)), wait_s in delivered
@@ -202,8 +198,8 @@ def open_crops(
         return draw_views(recipe, seed, epoch, sources, dataset.sizes(sources)).only_view(0)
 
     max_batch = global_batch // world_size // accumulate
-    settings = _Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
-    with _delivered(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
+    settings = Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
+    with deliver_ahead(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
         yield (Crops(x, batch.sources, batch.epoch, batch.step, wait_s) for (batch, (x,)), wait_s in delivered)
 
 
@@ -232,95 +228,6 @@ def open_pictures(
     def draw(_: int, sources: Int64[np.ndarray, " n"]) -> CentreCrops:
         return centre_crops(recipe.image_size, dataset.sizes(sources))
 
-    settings = _Settings(dataset, recipe, config, batch, local_world_size, device, dtype, on_bad_sample)
-    with _delivered(settings, draw, places, Ahead(batches(), None) if dataset.pays(ids) else None) as delivered:
+    settings = Settings(dataset, recipe, config, batch, local_world_size, device, dtype, on_bad_sample)
+    with deliver_ahead(settings, draw, places, Ahead(batches(), None) if dataset.pays(ids) else None) as delivered:
         yield ((x, part.ids) for (part, (x,)), _ in delivered)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What both kinds of loader share."""
-
-    dataset: ShardSet
-    recipe: ViewRecipe
-    config: LoaderConfig
-    max_batch: int
-    local_world_size: int
-    device: torch.device
-    dtype: torch.dtype
-    on_bad_sample: Callable[[BadSampleError], None]
-    read_costs: ReadCosts | None = None
-    give_up: Callable[[], bool] = lambda: False
-
-
-@contextmanager
-def _delivered(
-    settings: _Settings, draw: DrawWindows, places: Callable[[], Iterator[Place]], ahead: Ahead | None
-) -> Iterator[Iterator[tuple[Delivered, float]]]:
-    """The views of ``places`` with the time waited for each, made ahead by a thread, shards fetched by ``ahead``."""
-    config, device = settings.config, settings.device
-    threads = config.threads or share_of_cores(settings.local_world_size)
-    slack = config.read_ahead + config.prefetch + config.dali.prefetch + RANKS_APART
-    with (
-        ThreadPoolExecutor(threads, "read") as readers,
-        ThreadPoolExecutor(threads, "transform") as transformers,
-        ExitStack() as innermost,
-    ):
-        cancelled = threading.Event()
-        begin = innermost.enter_context(settings.dataset.follow(ahead, cancelled, slack, settings.local_world_size))
-        bad = BadSamples(config.max_bad_samples, settings.on_bad_sample)
-        maker = ViewMaker(
-            Assembler(settings.dataset, draw, readers, bad, settings.read_costs, cancelled),
-            settings.recipe,
-            config,
-            max_batch=settings.max_batch,
-            device=device,
-            dtype=settings.dtype,
-            pool=transformers,
-            threads=threads,
-        )
-
-        def make() -> Iterator[Delivered]:
-            return maker.deliver(_begun(places(), begin))
-
-        depth, give_up = config.prefetch, settings.give_up
-        if device.type != "cuda":
-            delivered = innermost.enter_context(fed_ahead(make, depth, give_up))
-        else:
-            made = innermost.enter_context(fed_ahead(lambda: _on_side_stream(make(), device), depth, give_up))
-            delivered = _to_current_stream(made, device)
-        innermost.callback(cancelled.set)  # first of all: a reader that waits for a fetch would hold up the rest
-        yield delivered
-
-
-def _begun(places: Iterator[Place], begin: Callable[[], None]) -> Iterator[Place]:
-    """The same places; ``begin`` is called with the first of each step."""
-    newest = None
-    for place in places:
-        step = place[0] % PAIR_EPOCHS, place[1]
-        if step != newest:
-            begin()
-            newest = step
-        yield place
-
-
-def _on_side_stream(
-    delivered: Iterator[Delivered], device: torch.device
-) -> Iterator[tuple[Delivered, torch.cuda.Event]]:
-    """Work on a stream of the feeder's own, so that it overlaps with the model; an event tells when a batch is done."""
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        for item in delivered:
-            yield item, stream.record_event()
-
-
-def _to_current_stream(
-    delivered: Iterator[tuple[tuple[Delivered, torch.cuda.Event], float]], device: torch.device
-) -> Iterator[tuple[Delivered, float]]:
-    """Let the model's stream, not the host, wait for each batch."""
-    for ((batch, views), done), wait_s in delivered:
-        current = torch.cuda.current_stream(device)
-        current.wait_event(done)
-        for view in views:
-            view.record_stream(current)
-        yield (batch, views), wait_s

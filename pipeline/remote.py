@@ -24,7 +24,7 @@ from pipeline.location import Url
 
 PIECE = 8 << 20  # bytes asked for at a time
 PIECE_TIMEOUT_S = 120.0  # for one piece; slower than 70 KB/s counts as a dead connection
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 60.0  # between attempts: doubled each time, shortened at random by up to a half
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0  # between attempts: doubled each time, shortened at random by up to a half
 HOPELESS_ATTEMPTS = 4  # where waiting seldom helps: no such file, no permission, too short an object
 _SPOKEN_ATTEMPT = 3  # from this attempt on a person is told
 _POLL_S = 0.2  # how soon a waiting thread hears that nobody needs its piece any more

@@ -17,8 +17,9 @@ from encoded import only_pil_decodes
 from photos import picture_bytes
 
 from pipeline import loader, reference
+from pipeline.delivery import share_of_cores
 from pipeline.errors import UserError
-from pipeline.loader import Views, open_pictures, open_views, share_of_cores
+from pipeline.loader import Views, open_pictures, open_views
 from pipeline.loader_config import DaliConfig, LoaderConfig
 from pipeline.order import batch_ids
 from pipeline.shards import BadSampleError, ShardSet

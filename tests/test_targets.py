@@ -13,8 +13,9 @@ import torch
 from test_pretrain import alone, flags, global_batches, losses, run_here, torchrun, views
 
 from model.simsiam import SimSiam, SimSiamConfig, SimSiamOutput
+from pipeline.delivery import PAIR_EPOCHS
 from pipeline.errors import UserError
-from pipeline.loader import PAIR_EPOCHS, open_views
+from pipeline.loader import open_views
 from pipeline.loader_config import LoaderConfig
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe, draw_views

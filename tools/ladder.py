@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from pipeline.assemble import Assembler, BadSamples, Place
 from pipeline.batch import Batch
-from pipeline.loader import Views, open_views, print_bad_sample, share_of_cores
+from pipeline.delivery import share_of_cores
+from pipeline.loader import Views, open_views, print_bad_sample
 from pipeline.loader_config import LoaderConfig
 from pipeline.order import OrderConfig, batch_positions, choose_order, steps_per_epoch
 from pipeline.shards import ShardSet

@@ -30,8 +30,9 @@ import tyro
 
 from model.simsiam import SimSiamConfig
 from pipeline.backends import choose_backend
+from pipeline.delivery import share_of_cores
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader import open_dataset, share_of_cores
+from pipeline.loader import open_dataset
 from pipeline.loader_config import LoaderConfig
 from pipeline.location import Location
 from pipeline.options import ShardingOptions

@@ -75,7 +75,7 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     precision = together(dist, lambda: choose_precision(config.precision, dist.device))
     together(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
     dataset = together(dist, lambda: open_dataset(config.data, config.loader))
-    together(dist, lambda: check_cache(dataset, config.order, dist.world_size, dist.local_world_size))
+    together(dist, lambda: check_room(config, dataset, dist))
     of_main = on_main(dist, lambda: dataset.fingerprint)
     together(dist, lambda: check_same_dataset(dataset, of_main))
     plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
@@ -109,6 +109,12 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     parallel = _parallel(model, config, dist)
     guard = StepGuard(model, optimizer, dist.device)
     return Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)
+
+
+def check_room(config: PretrainConfig, dataset: ShardSet, dist: Dist) -> None:
+    """Raise UserError if the cache of a remote dataset is too small for the order."""
+    ranks = {"world_size": dist.world_size, "local_world_size": dist.local_world_size}
+    check_cache(dataset, config.order, config.loader, global_batch=config.global_batch, **ranks)
 
 
 def check_same_dataset(dataset: ShardSet, of_main: str) -> None:
