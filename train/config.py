@@ -53,7 +53,8 @@ class PretrainConfig:
     on_collapse: Literal["warn", "stop"] = "warn"
     checkpoint_every: str = "1epoch"  # or 500steps, or 10m (minutes)
     keep_checkpoints: int = 3  # the newest ones
-    # When no rank has gone on for so long: say which one hangs, and exit with code 70. 90s, 10m, 2h, or off
+    # When no rank has gone on for so long: say which one hangs, and exit with code 70. 90s, 10m, 2h, or off. With a
+    # remote dataset at least 5 minutes more than --retry-minutes
     hang_timeout: str = "10m"
     log_every: int = 10  # steps between lines of metrics.jsonl
     loader_tuning: Path | None = None  # file of profile_throughput.py --tune: sets the loader where no flag does
@@ -65,6 +66,11 @@ class PretrainConfig:
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     knn: Annotated[KnnConfig, tyro.conf.arg(name="")] = field(default_factory=KnnConfig)
+
+    @property
+    def longest_fetch_s(self) -> float:
+        """How long a step may have to wait for pictures before their failure is told."""
+        return 60.0 * (self.loader.cache.retry_minutes + 5) if isinstance(self.data, Url) else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """The configuration for config.json."""

@@ -240,9 +240,12 @@ class HangWatch:
 
 
 @contextmanager
-def hangs_watched(dist: Dist, timeout: str, stop: StopRequest) -> Iterator[None]:
-    """Watch while the context lasts. Raises SharedError for a wrong ``timeout``. A collective."""
-    limit_s = on_main(dist, lambda: parse_hang_timeout(timeout))
+def hangs_watched(dist: Dist, timeout: str, stop: StopRequest, at_least_s: float = 0.0) -> Iterator[None]:
+    """Watch while the context lasts; ``at_least_s`` seconds without a step are no hang, whatever ``timeout`` says.
+
+    Raises SharedError for a wrong ``timeout``. A collective.
+    """
+    limit_s = max(on_main(dist, lambda: parse_hang_timeout(timeout)), at_least_s)
     board: Board = OwnBoard()
     if dist.store is not None:
         name = on_main(dist, lambda: secrets.token_hex(8))  # notes of processes that were restarted must not count

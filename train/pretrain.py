@@ -63,7 +63,7 @@ def main() -> None:
         told_once(),
         stop_signals() as stop,
         distributed(config.device, COLLECTIVE_TIMEOUT) as dist,
-        hangs_watched(dist, config.hang_timeout, stop),
+        hangs_watched(dist, config.hang_timeout, stop, config.longest_fetch_s),
     ):
         finished = pretrain(config, dist, stop)
     if not finished:
