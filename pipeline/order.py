@@ -30,6 +30,7 @@ FEISTEL_ROUNDS = 12  # six per half; four in all are proven enough for large hal
 ORDER_STREAM = 0x0D0E  # keeps the order's counters apart from those of the views
 SHARD_STREAM = 0x0D5A  # the permutation of shards
 BLOCK_STREAM = 0x0D81  # those within groups of shards
+ONLY_ONE = np.zeros(1, dtype=np.int64)  # number of a stream's permutation that has no siblings
 
 Order = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]  # (epoch, positions in it) -> sample ids
 
@@ -105,7 +106,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: NDArray[np.i
     ``positions``: int64 ``[n]`` in ``0 .. num_samples - 1``. Returns int64 ``[n]``; over all positions it is a
     permutation of ``0 .. num_samples - 1``, another one for each seed and epoch.
     """
-    return _permute(num_samples, _round_keys(seed, epoch, ORDER_STREAM), positions)
+    return _permute_one(num_samples, _round_keys(seed, epoch, ORDER_STREAM), positions)
 
 
 class BlockOrder:
@@ -130,19 +131,18 @@ class BlockOrder:
             self._newest = (epoch, layout)
         shards, starts = layout
         groups = (np.searchsorted(starts, positions, side="right") - 1) // self._group
-        places = np.empty_like(positions)
-        for number in np.unique(groups):
-            mine = groups == number
-            start, end = starts[number * self._group], starts[min((number + 1) * self._group, len(shards))]
-            keys = _round_keys(self._seed, epoch, BLOCK_STREAM, int(number))
-            places[mine] = start + _permute(int(end - start), keys, positions[mine] - start)
+        numbers, which = np.unique(groups, return_inverse=True)  # all groups are permuted in one pass
+        begin = starts[numbers * self._group]
+        sizes = starts[np.minimum((numbers + 1) * self._group, len(shards))] - begin
+        keys = _round_keys(self._seed, epoch, BLOCK_STREAM, numbers)
+        places = begin[which] + _permute(sizes, keys, positions - begin[which], which)
         at = np.searchsorted(starts, places, side="right") - 1
         return self._first[shards[at]] + places - starts[at]
 
     def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shards in the order of an epoch, without empty ones, and where each starts; the end of the last too."""
         keys = _round_keys(self._seed, epoch, SHARD_STREAM)
-        shards = _permute(len(self._samples), keys, np.arange(len(self._samples)))
+        shards = _permute_one(len(self._samples), keys, np.arange(len(self._samples)))
         shards = shards[self._samples[shards] > 0]
         return shards, np.concatenate([[0], np.cumsum(self._samples[shards])])
 
@@ -163,18 +163,30 @@ def stream_positions(
     return numbers * (num_samples // streams) + steps * part + places
 
 
-def _permute(num_samples: int, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A keyed permutation of ``0 .. num_samples - 1`` at some positions: int64 ``[n]``."""
-    assert num_samples > 0
-    assert positions.size == 0 or (positions.min() >= 0 and positions.max() < num_samples)
-    rows = math.isqrt(num_samples - 1) + 1
-    columns = -(-num_samples // rows)
-    ids = _permute_grid(positions.astype(np.uint64), rows, columns, keys)
-    outside = np.flatnonzero(ids >= num_samples)
+def _permute(
+    sizes: NDArray[np.int64], keys: NDArray[np.uint64], positions: NDArray[np.int64], which: NDArray[np.intp]
+) -> NDArray[np.int64]:
+    """Keyed permutations at some positions: position ``i`` under that of ``0 .. sizes[which[i]] - 1``.
+
+    ``sizes`` int64 ``[permutations]``, ``keys`` uint64 ``[FEISTEL_ROUNDS, permutations]``; the others and the result
+    int64 ``[n]``.
+    """
+    assert (sizes > 0).all()
+    assert positions.size == 0 or (positions.min() >= 0 and (positions < sizes[which]).all())
+    rows = np.array([math.isqrt(size - 1) + 1 for size in sizes.tolist()], dtype=np.int64)
+    grids = _Grids(rows.astype(np.uint64), (-(-sizes // rows)).astype(np.uint64), keys)
+    limits = sizes.astype(np.uint64)
+    ids = grids.permute(positions.astype(np.uint64), which)
+    outside = np.flatnonzero(ids >= limits[which])
     while outside.size:
-        ids[outside] = _permute_grid(ids[outside], rows, columns, keys)
-        outside = outside[ids[outside] >= num_samples]
+        ids[outside] = grids.permute(ids[outside], which[outside])
+        outside = outside[ids[outside] >= limits[which[outside]]]
     return ids.astype(np.int64)
+
+
+def _permute_one(num_samples: int, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One keyed permutation of ``0 .. num_samples - 1`` at some positions: int64 ``[n]``."""
+    return _permute(np.array([num_samples]), keys, positions, np.zeros(len(positions), dtype=np.intp))
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
@@ -218,23 +230,32 @@ def rank_slice(ids: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np
     return ids[rank * rank_batch : (rank + 1) * rank_batch]
 
 
-def _round_keys(seed: int, epoch: int, stream: int, number: int = 0) -> NDArray[np.uint64]:
-    """One 64-bit key for each Feistel round of permutation ``number`` of a stream: uint64 ``[FEISTEL_ROUNDS]``."""
-    counters = np.zeros((FEISTEL_ROUNDS, 4), dtype=np.uint32)
-    counters[:, 0] = np.arange(FEISTEL_ROUNDS)
-    counters[:, 1] = number
-    counters[:, 2] = epoch
-    counters[:, 3] = stream << 16
-    words = philox4x32(counters, seed_key(seed)).astype(np.uint64)
-    return words[:, 0] << np.uint64(32) | words[:, 1]
+def _round_keys(seed: int, epoch: int, stream: int, numbers: NDArray[np.int64] = ONLY_ONE) -> NDArray[np.uint64]:
+    """A 64-bit key for each Feistel round of permutations ``numbers`` of a stream: ``[FEISTEL_ROUNDS, numbers]``."""
+    counters = np.zeros((FEISTEL_ROUNDS, len(numbers), 4), dtype=np.uint32)
+    counters[..., 0] = np.arange(FEISTEL_ROUNDS)[:, None]
+    counters[..., 1] = numbers
+    counters[..., 2] = epoch
+    counters[..., 3] = stream << 16
+    words = philox4x32(counters.reshape(-1, 4), seed_key(seed)).astype(np.uint64)
+    return (words[:, 0] << np.uint64(32) | words[:, 1]).reshape(FEISTEL_ROUNDS, len(numbers))
 
 
-def _permute_grid(values: NDArray[np.uint64], rows: int, columns: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A keyed permutation of ``0 .. rows * columns - 1``."""
-    left, right = np.divmod(values, np.uint64(columns))
-    for index, key in enumerate(keys):
-        if index % 2 == 0:
-            left = (left + splitmix64(right ^ key) % np.uint64(rows)) % np.uint64(rows)
-        else:
-            right = (right + splitmix64(left ^ key) % np.uint64(columns)) % np.uint64(columns)
-    return left * np.uint64(columns) + right
+@dataclass(frozen=True)
+class _Grids:
+    """Keyed permutations of ``0 .. rows * columns - 1``."""
+
+    rows: NDArray[np.uint64]  # [permutations]
+    columns: NDArray[np.uint64]  # [permutations]
+    keys: NDArray[np.uint64]  # [FEISTEL_ROUNDS, permutations]
+
+    def permute(self, values: NDArray[np.uint64], which: NDArray[np.intp]) -> NDArray[np.uint64]:
+        """``values[i]`` under permutation ``which[i]``: all ``[n]``."""
+        rows, columns = self.rows[which], self.columns[which]
+        left, right = np.divmod(values, columns)
+        for index, key in enumerate(self.keys):
+            if index % 2 == 0:
+                left = (left + splitmix64(right ^ key[which]) % rows) % rows
+            else:
+                right = (right + splitmix64(left ^ key[which]) % columns) % columns
+        return left * columns + right

@@ -218,3 +218,13 @@ def test_within_a_group_every_sample_is_as_likely_anywhere(seed: int) -> None:
 def test_shards_come_in_every_order_as_often() -> None:
     firsts = np.bincount([whole([3] * 12, 3, seed)[0] // 3 for seed in range(2400)], minlength=12)
     assert abs(chi_square_z(firsts, 200)) < Z_LIMIT
+
+
+def test_the_order_by_blocks_never_changes() -> None:
+    """A checkpoint names its place by two integers: another order would train on samples twice without a word."""
+    expected = [16, 19, 17, 14, 15, 18, 13, 5, 2, 1, 0, 6, 4, 3, 12, 11, 9, 8, 7, 10]
+    assert whole([4, 0, 3, 6, 2, 5], 2, seed=7, epoch=1).tolist() == expected
+    large = BlockOrder(np.full(100_000, 10_000), 16, 2**63 + 1)
+    assert large(5, np.array([0, 1, 10**9 - 1])).tolist() == [166873961, 20406648, 629310983]
+    two_streams = streamed([4, 0, 3, 6, 2, 5], 2, 2, 4, epoch=1)  # a batch of 4 takes 2 from each half
+    assert two_streams.tolist() == [[16, 19, 0, 6], [17, 14, 4, 3], [15, 18, 12, 11], [13, 5, 9, 8], [2, 1, 7, 10]]
