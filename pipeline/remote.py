@@ -26,6 +26,7 @@ PIECE = 8 << 20  # bytes asked for at a time
 PIECE_TIMEOUT_S = 120.0  # for one piece; slower than 70 KB/s counts as a dead connection
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0  # between attempts: doubled each time, shortened at random by up to a half
 HOPELESS_ATTEMPTS = 4  # where waiting seldom helps: no such file, no permission, too short an object
+_READS = 6  # of a file without a checksum, until two in a row are alike
 _SPOKEN_ATTEMPT = 3  # from this attempt on a person is told
 _POLL_S = 0.2  # how soon a waiting thread hears that nobody needs its piece any more
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
@@ -40,6 +41,10 @@ class FetchCancelledError(Exception):
 
 class _ShortError(Exception):
     """The object ends before the range that was asked for."""
+
+
+class _LongError(Exception):
+    """More came than the range that was asked for."""
 
 
 class RemoteFolder:
@@ -70,8 +75,14 @@ class RemoteFolder:
         return self._persist(name, (start, start + length), cancelled)
 
     def read_whole(self, name: str) -> bytes:
-        """All of a small file. Raises UserError as ``read`` does."""
-        return self._persist(name, None, threading.Event())
+        """All of a file that no checksum vouches for, once two reads agree on it. Raises UserError as ``read``."""
+        former: bytes | None = None
+        for _ in range(_READS):
+            data = self._persist(name, None, threading.Event())
+            if data == former:
+                return data
+            former = data
+        raise UserError(f"{name} of {self.url} comes differently each time: wait until it is final, then start again")
 
     def pieces(self, name: str, size: int, start: int, cancelled: threading.Event) -> Iterator[bytes]:
         """Bytes ``start`` to ``size`` of a file, PIECE at a time. Raises as ``read`` does."""
@@ -116,7 +127,7 @@ class RemoteFolder:
         else:
             data = self._fs.cat_file(path, start=start, end=end)
         if span is not None and len(data) > span[1] - span[0]:
-            raise UserError(f"the server of {self.url} ignores range requests, which fetching is made of")
+            raise _LongError
         if span is not None and len(data) < span[1] - span[0]:
             raise _ShortError(f"{len(data)} of {span[1] - span[0]} bytes")
         return data
@@ -142,7 +153,8 @@ def is_hopeless(error: Exception) -> bool:
     if status is not None:
         return 400 <= status < 500 and status not in _TRANSIENT_4XX
     names = {base.__name__ for base in type(error).__mro__}
-    return isinstance(error, (FileNotFoundError, PermissionError, _ShortError)) or bool(names & _CREDENTIALS)
+    kinds = (FileNotFoundError, PermissionError, _ShortError, _LongError)
+    return isinstance(error, kinds) or bool(names & _CREDENTIALS)
 
 
 def describe(error: Exception) -> str:
@@ -154,6 +166,8 @@ def describe(error: Exception) -> str:
             return "permission denied"
         case _ShortError():
             return f"the object ends early ({error})"
+        case _LongError():
+            return "the server ignores range requests, which fetching is made of"
         case TimeoutError() | asyncio.TimeoutError() | NotYetError():
             return "time-out"
     status = _status(error)

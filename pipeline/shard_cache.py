@@ -108,27 +108,29 @@ class ShardCache:
         ``needed`` says what must not go. Raises UserError if the file cannot be had, FetchCancelledError if
         ``cancelled`` is set meanwhile.
         """
-        while True:
-            handle = self._open_whole(file)
-            if handle is not None:
-                return handle
-            part = self._claim(file, needed)
-            if part is _Claim.FULL:
-                return None
-            if isinstance(part, int):
-                return self._fill(part, file, cancelled)
-            if cancelled.wait(_BUSY_POLL_S):
-                raise FetchCancelledError(file.name)
+        with self._disk_trouble():
+            while True:
+                handle = self._open_whole(file)
+                if handle is not None:
+                    return handle
+                part = self._claim(file, needed)
+                if part is _Claim.FULL:
+                    return None
+                if isinstance(part, int):
+                    return self._fill(part, file, cancelled)
+                if cancelled.wait(_BUSY_POLL_S):
+                    raise FetchCancelledError(file.name)
 
     def fetch(self, file: RemoteFile, needed: NeededAs, cancelled: threading.Event) -> bool:
         """See that ``file`` is there or that another fetches it; False if there is no room now. Raises as ``open``."""
-        if self.has(file):
-            self.announce(file)
-            return True
-        part = self._claim(file, needed)
-        if isinstance(part, int):
-            os.close(self._fill(part, file, cancelled))
-        return part is not _Claim.FULL
+        with self._disk_trouble():
+            if self.has(file):
+                self.announce(file)
+                return True
+            part = self._claim(file, needed)
+            if isinstance(part, int):
+                os.close(self._fill(part, file, cancelled))
+            return part is not _Claim.FULL
 
     def has(self, file: RemoteFile) -> bool:
         """Whether the file is there."""
@@ -182,14 +184,13 @@ class ShardCache:
         try:
             for _ in range(_WRONG_ATTEMPTS):
                 if self._fetch(part, file, cancelled) == file.sha256:
-                    path.rename(self._path(file))
+                    with self._room_locked():  # who measures the folder sees one name or the other
+                        path.rename(self._path(file))
                     fcntl.flock(part, fcntl.LOCK_UN)
                     return part
                 os.ftruncate(part, 0)
-        except BaseException as error:
+        except BaseException:
             os.close(part)
-            if isinstance(error, OSError):
-                raise disk_error(error, f"writing to --cache-dir {self.folder}") or error from error
             raise
         path.unlink()
         os.close(part)
@@ -232,6 +233,18 @@ class ShardCache:
                 continue
             used -= size
         return used <= self.limit
+
+    @contextmanager
+    def _disk_trouble(self) -> Iterator[None]:
+        """What the cache's disk does is no fault of a picture, which an OSError would be taken for."""
+        try:
+            yield
+        except OSError as error:
+            doing = f"using --cache-dir {self.folder}"
+            raise disk_error(error, doing) or UserError(
+                f"{doing} failed: {error.strerror}; see to the disk or name another folder, then run the same command "
+                "again (pretrain.py with --resume)"
+            ) from error
 
     @contextmanager
     def _room_locked(self) -> Iterator[None]:
