@@ -61,9 +61,25 @@ def location(text: str) -> Path | Url:
     match = _SCHEME.match(text)
     if match is None:
         return Path(text)
+    _check_secret(text)
     if not urlsplit(text).netloc:
         raise UserError(f"{text} names no host or bucket: write it as s3://BUCKET/FOLDER or https://HOST/FOLDER")
     return Url(text)
+
+
+def _check_secret(text: str) -> None:
+    """Raise UserError, which does not show it, for a URL whose password would be taken for another part of it."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises for what is no number
+        cut = ":" in parts.netloc and "@" not in parts.netloc and "@" in text
+    except ValueError:
+        cut = True
+    if cut:
+        raise UserError(
+            f"the {text.partition(':')[0]} URL cannot be read: a port is a number, and in a user name, a password or a "
+            "path / is written %2F, : %3A, ? %3F, # %23, @ %40 and [ %5B"
+        )
 
 
 # A field of a command's configuration.
