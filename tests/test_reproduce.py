@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipeline.shards import ShardSet
 from tools import reproduce
 from tools.paper_tables import TABLES
 from tools.reproduce import PILOT_FILE, Sweep
-from tools.reproduce_report import compare
+from tools.reproduce_report import compare, floor_of
 from tools.reproduce_scale import RECIPES, Recipe, choose_recipe, fitting
 from train import linear, pretrain
 from train.config import check_model, parse_config
@@ -174,6 +175,7 @@ def test_a_sweep_makes_a_page_and_a_plot(
     assert "| without stop-gradient | 0.1 | " in page
     assert "Here: resnet_tiny at 16 px, 48 pictures, 2 epochs of 4 steps, batch 12, one seed" in page
     assert "The paper: ResNet-50 at 224 px on ImageNet" in page
+    assert f"no nearer than 2/sqrt(batch), here {2 / math.sqrt(12):.2f} (" in page
     assert "- without stop-gradient: -67.6 in the paper; here linear " in page
     assert "![With and without stop-gradient](stop-gradient.png)" in page
     assert (tmp_path / "docs" / "stop-gradient.png").read_bytes().startswith(b"\x89PNG")
@@ -275,6 +277,16 @@ def test_the_recipe_follows_the_machine_and_the_pictures(photo_dataset: ShardSet
     assert choose_recipe("cuda", photo_dataset) == ("gpu-small" if small else "gpu-large")
     batches = [variant.batch for variant in fitting(TABLES["batch-size"], 600)]
     assert batches == [256, 64, 128]  # the others would have less than two steps an epoch
+
+
+def test_the_floor_is_named_where_it_is_one_for_all_runs() -> None:
+    def floor(table: str, world_size: int = 1) -> float | None:
+        results = [SimpleNamespace(variant=variant) for variant in TABLES[table].variants]
+        return floor_of(results, {"world_size": world_size, "micro_batch": 64})  # type: ignore[arg-type]
+
+    assert floor("stop-gradient") == 0.25
+    assert floor("stop-gradient", world_size=2) is None
+    assert floor("batch-size") is None
 
 
 def test_signs() -> None:

@@ -16,6 +16,7 @@ from pipeline.disk import atomic_file, disk_error
 from pipeline.errors import UserError
 from tools.paper_tables import PAPER_SCALE, PaperTable, Variant
 from tools.plot_run import INK, QUIET, RunHistory, read_run
+from train.collapse import least_share
 
 COLOURS = ("#1f5fa8", "#b4511d", "#1d7a4f", "#7a3b9a", "#a8871f", "#3a8fa3", "#a33a5f")
 PAPER_COLOUR = "#c9ced3"
@@ -37,7 +38,7 @@ class Result:
 
     @property
     def spread(self) -> float:
-        """z_std at the end as a share of the healthy 1/sqrt(d): near 1 spread evenly, 0 collapsed."""
+        """z_std at the end as a share of the healthy 1/sqrt(d): near 1 spread evenly, low where it has collapsed."""
         return self.history.z_std[-1] * math.sqrt(self.history.dim)
 
 
@@ -59,7 +60,7 @@ def write_report(
     text = describe(table, results, name=name, recipe=recipe, plan=plan, val_samples=val_samples, command=command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draw(table, results, recipe).savefig(page.with_suffix(".png"), dpi=120)
+        draw(table, results, recipe, floor_of(results, plan)).savefig(page.with_suffix(".png"), dpi=120)
         with atomic_file(page) as file:
             file.write(text.encode())
     except OSError as error:
@@ -73,6 +74,13 @@ def read_result(variant: Variant, run_dir: Path) -> Result:
     """What a finished variant left in its folders."""
     linear = json.loads((run_dir / "linear" / "summary.json").read_text(encoding="utf-8"))
     return Result(variant, read_run(run_dir), linear["val_top1"])
+
+
+def floor_of(results: Sequence[Result], plan: Mapping[str, Any]) -> float | None:
+    """The least that z_std x sqrt(d) can be with batch norm at the projector's output, where it is one for all runs."""
+    if plan["world_size"] > 1 or any(result.variant.batch is not None for result in results):
+        return None
+    return least_share(plan["micro_batch"])
 
 
 def describe(
@@ -110,12 +118,15 @@ def describe(
         lines.append(
             f"| {result.variant.label} | {paper} | {accuracies} | {result.spread:.2f} | {result.history.loss[-1]:.3f} |"
         )
+    floor = floor_of(results, plan)
+    least = "" if floor is None else f", here {floor:.2f}"
     chance = f"; chance is {100 / first.history.classes:.3g}" if first.history.classes else ""
     lines += [
         "",
         f"An untrained encoder has 20-NN {first.history.knn_top1[0]:.1f}{chance}. z_std x sqrt(d) is near 1 where z is "
-        "spread over the whole sphere and 0 where the encoder has collapsed. The linear accuracy is train/linear.py's "
-        "on cached features, with the best of several learning rates, chosen alike for all variants.",
+        "spread over the whole sphere. A collapsed encoder's falls toward 0, but batch norm at the projector's output "
+        f"lets it come no nearer than 2/sqrt(batch){least} (why: train/collapse.py). The linear accuracy is "
+        "train/linear.py's on cached features, with the best of several learning rates, chosen alike for all variants.",
         "",
         f"## Against “{first.variant.label}”",
         "",
@@ -160,8 +171,11 @@ def compare(paper_difference: float, before: float, after: float, samples: int) 
     return "same sign" if difference * paper_difference > 0 else "opposite sign"
 
 
-def draw(table: PaperTable, results: Sequence[Result], recipe: str) -> Figure:
-    """Loss, z_std and kNN over the epochs as in the paper's figure 2, and linear accuracies beside the paper's."""
+def draw(table: PaperTable, results: Sequence[Result], recipe: str, floor: float | None) -> Figure:
+    """Loss, z_std and kNN over the epochs as in the paper's figure 2, and linear accuracies beside the paper's.
+
+    ``floor``: the least that z_std x sqrt(d) can be, if it is known.
+    """
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     figure.suptitle(f"{table.title} (Chen & He 2020, {table.source})\nhere {recipe}", fontsize=12, color=INK)
     (loss_axes, std_axes), (knn_axes, bar_axes) = figure.subplots(2, 2)
@@ -177,7 +191,11 @@ def draw(table: PaperTable, results: Sequence[Result], recipe: str) -> Figure:
     loss_axes.set_ylabel("loss")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     std_axes.set_ylabel("std of l2-normalised z")
-    std_axes.set_title("dashed: 1/√d, spread over the whole sphere", loc="right", fontsize=9, color=INK)
+    told = "dashed: 1/√d, spread over the whole sphere"
+    if floor is not None:
+        std_axes.axhline(floor / math.sqrt(results[0].history.dim), color=QUIET, linestyle=":", linewidth=1.0)
+        told += "; dotted: 2/√batch of it"
+    std_axes.set_title(told, loc="right", fontsize=9, color=INK)
     std_axes.set_ylim(bottom=0)
     knn_axes.set_ylabel("20-NN top-1 (%)")
     knn_axes.set_ylim(bottom=0)
