@@ -131,6 +131,7 @@ def negative_similarity(
 def z_std(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """Mean over the dimensions of the standard deviation over the batch of l2-normalised z (figure 2, middle).
 
-    About 1/sqrt(d) for outputs spread over the sphere, 0 for a collapsed encoder. float32; needs n >= 2.
+    About 1/sqrt(d) for outputs spread over the sphere, 0 where all are one vector; batch norm at the projector's
+    output leaves a collapsed encoder 2 / sqrt(n) of 1/sqrt(d). float32; needs n >= 2.
     """
     return F.normalize(z.float(), dim=1).std(dim=0).mean()

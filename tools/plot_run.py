@@ -126,7 +126,7 @@ def _draw_std(axes: Axes, run: RunHistory) -> None:
     axes.axhline(healthy, color=QUIET, linestyle="--", linewidth=1.2)
     axes.plot(run.steps, run.z_std, color=STD_COLOUR, linewidth=1.6, marker="." if len(run.steps) < 3 else None)
     axes.set_ylim(0, 1.25 * max(healthy, _highest(run.z_std)))
-    axes.set_ylabel("std of l2-normalised z\n(0 = collapsed)")
+    axes.set_ylabel("std of l2-normalised z\n(low = collapsed)")
     axes.set_title(f"dashed: healthy, 1/√{run.dim} = {healthy:.4f}", loc="right", fontsize=10, color=INK)
 
 
