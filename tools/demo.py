@@ -186,7 +186,7 @@ def report(config: DemoConfig, has_test: bool, seconds: float) -> str:
     history = read_run(config.out / "run")
     lines = ["", "Results", f"  loss {history.loss[0]:.3f} -> {history.loss[-1]:.3f} in {history.steps[-1]:,} steps"]
     lines += [
-        f"  z_std {history.z_std[-1]:.4f}; healthy is 1/sqrt({history.dim}) = {history.dim**-0.5:.4f}, far less is collapse"
+        f"  z_std {history.z_std[-1]:.4f}; healthy is 1/sqrt({history.dim}) = {history.dim**-0.5:.4f}, less is collapse"
     ]
     if history.knn_top1:
         chance = 100 / len(dataset_of(config).classes)
