@@ -259,7 +259,11 @@ class ShardSet:
     def _bytes(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
         file = self._files.get(shard, cancelled)  # this reference keeps it open while other threads open more
         if file is not None:
-            return os.pread(file.handle, length, offset)
+            try:
+                return os.pread(file.handle, length, offset)
+            except OSError:
+                if self._remote is None:
+                    raise  # else the cache's disk fails, and the source need not
         assert self._remote is not None
         return self._remote.read_range(shard, offset, length, cancelled)
 
