@@ -35,8 +35,8 @@ class StepGuard:
         if self._statistics:
             now = torch.cat([buffer.flatten() for buffer in self._statistics])
             kept = torch.where(finite, now, self._remembered).split([buffer.numel() for buffer in self._statistics])
-            for buffer, values in zip(self._statistics, kept, strict=True):
-                buffer.copy_(values.view_as(buffer))
+            # A few kernels instead of one for each of the 114 buffers of SimSiam with ResNet-50.
+            torch._foreach_copy_(self._statistics, [v.view_as(b) for b, v in zip(self._statistics, kept, strict=True)])
         self._in_row = torch.where(finite, 0.0, self._in_row + 1)
         self._longest = torch.maximum(self._longest, self._in_row)
         self.skipped = self.skipped + (~finite).float()
