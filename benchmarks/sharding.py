@@ -49,9 +49,9 @@ class Config:
 
     data: Annotated[Path, tyro.conf.Positional]
     """Dataset folder whose pictures are sharded again."""
-    megabytes: float = 4000
+    megabytes: float = 8000
     """Pictures for those who only copy; as much room must be free on the disk."""
-    full_megabytes: float = 1500
+    full_megabytes: float = 2000
     """Pictures for --verify full, which decodes them."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of worker processes."""
@@ -116,7 +116,7 @@ def check(config: Config) -> None:
     place = config.place or Path(tempfile.gettempdir())
     if not place.is_dir():
         raise UserError(f"--place {place} is no folder: make it, or choose another")
-    needed, free = 1e6 * (config.megabytes + config.full_megabytes), shutil.disk_usage(place).free
+    needed, free = 1e6 * max(config.megabytes, config.full_megabytes), shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
             f"{place} has {free / 1e6:.0f} MB free, and this takes {needed / 1e6:.0f}: "
