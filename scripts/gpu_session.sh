@@ -80,23 +80,23 @@ step() {
 dataset() {  # the one that was given, or synthetic pictures
   if [ -z "$data" ]; then
     data=$out/synthetic
-    [ -f "$data/dataset.json" ] || step synthetic 120 "$python" -c "
+    [ -f "$data/dataset.json" ] || step synthetic 60 "$python" -c "
 from pathlib import Path
 from tools.profile_throughput import draw_dataset
 if __name__ == '__main__':
-    draw_dataset(Path('$data'), $([ -n "$toy" ] && echo 64 || echo 1000))" || exit 1
+    draw_dataset(Path('$data'), $([ -n "$toy" ] && echo 64 || echo 256))" || exit 1
   fi
 }
 
-smoke() { dataset; step smoke 150 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
+smoke() { dataset; step smoke 120 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
 
 gpu_tests() {
-  step tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors ${toy:+--collect-only}
+  step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors ${toy:+--collect-only}
 }
 
 parity() {
   dataset
-  step parity 120 "$python" benchmarks/parity.py "$data" --markdown "$out/parity.md" \
+  step parity 70 "$python" benchmarks/parity.py "$data" --markdown "$out/parity.md" \
     --samples "$([ -n "$toy" ] && echo 8 || echo 64)" --device "$device"
 }
 
@@ -109,14 +109,14 @@ ranks() {
   rm -rf "$out/one-rank" "$out/two-ranks"
   export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-29517} WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
   local rank
-  RANK=1 NCCL_HOSTID=second NCCL_SOCKET_IFNAME=lo timeout -k 15 100 "$python" train/pretrain.py "${options[@]}" \
+  RANK=1 NCCL_HOSTID=second NCCL_SOCKET_IFNAME=lo timeout -k 15 80 "$python" train/pretrain.py "${options[@]}" \
     --run-dir "$out/two-ranks" >"$out/ranks-second.log" 2>&1 &
   rank=$!
-  RANK=0 NCCL_HOSTID=first NCCL_SOCKET_IFNAME=lo step ranks 100 "$python" train/pretrain.py "${options[@]}" \
+  RANK=0 NCCL_HOSTID=first NCCL_SOCKET_IFNAME=lo step ranks 80 "$python" train/pretrain.py "${options[@]}" \
     --run-dir "$out/two-ranks"
   wait "$rank" || { failed=1; tail -n 5 "$out/ranks-second.log"; }
   unset MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
-  step one-rank 60 "$python" train/pretrain.py "${options[@]}" --run-dir "$out/one-rank"
+  step one-rank 50 "$python" train/pretrain.py "${options[@]}" --run-dir "$out/one-rank"
   echo "the same steps by two ranks and by one:"
   cut -c1-100 "$out/two-ranks/metrics.jsonl" "$out/one-rank/metrics.jsonl"
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
 sys.path.insert(0, BENCHMARKS)  # scripts there find each other as neighbours
 
 import gpu_parts  # noqa: E402
+import gpu_smoke  # noqa: E402
 import gpu_suite  # noqa: E402
 from gpu_report import markdown  # noqa: E402
 
@@ -159,3 +163,40 @@ def test_the_report_says_what_was_skipped_or_failed() -> None:
     assert "| a | out of GPU memory |" in text
     assert "| b | failed: RuntimeError: no |" in text
     assert "- model: exit code 1: no" in text
+
+
+SESSION = Path(__file__).resolve().parent.parent / "scripts" / "gpu_session.sh"
+
+
+def test_the_session_names_what_it_needs() -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", SESSION, "--needs"], capture_output=True, text=True, check=True, env=environment, timeout=120
+    )
+    names = {line.partition("==")[0] for line in done.stdout.splitlines()}
+    assert {"tyro", "docstring-parser", "webdataset", "braceexpand", "pytest", "beartype"} <= names
+    assert not names & {"torch", "torchvision", "triton"}
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        assert {"nvidia-dali-cuda130", "nvidia-nvjpeg", "gast"} <= names  # what DALI needs in its turn
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"], ["espresso", "OUT"], ["a", "b", "c", "d", "e"]])
+def test_a_session_that_makes_no_sense_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    words = [str(tmp_path) if word == "OUT" else word for word in arguments]
+    done = subprocess.run(["bash", SESSION, *words], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "scripts/gpu_session.sh check OUT" in done.stderr
+
+
+def test_the_smoke_test_says_what_failed(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_smoke.Smoke, "waits", lambda smoke: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", str(photo_dataset_path), "--toy"])
+    with pytest.raises(SystemExit) as end:
+        gpu_smoke.main()
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "failed: a step without a wait"
+    for line in ("DALI, CPU: mean", "photometric stage: mean", "training steps: losses", "a step with a nan: skipped"):
+        assert line in said.out
