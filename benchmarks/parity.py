@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import reference
-from pipeline.backends import choose_backend
+from pipeline.backends import choose_backend, cut_squares
 from pipeline.batch import Batch
 from pipeline.delivery import share_of_cores
 from pipeline.errors import UserError, exit_on_user_error
@@ -184,10 +184,14 @@ class Parity:
             self.results["whole recipe"].add(ours, theirs.permute(0, 3, 1, 2))
 
     def _squares(self, batch: Batch) -> list[UInt8[Tensor, "n s s 3"]]:
-        from pipeline.dali import DaliSquares
-
-        made = DaliSquares(
-            iter([batch]), self._config.image_size, len(batch), self._threads, self._device, DaliConfig()
+        made = cut_squares(
+            iter([batch]),
+            self._config.image_size,
+            DaliConfig(),
+            max_batch=len(batch),
+            device=self._device,
+            pool=self._pool,
+            threads=self._threads,
         )
         return next(made)[1]
 

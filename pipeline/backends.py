@@ -11,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import UnidentifiedImageError
 from torch import Tensor
 from typing_extensions import assert_never
 
 from pipeline.assemble import Assembler, Place
 from pipeline.batch import Batch, UndecodableBatchError
+from pipeline.cut import CutSquares
 from pipeline.errors import UserError
-from pipeline.loader_config import LoaderConfig
+from pipeline.loader_config import DaliConfig, LoaderConfig
 from pipeline.photometric import Photometric
 from pipeline.reference import TorchvisionViews, decode
 from pipeline.views import ViewRecipe
@@ -92,12 +93,16 @@ class ViewMaker:
             case "torchvision":
                 return TorchvisionViews(batches, self._recipe, self._pool, self._device, self._dtype)
             case "dali":
-                from pipeline.dali import DaliSquares
-
-                squares = DaliSquares(
-                    batches, self._recipe.image_size, self._max_batch, self._threads, self._device, self._config.dali
-                )
                 photometric = Photometric(self._recipe, self._device, self._dtype, self._pool, self._threads)
+                squares = cut_squares(
+                    batches,
+                    self._recipe.image_size,
+                    self._config.dali,
+                    max_batch=self._max_batch,
+                    device=self._device,
+                    pool=self._pool,
+                    threads=self._threads,
+                )
                 return map(lambda item: (item[0], photometric(item[1], item[0].windows)), squares)
             case _:
                 assert_never(self._backend)
@@ -140,6 +145,27 @@ class ViewMaker:
                 next(made)
             except UndecodableBatchError as error:
                 yield sample, f"cannot be decoded: {error.reason}"
+
+
+def cut_squares(
+    batches: Iterator[Batch],
+    image_size: int,
+    config: DaliConfig,
+    *,
+    max_batch: int,
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+    threads: int,
+) -> Iterator[tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]]:
+    """Batches decoded by DALI and cut: on a GPU by DALI too, on a CPU by torch, ``pool`` having ``threads`` workers.
+
+    The iterator raises UndecodableBatchError, after which it may go on.
+    """
+    from pipeline.dali import DaliPictures, DaliSquares
+
+    if device.type == "cuda":
+        return DaliSquares(batches, image_size, max_batch, threads, device, config)
+    return CutSquares(DaliPictures(batches, max_batch, threads, device, config), image_size, pool, threads)
 
 
 def _pil_fault(batch: Batch, sample: int) -> str | None:

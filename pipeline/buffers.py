@@ -12,19 +12,20 @@ from torch import Tensor
 
 
 class Buffers:
-    """Lends float32 tensors on the CPU; memory comes back when the last tensor that shares it is gone. Thread-safe."""
+    """Lends tensors of one dtype; memory comes back when the last tensor that shares it is gone. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         """Nothing is set aside before it is asked for."""
+        self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
         self._free: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
 
     def lend(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float32 tensor."""
+        """An uninitialised tensor."""
         size = math.prod(shape)
         with self._lock:
             free = self._free.setdefault(size, [])
-            memory = free.pop() if free else np.empty(size, dtype=np.float32)
+            memory = free.pop() if free else np.empty(size, dtype=self._dtype)
         lease = memory[:]  # the tensor keeps this array alive, and nobody else does
         weakref.finalize(lease, free.append, memory).atexit = False
         return torch.from_numpy(lease).view(shape)

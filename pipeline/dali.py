@@ -1,4 +1,4 @@
-"""Owns the DALI graph: decode once, cut one square for each view; on a GPU or the CPU. Alone imports nvidia.dali.
+"""Owns the DALI graphs: decode on a CPU; decode once and cut one square for each view on a GPU. Alone imports DALI.
 
 The graph draws nothing and reads no files: encoded bytes and windows come in through external_source, batch by batch,
 in the order in which they are pulled. Colour, blur and normalisation follow in pipeline/photometric.py.
@@ -53,21 +53,14 @@ class _Inputs:
         return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]
 
 
-class DaliSquares:
-    """An iterator over batches of cut squares, uint8 ``[n, s, s, 3]`` for each view, on ``device``."""
+class DaliPictures:
+    """An iterator over batches and their decoded pictures, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, none."""
 
     def __init__(
-        self,
-        batches: Iterator[Batch],
-        image_size: int,
-        max_batch: int,
-        threads: int,
-        device: torch.device,
-        config: DaliConfig,
+        self, batches: Iterator[Batch], max_batch: int, threads: int, device: torch.device, config: DaliConfig
     ) -> None:
         """``batches`` is pulled ``config.prefetch`` ahead; all its batches hold views, or all hold centre crops."""
         self._inputs = _Inputs(batches)
-        self._image_size = image_size
         self._device = device
         self._config = config
         self._pipeline = Pipeline(
@@ -82,12 +75,12 @@ class DaliSquares:
             self._pipeline.set_outputs(*self._graph())
         self._pipeline.build()
 
-    def __iter__(self) -> DaliSquares:
+    def __iter__(self) -> DaliPictures:
         """Itself."""
         return self
 
-    def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]:
-        """The next batch and its squares.
+    def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "*shape 3"]]]:
+        """The next batch and what the graph makes of it.
 
         Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU is to blame.
         """
@@ -100,17 +93,14 @@ class DaliSquares:
             raise UndecodableBatchError(self._inputs.in_flight.popleft(), _reason(error)) from error
         return self._inputs.in_flight.popleft(), self._tensors(outputs)
 
-    def _tensors(self, outputs: Any) -> list[Tensor]:
-        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
-
     def _graph(self) -> list[DataNode]:
-        match self._inputs.windows:
-            case CentreCrops():
-                return self._centre_squares()
-            case ViewParams(views=views):
-                return self._view_squares(views)
-            case None:  # nothing will come
-                return self._view_squares(VIEWS)
+        inputs = self._inputs
+        return [self._decode(fn.external_source(source=lambda: inputs.pull()[0], batch=True))]
+
+    def _tensors(self, outputs: Any) -> list[Tensor]:
+        if self._device.type == "cuda":  # they are decoded to be measured
+            return []
+        return [torch.from_dlpack(picture) for picture in outputs[0]]
 
     def _decode(self, encoded: DataNode) -> DataNode:
         mixed = self._device.type == "cuda" and self._config.decoder == "mixed"
@@ -128,6 +118,35 @@ class DaliSquares:
             **(options if mixed else {}),
         )
         return decoded.gpu() if self._device.type == "cuda" and not mixed else decoded
+
+
+class DaliSquares(DaliPictures):
+    """An iterator over batches of cut squares, uint8 ``[n, s, s, 3]`` for each view, on ``device``."""
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        image_size: int,
+        max_batch: int,
+        threads: int,
+        device: torch.device,
+        config: DaliConfig,
+    ) -> None:
+        """As of DaliPictures; ``image_size`` is the side of the squares, px."""
+        self._image_size = image_size
+        super().__init__(batches, max_batch, threads, device, config)
+
+    def _tensors(self, outputs: Any) -> list[Tensor]:
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def _graph(self) -> list[DataNode]:
+        match self._inputs.windows:
+            case CentreCrops():
+                return self._centre_squares()
+            case ViewParams(views=views):
+                return self._view_squares(views)
+            case None:  # nothing will come
+                return self._view_squares(VIEWS)
 
     def _resize(self, pictures: DataNode, **window: DataNode) -> DataNode:
         side = self._image_size
@@ -148,17 +167,6 @@ class DaliSquares:
         """Resize as if the whole picture were resized, but compute its centre alone."""
         encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
         return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
-
-
-class DaliPictures(DaliSquares):
-    """The decoder alone, for measuring: pictures are decoded as for training and stay inside DALI."""
-
-    def _graph(self) -> list[DataNode]:
-        inputs = self._inputs
-        return [self._decode(fn.external_source(source=lambda: inputs.pull()[0], batch=True))]
-
-    def _tensors(self, outputs: Any) -> list[Tensor]:
-        return []
 
 
 class DaliCrops(DaliSquares):

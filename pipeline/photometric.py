@@ -35,7 +35,7 @@ class Photometric:
         self._dtype = dtype
         self._pool = pool
         self._threads = threads
-        self._buffers = Buffers()
+        self._buffers = Buffers(torch.float32)
         std = np.array(recipe.std)
         self._scale = (1 / (255 * std)).astype(np.float32)
         self._offset = (-np.array(recipe.mean) / std).astype(np.float32)
@@ -60,7 +60,10 @@ class Photometric:
         from pipeline.photometric_cpu import transform_pictures
 
         out = self._buffers.lend(tuple(squares.shape))
-        pictures, result = squares.numpy(), out.numpy()
+        pictures, result = (
+            squares.permute(0, 3, 1, 2).contiguous().numpy(),
+            out.numpy(),
+        )  # planar, as cut.py leaves them
         recipe = self._recipe
         fields = (params.jitter, params.order, params.factors, params.gray, params.sigma, params.solarize, params.flip)
         # Contiguous, so that every part has the one memory layout that the function is compiled for.
@@ -84,10 +87,14 @@ class Photometric:
                 result[part],
             )
 
-        bounds = np.linspace(0, len(pictures), self._threads * CHUNKS_PER_THREAD + 1).astype(int).tolist()
-        parts = [slice(start, end) for start, end in itertools.pairwise(bounds) if end > start]
-        list(self._pool.map(transform, parts))
+        list(self._pool.map(transform, parts_of(len(pictures), self._threads)))
         return out.permute(0, 3, 1, 2).to(self._dtype)
+
+
+def parts_of(count: int, threads: int) -> list[slice]:
+    """``count`` pictures in portions for ``threads`` workers."""
+    bounds = np.linspace(0, count, threads * CHUNKS_PER_THREAD + 1).astype(int).tolist()
+    return [slice(start, end) for start, end in itertools.pairwise(bounds) if end > start]
 
 
 def _neutral(count: int) -> ViewParams:

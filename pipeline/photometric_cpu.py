@@ -25,16 +25,16 @@ _compiled = njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan", "n
 def transform_pictures(
     pictures, jitter, order, factors, gray, sigma, blur_radius, solarize, threshold, flip, scale, offset, out
 ):
-    """Transform uint8 ``pictures [n, h, w, 3]`` into float32 ``out [n, h, w, 3]``.
+    """Transform uint8 ``pictures [n, 3, h, w]`` into float32 ``out [n, h, w, 3]``.
 
     ``jitter``, ``gray``, ``solarize``, ``flip``: bool ``[n]``; ``order``: int8 ``[n, 4]``; ``factors``: float32
     ``[n, 4]``; ``sigma``: float32 ``[n]``; as in ViewParams. ``out = byte * scale + offset``, per channel.
     """
-    count, height, width, _ = pictures.shape
+    count, _, height, width = pictures.shape
     planes = np.empty((3, height * width), dtype=np.uint8)
     rows = np.empty((height, width), dtype=np.float32)
     for index in range(count):
-        _to_planes(pictures[index].reshape(-1), planes)
+        planes[:] = pictures[index].reshape(3, height * width)
         if jitter[index]:
             for operation in order[index]:
                 factor = factors[index, operation]
@@ -62,14 +62,6 @@ def transform_pictures(
                 offset[channel],
                 out[index, :, :, channel],
             )
-
-
-@_compiled
-def _to_planes(pixels, planes):
-    for pixel in range(planes.shape[1]):
-        planes[0, pixel] = pixels[3 * pixel]
-        planes[1, pixel] = pixels[3 * pixel + 1]
-        planes[2, pixel] = pixels[3 * pixel + 2]
 
 
 @_compiled

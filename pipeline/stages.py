@@ -18,6 +18,7 @@ from typing_extensions import assert_never
 from pipeline import reference
 from pipeline.backends import choose_backend
 from pipeline.batch import Batch
+from pipeline.cut import CutSquares
 from pipeline.loader_config import LoaderConfig
 from pipeline.photometric import Photometric
 from pipeline.views import ViewParams, ViewRecipe
@@ -48,12 +49,17 @@ def open_stages(
         case "dali":
             from pipeline.dali import DaliCrops, DaliPictures
 
-            side = recipe.image_size
+            settings = (max_batch, threads, device, config.dali)
+
+            def crop(batches: Iterator[Batch]) -> Iterator[Any]:
+                if device.type == "cuda":
+                    return (squares for _, squares in DaliCrops(batches, recipe.image_size, *settings))
+                decoded = ((batch, [torch.from_numpy(picture) for picture in batch.encoded]) for batch in batches)
+                return (squares for _, squares in CutSquares(decoded, recipe.image_size, pool, threads))
+
             return Stages(
-                decode=lambda batches: DaliPictures(batches, side, max_batch, threads, device, config.dali),
-                crop=lambda batches: (
-                    squares for _, squares in DaliCrops(batches, side, max_batch, threads, device, config.dali)
-                ),
+                decode=lambda batches: DaliPictures(batches, *settings),
+                crop=crop,
                 photometric=Photometric(recipe, device, dtype, pool, threads),
             )
         case "torchvision":

@@ -184,7 +184,7 @@ def test_centre_crops_are_only_normalised() -> None:
 
 
 def test_lent_memory_comes_back_only_when_nothing_looks_at_it() -> None:
-    buffers = Buffers()
+    buffers = Buffers(torch.float32)
     first = buffers.lend((2, 8))
     first.fill_(1)
     glance, array = first[1:], first.numpy()
