@@ -1,7 +1,7 @@
 """Owns cutting the views out of decoded pictures on a CPU: crop and resize by torchvision itself, in threads.
 
-torch's antialiased resize of bytes takes a fifth of the time of DALI's on a CPU, and gives torchvision's bytes because
-it is what torchvision calls. On a GPU DALI cuts, in the graph that decodes: see dali.py.
+torch's antialiased resize of bytes costs a CPU far less than DALI's, and gives torchvision's bytes because it is what
+torchvision calls. On a GPU DALI cuts, in the graph that decodes: see dali.py.
 """
 
 from __future__ import annotations
