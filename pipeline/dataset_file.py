@@ -112,7 +112,7 @@ def parse_dataset_file(data: bytes, name: str) -> dict[str, Any]:
         raise damaged
     if not all(isinstance(name, str) for name in info["classes"]):
         raise damaged
-    if any(Path(shard["index"]).name != shard["index"] for shard in info["shards"]):  # a repair writes there
+    if not all(_is_file_name(shard["index"]) for shard in info["shards"]):  # a repair writes there
         raise damaged
     return info
 
@@ -140,6 +140,10 @@ _SHARD_TYPES = {"name": str, "index": str, "samples": int, "bytes": int, "sha256
 
 def _has_types(value: Any, types: dict[str, Any]) -> bool:
     return isinstance(value, dict) and all(name in value and isinstance(value[name], types[name]) for name in types)
+
+
+def _is_file_name(name: str) -> bool:
+    return os.path.basename(name) == name and name not in ("", ".", "..")
 
 
 def _check_files(path: Path, info: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ of a few that are looked at, one that replaces a bad sample, or one for whose sh
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ class RemoteShards:
                 if attempt == _READ_ATTEMPTS - 1:
                     raise
         for entry in info["shards"]:
-            if Path(entry["name"]).is_absolute():
+            if os.path.isabs(entry["name"]):
                 raise UserError(
                     f"{self._remote.url} is an index of tars that lie elsewhere ({entry['name']}): "
                     "put the tars into its folder and make the index there"
