@@ -160,6 +160,16 @@ def test_a_fraction_that_empties_a_class() -> None:
         stratified(np.repeat([0, 1], [1000, 12]), 0.01, ("a", "b", "absent"), seed=0)
 
 
+@pytest.mark.parametrize("samples", [1, 12, 100, 111, 1300])
+def test_the_fraction_that_is_advised_is_enough(samples: int) -> None:
+    labels = np.repeat([0, 1], [100_000, samples])
+    with pytest.raises(UserError) as raised:
+        stratified(labels, 0.0001, ("a", "b"), seed=0)
+    advised = float(str(raised.value).split("take at least ")[1])
+    assert (labels[stratified(labels, advised, ("a", "b"), seed=0)] == 1).sum() == 1
+    assert advised < 1.15 * 0.5 / samples
+
+
 @pytest.mark.parametrize(("rank_batch", "passes"), [(1, 1), (256, 1), (512, 2), (4096, 16), (300, 2), (257, 257)])
 def test_passes(rank_batch: int, passes: int) -> None:
     assert passes_of(rank_batch) == passes

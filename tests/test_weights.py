@@ -147,9 +147,9 @@ def harmful() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pth", b"", "no checkpoint, or a truncated one"),
-        ("a.pth", b"some text that is no checkpoint at all", "no checkpoint, or a truncated one"),
-        ("a.pth", pickle.dumps({"model": 1}), "no checkpoint, or a truncated one"),
+        ("a.pth", b"", r"^\S+a.pth is no checkpoint, or a truncated one"),
+        ("a.pth", b"some text that is no checkpoint at all", r"^\S+a.pth is no checkpoint, or a truncated one"),
+        ("a.pth", pickle.dumps({"model": 1}), r"^\S+a.pth is no checkpoint, or a truncated one"),
         ("a.pth", harmful(), "code in files is never run"),
         ("a.safetensors", b"\x10\x00\x00", "no safetensors file, or a truncated one"),
     ],
@@ -186,13 +186,16 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_told_with_what_differs(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no resnet50 with the imagenet stem: missing are layer1.0.conv3.weight, .*"):
+    expected = r"no resnet50 with the imagenet stem: missing are layer1.0.conv3.weight, .*; it was trained as resnet18"
+    with pytest.raises(UserError, match=expected):
         read_weights(checkpoint, backbone="resnet50")
     with pytest.raises(UserError, match=r"conv1.weight is \[64, 3, 3, 3\] instead of \[64, 3, 7, 7\]"):
         read_weights(checkpoint, stem="imagenet")
     mobile = saved(tmp_path / "m.pth", {"features.0.0.weight": torch.zeros(2)})
     with pytest.raises(UserError, match=r"holds no encoder: its entries \(features.0.0.weight\)"):
         read_weights(mobile)
+    with pytest.raises(UserError, match=r"n.pth holds no tensors by name"):
+        read_weights(saved(tmp_path / "n.pth", {"epoch": 3}))
     deeper = saved(tmp_path / "d.pth", {**models.resnet18().state_dict(), "layer2.2.conv1.weight": torch.zeros(2)})
     with pytest.raises(UserError, match=r"nearest is resnet18, and there unknown are layer2.2.conv1.weight"):
         read_weights(deeper)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Int64, Shaped
 
@@ -25,9 +27,15 @@ def stratified(
         named = ", ".join(f"{classes[i]} ({have[i]} samples)" for i in empty[:3])
         raise UserError(
             f"--fraction {fraction} leaves no sample of {len(empty)} of {len(classes)} classes, {named} among them: "
-            f"take at least {0.5 / have[empty].min():.2g}"
+            f"take at least {_rounded_up(0.5 / have[empty].min())}"
         )
     order = epoch_order(len(labels), seed, 0, np.arange(len(labels), dtype=np.int64))
     by_class = order[np.argsort(labels[order], kind="stable")]  # each class's samples in shuffled order
     place = np.arange(len(labels)) - np.repeat(np.cumsum(have) - have, have)  # within its class
     return np.sort(by_class[place < keep[labels[by_class]]])
+
+
+def _rounded_up(fraction: float) -> str:
+    """With two digits, and no less than it is: what is advised must do."""
+    unit = 10.0 ** (math.floor(math.log10(fraction)) - 1)
+    return f"{(math.floor(fraction / unit) + 1) * unit:.2g}"

@@ -68,6 +68,8 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
     path = _file_of(path)
     flat, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     parts = recognise(flat)
+    if not flat:
+        raise UserError(f"{path} holds no tensors by name: give a checkpoint, or a state_dict saved by torch.save")
     if parts is None:
         raise UserError(
             f"{path} holds no encoder: its entries ({_few(list(flat))}) are named neither as in siamstream's "
@@ -79,7 +81,7 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
     if backbone is not None or stem is not None:
         known_backbone, known_stem = _as_asked(known_backbone, known_stem, backbone, stem)
     known_stem = known_stem or BACKBONES[known_backbone].default_stem
-    _check_shapes(parts.backbone, known_backbone, known_stem, str(path))
+    _check_shapes(parts.backbone, known_backbone, known_stem, str(path), about)
     identity = file_sha256(path)[:HASH_DIGITS]
     return Weights(str(path), parts, known_backbone, known_stem, about.pixels, identity)
 
@@ -156,6 +158,8 @@ def _read_torch(path: Path) -> tuple[State, _About]:
                 raise UserError(f"{path} is no checkpoint, or a truncated one: torch.save writes other files")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:  # which is a ValueError
+        raise
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:
@@ -227,12 +231,14 @@ def _guess(state: State, path: Path) -> tuple[str, Stem]:
     )
 
 
-def _check_shapes(state: State, backbone: str, stem: Stem, source: str) -> None:
+def _check_shapes(state: State, backbone: str, stem: Stem, source: str, about: _About) -> None:
     difference = _difference(state, _shapes(backbone, stem))
     if difference is None:
         return
     fitting = [name for name in BACKBONES if _difference(state, _shapes(name, stem)) is None]
     remedy = f"; take --backbone {fitting[0]}" if fitting else ""
+    if about.backbone is not None:
+        remedy = f"; it was trained as {about.backbone}" + (f" with --stem {about.stem}" if about.stem else "")
     raise UserError(f"{source} is no {backbone} with the {stem} stem: {difference}{remedy}")
 
 
