@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.loader_config import LoaderConfig
+from pipeline.location import Url
+from pipeline.shard_cache import CacheConfig
 from train import knn, linear
 from train.dist import Dist, distributed
 from train.features import EncoderConfig
@@ -19,9 +21,12 @@ from train.linear_probe import ProbeConfig
 LINEAR = ("crops", "cached")
 
 
-def evaluate_both(data: Path, val: Path, out: Path, dist: Dist) -> list[tuple[int, ...]]:
+def evaluate_both(
+    data: Path | Url, val: Path | Url, out: Path, dist: Dist, cache: CacheConfig | None = None
+) -> list[tuple[int, ...]]:
     """Everything that was counted, also written to ``out``."""
-    encoder, loader = EncoderConfig("untrained:resnet_tiny", image_size=16), LoaderConfig("torchvision", threads=1)
+    encoder = EncoderConfig("untrained:resnet_tiny", image_size=16)
+    loader = LoaderConfig("torchvision", threads=1, cache=cache or CacheConfig())
     probe = ProbeConfig(epochs=3, global_batch=12, lr_sweep="0.1,1,30")
     knn.evaluate(knn.KnnEvalConfig(data, val, encoder, k="1,5", json=out / "knn.json", loader=loader), dist)
     for name in LINEAR:

@@ -14,16 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from both_evaluations import evaluate_both
 from fault_proxy import FAULTS, FaultProxy, Faults
 from photos import write_photo_folder
 from servers import BUCKET, S3_KEYS, Nginx, free_port, nginx, s3_environment, s3_server
 from sessions import KILL, ROOT, TERM, Sessions
 from test_faults import flags, numbers, torchrun
 
+from pipeline.location import Url
 from pipeline.options import ShardingOptions
+from pipeline.shard_cache import CacheConfig
 from pipeline.shards import ShardSet
 from pipeline.writer import make_dataset
 from train.bad_samples import BAD_SAMPLES_FILE
+from train.dist import Dist
 from train.preemption import EXIT_PREEMPTED
 
 SECRET = "s3cr3t-of-the-url"
@@ -189,6 +194,22 @@ def test_a_stop_does_not_wait_for_a_dead_server(
     web.proxy.harm(Faults())
     assert sessions.run([*arguments, "--resume"], *CALM) == 0, sessions.said()
     assert numbers(tmp_path / "run") == numbers(local_blocks)
+
+
+def test_evaluations_among_faults(photo_dataset_path: Path, web: Web, tmp_path: Path) -> None:
+    """Two datasets share a cache."""
+    other = tmp_path / "other"
+    photos = write_photo_folder(tmp_path / "photos", per_class=5)
+    make_dataset(str(photos), other, ShardingOptions(samples_per_shard=4), quiet=True, in_process=True)
+    alone = Dist(0, 1, 0, 1, torch.device("cpu"))
+    local = evaluate_both(photo_dataset_path, other, tmp_path / "local", alone)
+    with web_server(other, tmp_path / "nginx") as second:
+        for proxy in (web.proxy, second.proxy):
+            proxy.harm(Faults(("cut", "reset", "truncated", "bit flip", "error 503"), share=0.8))
+        cache = CacheConfig(tmp_path / "cache", retry_minutes=1)
+        assert evaluate_both(Url(web.url), Url(second.url), tmp_path / "remote", alone, cache) == local
+        assert all(proxy.counts.total() >= 5 for proxy in (web.proxy, second.proxy))
+    assert not [path for path in (tmp_path / "remote").rglob("*.*") if SECRET.encode() in path.read_bytes()]
 
 
 # The cache.
