@@ -75,6 +75,8 @@ class RemoteShards:
         try:
             return info, *self._open_samples(info)
         except UserError:
+            if not self._cache.has(self._samples):
+                raise
             self._cache.discard(self._samples)  # it may have rotted there
             return info, *self._open_samples(info)
 

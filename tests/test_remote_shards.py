@@ -127,6 +127,13 @@ def test_a_rotten_samples_file_in_the_cache_is_fetched_again(
     assert opened(proxy, tmp_path).read(47) == photo_dataset.read(47)
 
 
+def test_a_samples_file_that_cannot_be_had_is_not_asked_for_again(proxy: FaultProxy, tmp_path: Path) -> None:
+    proxy.harm(Faults(("truncated",), only="samples.npy", repeat=None))
+    with pytest.raises(UserError, match=r"cannot fetch samples.npy of .*: the object ends early"):
+        opened(proxy, tmp_path)
+    assert proxy.counts == {"truncated": remote.HOPELESS_ATTEMPTS}
+
+
 def test_a_server_that_is_gone_makes_no_bad_samples(proxy: FaultProxy, tmp_path: Path) -> None:
     dataset = ShardSet.open(Url(proxy.url), cache=CacheConfig(tmp_path, retry_minutes=0.002))
     proxy.harm(Faults(("error 500",), repeat=None))
