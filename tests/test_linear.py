@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pipeline.shards import ShardSet
 from pipeline.writer import make_dataset
 from train import linear
 from train.dist import Dist
-from train.features import EncoderConfig, open_frozen
+from train.features import EncoderConfig, check_same_classes, open_frozen
 from train.linear import LinearConfig, evaluate, passes_of
 from train.linear_probe import LinearHeads, ProbeConfig, build_lars, count_correct, head_losses, set_rates
 from train.linear_run import Outcome
@@ -342,5 +343,14 @@ def test_datasets_that_do_not_fit(config: LinearConfig, photo_folder: Path, tmp_
     for i, folder in enumerate(sorted(photo_folder.iterdir())):
         (renamed / f"class {i}").symlink_to(folder)
     make_dataset(str(renamed), tmp_path / "other", options, quiet=True, in_process=True)
-    with pytest.raises(UserError, match=r"--val-data .* has other classes than --data .*--classes-from"):
+    told = r"--val-data .* has other classes than .* \(only there 4, class 0, .*; only in --data 4, .*--classes-from"
+    with pytest.raises(UserError, match=told):
         evaluate(replace(config, val_data=tmp_path / "other"), ALONE)
+
+
+def test_classes_in_another_order_do_not_fit(photo_dataset: ShardSet) -> None:
+    turned = copy(photo_dataset)
+    turned.classes = photo_dataset.classes[::-1]
+    with pytest.raises(UserError, match=r"other classes than .*the same names, but numbered in another order"):
+        check_same_classes("--val-data", turned, photo_dataset)
+    check_same_classes("--val-data", copy(photo_dataset), photo_dataset)

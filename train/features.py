@@ -231,10 +231,15 @@ def open_labelled(path: Path | Url, flag: str, loader: LoaderConfig) -> ShardSet
 
 def check_same_classes(flag: str, dataset: ShardSet, train: ShardSet) -> None:
     """Raise UserError unless ``dataset``, given by ``flag``, numbers the same classes alike."""
-    if dataset.classes != train.classes:
-        only_there = sorted(set(dataset.classes) - set(train.classes))
-        only_here = sorted(set(train.classes) - set(dataset.classes))
-        raise UserError(
-            f"{flag} {dataset.path} has other classes than --data {train.path}: only in the first {only_there[:5]}, "
-            f"only in the second {only_here[:5]}; shard it with --classes-from {train.path}"
-        )
+    if dataset.classes == train.classes:
+        return
+    only = {
+        "there": sorted(set(dataset.classes) - set(train.classes)),
+        "in --data": sorted(set(train.classes) - set(dataset.classes)),
+    }
+    told = [f"only {where} {len(names)}, {', '.join(names[:5])}" for where, names in only.items() if names]
+    raise UserError(
+        f"{flag} {dataset.path} has other classes than --data {train.path} "
+        f"({'; '.join(told) or 'the same names, but numbered in another order'}): shard it with --classes-from "
+        f"{train.path}"
+    )
