@@ -35,6 +35,8 @@ class Config:
     """Side of the views, px."""
     batch: int = 8
     """Images a step."""
+    sleep_ms: float = 0.0
+    """If above 0, a step is a sleep of so long: a host whose GPU does the work, on a machine that has none."""
     stretch_s: float = 20.0
     """Length of an undisturbed stretch of steps; longer than a write."""
     repeats: int = 5
@@ -50,7 +52,7 @@ class Bench:
 
     def __init__(self, config: Config, folder: Path) -> None:
         """On the GPU if there is one."""
-        self._folder, self._saves = folder, 0
+        self._folder, self._saves, self._sleep_s = folder, 0, 0.0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._device, self._model = device, SimSiam(SimSiamConfig(backbone=config.backbone)).to(device)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=0.05, momentum=0.9)
@@ -58,6 +60,7 @@ class Bench:
         self.copy_s: list[float] = []
         self.write_s: list[float] = []
         self.steps(1)  # gives every weight its momentum
+        self._sleep_s = config.sleep_ms / 1e3
         start = time.perf_counter()
         self.steps(2)
         self.count = max(1, round(2 * config.stretch_s / (time.perf_counter() - start)))
@@ -65,6 +68,9 @@ class Bench:
     def steps(self, count: int) -> None:
         """Train, and wait for the device at the end."""
         for _ in range(count):
+            if self._sleep_s > 0:
+                time.sleep(self._sleep_s)
+                continue
             self._optimizer.zero_grad(set_to_none=True)
             simsiam_loss(*self._model(*self._views)).backward()
             self._optimizer.step()

@@ -38,6 +38,9 @@ def test_the_rank_that_did_not_come_so_far_is_named() -> None:
     hang = find_hang(readings(GRADIENTS, LOADER, GRADIENTS), 60)
     assert hang is not None
     assert hang.behind == {1}
+    earlier = find_hang(readings(GRADIENTS, replace(LOADER, waiting=True)), 60)
+    assert earlier is not None
+    assert earlier.behind == {1}
     assert str(hang) == (
         "rank 1 (host a, process 7) does not go on, 61 s in: step 5: waiting for the loader. "
         "Rank 0 waits for it, 60 s in: step 5: averaging gradients (2 ranks wait)"
