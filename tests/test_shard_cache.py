@@ -272,9 +272,7 @@ def test_a_full_disk_is_named(proxy: FaultProxy, tmp_path: Path, monkeypatch: py
         return write(handle, data, offset)
 
     monkeypatch.setattr(shard_cache.os, "pwrite", full)
-    with pytest.raises(
-        UserError, match=f"using --cache-dir {tmp_path} failed: No space left on device.*free some"
-    ):
+    with pytest.raises(UserError, match=f"using --cache-dir {tmp_path} failed: No space left on device.*free some"):
         content(cache, 0)
     monkeypatch.setattr(shard_cache.os, "pwrite", write)
     assert content(cache, 0) == CONTENT[0]
