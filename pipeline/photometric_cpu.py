@@ -156,30 +156,34 @@ def _blur(plane, sigma, radius, rows):
     weights = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
     weights = (weights / (2 * weights.sum() - weights[0])).astype(np.float32)
     padded = np.empty(width + 2 * radius, dtype=np.float32)
+    middle = padded[radius : radius + width]
     for y in range(height):
+        line, row = plane[y], rows[y]
         for x in range(width):
-            padded[radius + x] = np.float32(plane[y, x])
+            middle[x] = np.float32(line[x])
         for x in range(1, radius + 1):
             padded[radius - x] = padded[radius + x]
             padded[radius + width - 1 + x] = padded[radius + width - 1 - x]
-        row = rows[y]
         for x in range(width):
-            row[x] = padded[radius + x] * weights[0]
+            row[x] = middle[x] * weights[0]
         for tap in range(1, radius + 1):
-            weight = weights[tap]
-            for x in range(width):
-                row[x] += weight * (padded[radius + x - tap] + padded[radius + x + tap])
+            # Slices, for an index that might be negative as far as the compiler knows keeps it from vector code.
+            _add_pair(row, weights[tap], padded[radius - tap :][:width], padded[radius + tap :][:width])
     summed = np.empty(width, dtype=np.float32)
     for y in range(height):
+        line, row = plane[y], rows[y]
         for x in range(width):
-            summed[x] = rows[y, x] * weights[0]
+            summed[x] = row[x] * weights[0]
         for tap in range(1, radius + 1):
-            weight = weights[tap]
-            above, below = rows[abs(y - tap)], rows[height - 1 - abs(height - 1 - y - tap)]
-            for x in range(width):
-                summed[x] += weight * (above[x] + below[x])
+            _add_pair(summed, weights[tap], rows[abs(y - tap)], rows[height - 1 - abs(height - 1 - y - tap)])
         for x in range(width):
-            plane[y, x] = np.uint8(np.int32(summed[x] + HALF))
+            line[x] = np.uint8(np.int32(summed[x] + HALF))
+
+
+@_compiled
+def _add_pair(row, weight, one, other):
+    for x in range(row.size):
+        row[x] += weight * (one[x] + other[x])
 
 
 @_compiled
