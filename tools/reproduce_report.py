@@ -198,7 +198,7 @@ def draw(table: PaperTable, results: Sequence[Result], recipe: str, floor: float
     std_axes.set_title(told, loc="right", fontsize=9, color=INK)
     std_axes.set_ylim(bottom=0)
     knn_axes.set_ylabel("20-NN top-1 (%)")
-    knn_axes.set_ylim(bottom=0)
+    knn_axes.set_ylim(0, 1.08 * max(max(result.history.knn_top1) for result in results))
     if results[0].history.classes:
         knn_axes.axhline(100 / results[0].history.classes, color=QUIET, linestyle="--", linewidth=1.0)
         knn_axes.set_title("dashed: chance", loc="right", fontsize=9, color=INK)
