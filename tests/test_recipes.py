@@ -67,7 +67,7 @@ def test_help_shows_the_values_of_a_recipe(capsys: Any) -> None:
     text = shown(["--recipe", "cifar10-800ep", "--help"], capsys)
     assert "appendix D takes 2 for CIFAR-10 (default: 2)" in text
     assert "scaled linearly with the global batch (default: 0.03)" in text
-    assert "--data PATH dataset folder (required)" in text
+    assert "--data DIR|URL Dataset folder" in text
     plain = shown(["--help"], capsys)
     assert "scaled linearly with the global batch (default: 0.05)" in plain
 
