@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.nn.functional import interpolate
 from typing_extensions import assert_never
 
 from pipeline import reference
@@ -20,6 +21,9 @@ from pipeline.buffers import Buffers
 from pipeline.photometric import parts_of
 from pipeline.views import CentreCrops, ViewParams
 
+SERIAL_SIDE = 64  # px; so small a view is made in less time than threads take to pass the interpreter's lock around
+# Where there is no AVX2 torchvision resizes in float32 and rounds.
+BYTES_RESIZED_AS_SUCH = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 Decoded = tuple[Batch, list[UInt8[Tensor, "_ _ 3"]]]  # pictures of their own height and width
 
 
@@ -51,7 +55,10 @@ class CutSquares:
                     squares[view][sample].copy_(square)
 
         try:
-            list(self._pool.map(cut, parts_of(len(batch), self._threads)))
+            if self._image_size <= SERIAL_SIDE:
+                cut(slice(0, len(batch)))
+            else:
+                list(self._pool.map(cut, parts_of(len(batch), self._threads)))
         except ValueError as error:  # the picture is not of the size that the windows were drawn for
             raise UndecodableBatchError(batch, str(error)) from error
         return batch, [square.permute(0, 2, 3, 1) for square in squares]
@@ -60,8 +67,23 @@ class CutSquares:
         match batch.windows:
             case ViewParams() as params:
                 for view in range(params.views):
-                    yield reference.resized_crop(picture, params, sample, view, self._image_size)
+                    yield resized_crop(picture, params, sample, view, self._image_size)
             case CentreCrops() as crops:
                 yield reference.centre_crop(picture, crops, sample, self._image_size)
             case _:
                 assert_never(batch.windows)
+
+
+def resized_crop(
+    picture: UInt8[Tensor, "3 h w"], params: ViewParams, sample: int, view: int, image_size: int
+) -> UInt8[Tensor, "3 s s"]:
+    """The reference's bytes, without torchvision's way to them, which costs more than the work on a small picture.
+
+    Raises ValueError as the reference does.
+    """
+    if not BYTES_RESIZED_AS_SUCH:
+        return reference.resized_crop(picture, params, sample, view, image_size)
+    top, left, height, width = params.crop[sample, view].tolist()
+    reference.check_inside(picture, top + height, left + width)
+    window = picture[:, top : top + height, left : left + width]
+    return interpolate(window[None], (image_size, image_size), mode="bilinear", antialias=True)[0]

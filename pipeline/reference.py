@@ -46,20 +46,20 @@ def decode(encoded: bytes) -> Picture:
 def resized_crop(picture: Picture, params: ViewParams, sample: int, view: int, image_size: int) -> Square:
     """The view's window, resized to a square of ``image_size`` px. Raises ValueError if the picture is smaller."""
     top, left, height, width = params.crop[sample, view].tolist()
-    _check_inside(picture, top + height, left + width)
+    check_inside(picture, top + height, left + width)
     return F.resized_crop(picture, top, left, height, width, [image_size, image_size], antialias=True)
 
 
 def centre_crop(picture: Picture, crops: CentreCrops, sample: int, image_size: int) -> Square:
     """The evaluation view: the picture resized, then its centre. Raises ValueError if the picture is smaller."""
-    _check_inside(picture, *np.rint(crops.end[sample]).astype(int).tolist())
+    check_inside(picture, *np.rint(crops.end[sample]).astype(int).tolist())
     resized = F.resize(picture, crops.resized[sample].tolist(), antialias=True)
     top, left = crops.corner[sample].tolist()
     return F.crop(resized, top, left, image_size, image_size)
 
 
-def _check_inside(picture: Picture, bottom: int, right: int) -> None:
-    """Torchvision would fill up with black what a window holds beyond the picture."""
+def check_inside(picture: Picture, bottom: int, right: int) -> None:
+    """Raise ValueError if the picture is smaller: torchvision would fill up with black what lies beyond it."""
     height, width = picture.shape[1:]
     if bottom > height or right > width:
         raise ValueError(f"the picture has {height} x {width} pixels, less than samples.npy says")
