@@ -62,6 +62,13 @@ class Window:
                 break
         return None
 
+    def look_ahead(self) -> None:
+        """Take in more steps for one who fetches nothing, and only wants to know what must stay."""
+        self._wanted.clear()
+        for _ in range(_LOOK):
+            if len(self._uses) == len(self._sizes) or not self._extend(force=False):
+                break
+
     def put_back(self, shard: int) -> None:
         """Let ``take`` give the shard again; it could not be fetched now."""
         self._wanted.appendleft(shard)

@@ -143,8 +143,8 @@ class RemoteShards:
         else:
             budget = self.budget
         window = Window(turns, self._sizes, budget, slack)
-        following = Following(self, window, cancelled, knows_machine=local_rank is not None)
         threads = self.config.fetch_threads if not local_rank else 0
+        following = Following(self, window, cancelled, knows_machine=local_rank is not None, fetches=threads > 0)
         self._followings.append(following)
         with ThreadPoolExecutor(max(threads, 1), "fetch") as pool:
             for _ in range(threads):
@@ -225,9 +225,11 @@ class RemoteShards:
 class Following:
     """One known future and the threads that fetch it."""
 
-    def __init__(self, shards: RemoteShards, window: Window, cancelled: threading.Event, knows_machine: bool) -> None:
+    def __init__(
+        self, shards: RemoteShards, window: Window, cancelled: threading.Event, *, knows_machine: bool, fetches: bool
+    ) -> None:
         """Use ``RemoteShards.follow``."""
-        self._shards, self._window, self._cancelled = shards, window, cancelled
+        self._shards, self._window, self._cancelled, self._fetches = shards, window, cancelled, fetches
         self.knows_machine = knows_machine  # so that shards outside the window may go at once
         self._changed = threading.Condition()
         self._announced_s = time.monotonic()
@@ -241,6 +243,8 @@ class Following:
         """The next step begins to be read."""
         with self._changed:
             self._window.advance()
+            if not self._fetches:
+                self._window.look_ahead()
             self._changed.notify_all()
 
     def work(self) -> None:

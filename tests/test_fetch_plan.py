@@ -111,3 +111,15 @@ def test_a_long_future_is_not_laid_out_at_once() -> None:
     window = Window(endless(), [1] * SHARDS, 1, 0)
     assert [window.take(), window.take()] == [1, None]
     assert asked == 2
+
+
+@given(TURNS, SIZES, st.integers(1, 60), st.integers(0, 3))
+def test_who_only_looks_knows_as_much(turns: list[list[int]], sizes: list[int], budget: int, slack: int) -> None:
+    """And is handed nothing."""
+    looks, takes = window_over(turns, sizes, budget, slack), window_over(turns, sizes, budget, slack)
+    for _ in turns:
+        looks.advance()
+        looks.look_ahead()
+        takes.advance()
+        taken(takes)
+        assert set(looks) == set(takes)

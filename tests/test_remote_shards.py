@@ -85,6 +85,28 @@ def test_only_what_the_future_needs_is_fetched(proxy: FaultProxy, photo_dataset:
     assert len(ranges(proxy)) == 2
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_every_process_of_a_machine_knows_what_must_stay(local_rank: int, proxy: FaultProxy, tmp_path: Path) -> None:
+    """Also those that leave the fetching to the first: making room, they must not take what is needed next."""
+    dataset = opened(proxy, tmp_path)
+    assert dataset._remote is not None
+    turns = iter([np.array([shard]) for shard in (0, 1, 2, 0)])
+    with dataset._remote.follow(turns, local_rank, threading.Event(), 0, 2) as following:
+        following.advance()
+        if local_rank == 0:
+            wait_until_there(tmp_path, 3)
+        assert [shard in following for shard in range(5)] == [True, True, True, False, False]
+
+
+def wait_until_there(cache: Path, shards: int) -> None:
+    """Wait for fetching threads."""
+    for _ in range(1000):
+        if len(list(cache.glob("*.tar"))) == shards:
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError("shards were not fetched")
+
+
 def test_whether_whole_shards_pay(proxy: FaultProxy, tmp_path: Path) -> None:
     dataset = opened(proxy, tmp_path)
     assert dataset.pays(ALL)
