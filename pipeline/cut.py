@@ -1,4 +1,4 @@
-"""Owns cutting the views out of decoded pictures on a CPU: crop and resize by torchvision itself, in threads.
+"""Owns cutting the views out of decoded pictures on a CPU: crop and resize as torchvision does, in threads.
 
 torch's antialiased resize of bytes costs a CPU far less than DALI's, and gives torchvision's bytes because it is what
 torchvision calls. On a GPU DALI cuts, in the graph that decodes: see dali.py.

@@ -58,7 +58,7 @@ class Window:
                 shard = self._wanted.popleft()
                 if self._last.get(shard, -1) >= self._now:  # else it is over
                     return shard
-            if len(self._uses) == len(self._sizes) or not self._extend(force=False):
+            if not self._look_further():
                 break
         return None
 
@@ -66,12 +66,16 @@ class Window:
         """Take in more steps for one who fetches nothing, and only wants to know what must stay."""
         self._wanted.clear()
         for _ in range(_LOOK):
-            if len(self._uses) == len(self._sizes) or not self._extend(force=False):
+            if not self._look_further():
                 break
 
     def put_back(self, shard: int) -> None:
         """Let ``take`` give the shard again; it could not be fetched now."""
         self._wanted.appendleft(shard)
+
+    def _look_further(self) -> bool:
+        """Take one more step into the window if that could bring a shard that fits."""
+        return len(self._uses) < len(self._sizes) and self._extend(force=False)
 
     def _extend(self, *, force: bool) -> bool:
         """Take one more step into the window if it fits, or anyway if ``force``."""

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +148,8 @@ def open_views(
                 yield sample_ids(epoch, node_positions(step, global_batch, rank, world_size, local_world_size))
 
     max_batch = global_batch // world_size // accumulate
-    settings = Settings(dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
-    settings = replace(settings, read_costs=read_costs, give_up=give_up)
+    fixed = (dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
+    settings = Settings(*fixed, read_costs, give_up)
     with deliver_ahead(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
         yield (
             Views(x1, x2, batch.ids, batch.sources, epoch, batch.step, wait_s, pair)

@@ -62,7 +62,7 @@ class RemoteShards:
         self._entries: Sequence[dict[str, Any]] = ()
         self._samples: RemoteFile | None = None
         self._followings: list[Following] = []
-        self._failure: UserError | None = None  # of fetching ahead; the next reader raises it
+        self._failure: Exception | None = None  # of fetching ahead; the next reader raises it
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
         """dataset.json, a path of samples.npy that stays good while this process lives, and its rows.
@@ -182,12 +182,16 @@ class RemoteShards:
         return wanted_bytes >= _WHOLE_SHARE * sum(self._sizes[shard] for shard in shards.tolist())
 
     def prefetch(self, shard: int, cancelled: threading.Event) -> bool:
-        """As ShardCache.fetch; a failure is kept for the next reader."""
-        try:
-            return self._cache.fetch(self._file(shard), self._needed, cancelled)
-        except UserError as error:
-            self._failure = error
-            raise
+        """As ShardCache.fetch."""
+        return self._cache.fetch(self._file(shard), self._needed, cancelled)
+
+    def fail(self, error: Exception) -> None:
+        """Let the next reader raise what ended the fetching ahead."""
+        if not isinstance(error, UserError):  # a fault of this program, whatever its class: no reader may take it on
+            wrapped = RuntimeError(f"fetching ahead failed: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        self._failure = error
 
     def announce(self, shards: Iterator[int]) -> None:
         """Keep files of the cache from its other users."""
@@ -248,17 +252,22 @@ class Following:
             self._changed.notify_all()
 
     def work(self) -> None:
-        """Fetch what comes next, until cancelled or a fetch fails for good."""
+        """Fetch what comes next, until cancelled or something fails for good; the next reader raises that."""
+        try:
+            self._work()
+        except FetchCancelledError:
+            return
+        except Exception as error:  # noqa: BLE001  handed on, whatever it is
+            self._shards.fail(error)
+
+    def _work(self) -> None:
         while not self._cancelled.is_set():
             with self._changed:
                 shard = self._window.take()
                 if shard is None:
                     self._changed.wait(_IDLE_S)
-            try:
-                if shard is not None and not self._shards.prefetch(shard, self._cancelled):
-                    self._later(shard)
-            except (UserError, FetchCancelledError):
-                return  # the next reader raises what was kept; the cancelled need nothing any more
+            if shard is not None and not self._shards.prefetch(shard, self._cancelled):
+                self._later(shard)
             self._announce()
 
     def _later(self, shard: int) -> None:

@@ -98,6 +98,26 @@ def test_every_process_of_a_machine_knows_what_must_stay(local_rank: int, proxy:
         assert [shard in following for shard in range(5)] == [True, True, True, False, False]
 
 
+def test_a_fault_in_the_future_is_not_swallowed(proxy: FaultProxy, tmp_path: Path) -> None:
+    """Not even one of a class that a reader would take for a bad sample."""
+
+    def steps() -> Iterator[np.ndarray]:
+        yield ALL[:12]
+        raise IndexError("a fault")
+
+    dataset = opened(proxy, tmp_path)
+    with dataset.follow(Ahead(steps(), 0), threading.Event(), 0, 1):
+        wait_until_there(tmp_path, 2)
+        with pytest.raises(RuntimeError, match="fetching ahead failed: IndexError: a fault"):
+            read_again_and_again(dataset)
+
+
+def read_again_and_again(dataset: ShardSet) -> None:
+    for _ in range(1000):
+        dataset.read(0)
+        threading.Event().wait(0.01)
+
+
 def wait_until_there(cache: Path, shards: int) -> None:
     """Wait for fetching threads."""
     for _ in range(1000):
