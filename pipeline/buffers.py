@@ -1,4 +1,4 @@
-"""Owns memory that is used again: a fresh batch costs as much in page faults as the work that is put into it."""
+"""Owns memory of batches: used again, for a fresh batch costs as much in page faults as the work; and sent to a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import weakref
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -29,3 +30,9 @@ class Buffers:
         lease = memory[:]  # the tensor keeps this array alive, and nobody else does
         weakref.finalize(lease, free.append, memory).atexit = False
         return torch.from_numpy(lease).view(shape)
+
+
+def on_device(values: NDArray, device: torch.device) -> Tensor:
+    """A small array there: to a GPU through pinned memory, so that neither host nor stream waits for the copy."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

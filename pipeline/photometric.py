@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from pipeline.augmentations import DRAWS, augment
 from pipeline.buffers import Buffers
 from pipeline.views import VIEWS, CentreCrops, ViewParams, ViewRecipe
 
@@ -42,8 +43,12 @@ class Photometric:
 
     def __call__(self, squares: list[Squares], windows: ViewParams | CentreCrops) -> list[View]:
         """Each view ``[n, 3, s, s]``, channels-last in memory. Centre crops are only normalised."""
-        params = windows if isinstance(windows, ViewParams) else _neutral(len(windows))
-        return [self._view(square, params, view) for view, square in enumerate(squares)]
+        match windows:
+            case ViewParams() as params:
+                views = [self._view(square, params, view) for view, square in enumerate(squares)]
+                return [augment(made, params.extra[:, view], self._recipe.extra) for view, made in enumerate(views)]
+            case CentreCrops():
+                return [self._view(square, _neutral(len(windows)), view) for view, square in enumerate(squares)]
 
     def _view(self, squares: Squares, params: ViewParams, view: int) -> View:
         match self._device.type:
@@ -109,4 +114,5 @@ def _neutral(count: int) -> ViewParams:
         sigma=np.zeros((count, VIEWS), dtype=np.float32),
         solarize=no,
         flip=no,
+        extra=np.ones((count, VIEWS, 0, DRAWS)),
     )

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.buffers import on_device
 from pipeline.views import ViewParams, ViewRecipe
 
 COLOUR_BLOCK = 1024  # pixels a program handles at a time
@@ -53,8 +54,8 @@ def transform_on_gpu(
         out,
         flags,
         numbers,
-        _on_device(scale, squares.device),
-        _on_device(offset, squares.device),
+        on_device(scale, squares.device),
+        on_device(offset, squares.device),
         recipe.solarize_threshold,
         side,
         RADIUS=radius,
@@ -75,13 +76,7 @@ def _tables(params: ViewParams, view: int, device: torch.device) -> tuple[Tensor
         ]
     )
     numbers = np.column_stack([params.factors[:, view], params.sigma[:, view]])
-    return _on_device(flags.astype(np.int32), device), _on_device(numbers.astype(np.float32), device)
-
-
-def _on_device(values: NDArray, device: torch.device) -> Tensor:
-    """Through pinned memory where there is a GPU, so that neither the host nor the stream waits for the copy."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return on_device(flags.astype(np.int32), device), on_device(numbers.astype(np.float32), device)
 
 
 @triton.jit

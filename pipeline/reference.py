@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.augmentations import augment
 from pipeline.batch import Batch, UndecodableBatchError
 from pipeline.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, CentreCrops, ViewParams, ViewRecipe
 
@@ -109,6 +110,13 @@ def normalise(picture: Picture, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:
     return F.normalize(F.to_dtype(picture, torch.float32, scale=True), list(recipe.mean), list(recipe.std))
 
 
+def finish(
+    picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe
+) -> Float32[Tensor, "3 h w"]:
+    """What follows ``transform``: normalise, and apply what goes beyond the paper's recipe."""
+    return augment(normalise(picture, recipe)[None], params.extra[sample : sample + 1, view], recipe.extra)[0]
+
+
 class TorchvisionViews:
     """The back end: an iterator over batches and their views, a picture at a time in each thread."""
 
@@ -140,10 +148,10 @@ class TorchvisionViews:
 
     def _views(self, batch: Batch, sample: int) -> list[Float32[Tensor, "3 s s"]]:
         picture = decode(batch.encoded[sample].tobytes())
-        side = self._recipe.image_size
+        recipe = self._recipe
         match batch.windows:
             case ViewParams() as params:
-                views = [transform(picture, params, sample, view, self._recipe) for view in range(params.views)]
+                views = range(params.views)
+                return [finish(transform(picture, params, sample, v, recipe), params, sample, v, recipe) for v in views]
             case CentreCrops() as crops:
-                views = [centre_crop(picture, crops, sample, side)]
-        return [normalise(view, self._recipe) for view in views]
+                return [normalise(centre_crop(picture, crops, sample, recipe.image_size), recipe)]

@@ -110,10 +110,13 @@ def _torchvision_stages(
     def photometric(squares: list[list[Tensor]], params: ViewParams) -> object:
         def finish(sample: int) -> list[Tensor]:
             return [
-                reference.normalise(
+                reference.finish(
                     reference.blur_and_flip(
                         reference.colour(square, params, sample, view), params, sample, view, recipe
                     ),
+                    params,
+                    sample,
+                    view,
                     recipe,
                 )
                 for view, square in enumerate(squares[sample])

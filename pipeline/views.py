@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int8, Int32, UInt32
+import tyro
+from jaxtyping import Bool, Float32, Float64, Int8, Int32, UInt32
 from numpy.typing import NDArray
 
+from pipeline.augmentations import DRAWS, Augmentations
 from pipeline.counter_rng import philox4x32, seed_key, uniforms
 from pipeline.errors import UserError
 
@@ -24,6 +27,7 @@ CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop.get_params
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the colour operations, as numbered in ViewParams.order
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 VIEW_STREAM = 0x51E5  # keeps the views' counters apart from those of the order
+EXTRA_STREAM = 0xE47A  # and those of further augmentations apart from both
 
 SMALL_VIEW = 64  # px; from here down the evaluation view keeps the whole shorter side
 
@@ -57,6 +61,8 @@ class ViewRecipe:
     solarize_threshold: int = 128  # of 255: bytes from here up are inverted
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, per channel, of 1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of ImageNet, per channel, of 1
+    # Beyond the paper's, and off by default; they follow in the order of their fields
+    extra: Annotated[Augmentations, tyro.conf.arg(name="")] = field(default_factory=Augmentations)
 
     def __post_init__(self) -> None:
         """Raise UserError for a recipe that no picture can follow."""
@@ -97,6 +103,7 @@ class ViewParams:
     sigma: Float32[np.ndarray, "n views"]  # of the blur, px of the view; 0: none
     solarize: Bool[np.ndarray, "n views"]
     flip: Bool[np.ndarray, "n views"]
+    extra: Float64[np.ndarray, "n views augmentations draws"]  # random numbers of ViewRecipe.extra; none if all is off
 
     def __len__(self) -> int:
         """Samples."""
@@ -121,7 +128,7 @@ def draw_views(
     ``ids``: int64 ``[n]`` sample ids; ``sizes``: their pictures' height and width in px. A sample's draw depends on
     nothing but its own row of these, the recipe, the seed and the epoch.
     """
-    draws = uniforms(_bits(seed, epoch, ids))
+    draws = uniforms(_bits(seed, epoch, ids, VIEW_STREAM, PHILOX_BLOCKS))
     jitter = draws[..., JITTER] < recipe.jitter_prob
     blur = draws[..., BLUR] < recipe.blur_prob
     sigma = _between(draws[..., SIGMA], *recipe.blur_sigma)
@@ -136,6 +143,7 @@ def draw_views(
         sigma=np.where(blur, sigma, 0.0).astype(np.float32),
         solarize=draws[..., SOLARIZE] < recipe.solarize_prob,
         flip=draws[..., FLIP] < recipe.flip_prob,
+        extra=_draw_extra(recipe.extra, seed, epoch, ids),
     )
 
 
@@ -173,15 +181,23 @@ def centre_crops(image_size: int, sizes: Int32[np.ndarray, "n 2"]) -> CentreCrop
     )
 
 
-def _bits(seed: int, epoch: int, ids: NDArray[np.int64]) -> UInt32[np.ndarray, "n 2 draws"]:
-    """The random words of both views of each sample."""
-    counters = np.empty((len(ids), VIEWS, PHILOX_BLOCKS, 4), dtype=np.uint32)
+def _draw_extra(
+    extra: Augmentations, seed: int, epoch: int, ids: NDArray[np.int64]
+) -> Float64[np.ndarray, "n 2 augmentations draws"]:
+    count = len(dataclasses.fields(extra)) if extra.active() else 0
+    bits = _bits(seed, epoch, ids, EXTRA_STREAM, count * DRAWS // 4)
+    return uniforms(bits).reshape(len(ids), VIEWS, count, DRAWS)
+
+
+def _bits(seed: int, epoch: int, ids: NDArray[np.int64], stream: int, blocks: int) -> UInt32[np.ndarray, "n 2 draws"]:
+    """The random words of both views of each sample, ``blocks`` times four of them."""
+    counters = np.empty((len(ids), VIEWS, blocks, 4), dtype=np.uint32)
     counters[..., 0] = (ids & 0xFFFFFFFF)[:, None, None]
     counters[..., 1] = (ids >> 32)[:, None, None]
     counters[..., 2] = epoch
-    streams = (VIEW_STREAM << 16) + (np.arange(VIEWS)[:, None] << 8) + np.arange(PHILOX_BLOCKS)
+    streams = (stream << 16) + (np.arange(VIEWS)[:, None] << 8) + np.arange(blocks)
     counters[..., 3] = streams
-    return philox4x32(counters, seed_key(seed)).reshape(len(ids), VIEWS, PHILOX_BLOCKS * 4)
+    return philox4x32(counters, seed_key(seed)).reshape(len(ids), VIEWS, blocks * 4)
 
 
 def _between(uniform: NDArray[np.float64], low: float | NDArray, high: float | NDArray) -> NDArray[np.float64]:

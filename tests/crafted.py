@@ -12,6 +12,7 @@ from photos import smooth_pixels
 from torch import Tensor
 
 from pipeline import reference
+from pipeline.augmentations import DRAWS
 from pipeline.photometric import Photometric
 from pipeline.views import VIEWS, ViewParams, ViewRecipe
 
@@ -25,8 +26,15 @@ NEUTRAL: dict[str, Any] = {
     "sigma": 0,
     "solarize": False,
     "flip": False,
+    "extra": np.ones((0, DRAWS)),
 }
-DTYPES: dict[str, Any] = {"crop": np.int32, "order": np.int8, "factors": np.float32, "sigma": np.float32}
+DTYPES: dict[str, Any] = {
+    "crop": np.int32,
+    "order": np.int8,
+    "factors": np.float32,
+    "sigma": np.float32,
+    "extra": np.float64,
+}
 
 
 def view_params(count: int, **fields: Any) -> ViewParams:

@@ -88,6 +88,9 @@ class PretrainConfig:
         fields["model.predictor_hidden"] = self.model.predictor_width
         if self.init is not None:
             fields["init"] = str(self.init)
+        del fields["views.extra"]  # where only those that are on matter, also to checkpoints that lack some
+        for name, (_, augmentation) in self.views.extra.active().items():
+            fields[f"views.{name}"] = asdict(augmentation)
         for name in NEWER_SWITCHES:
             if getattr(self.model, name) == getattr(SimSiamConfig, name):
                 del fields[f"model.{name}"]
