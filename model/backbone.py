@@ -1,4 +1,4 @@
-"""Owns the ResNet trunks: torchvision's own class without its classifier, so that state_dict keys stay torchvision's.
+"""Owns the trunks: torchvision's ResNets without their classifier, so that state_dict keys stay torchvision's.
 
 He et al. 2016. The last BN scale of every residual block starts at zero (Chen & He 2020, after Goyal et al. 2017).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 from torchvision import models
@@ -38,23 +38,38 @@ class NarrowResNet(ResNet):
 
 @dataclass(frozen=True)
 class Backbone:
-    """One entry of ``BACKBONES``: how to build the trunk, what it yields, the stem it has by default."""
+    """One entry of ``BACKBONES``: how to build the trunk, what it yields, and which first layers it may have."""
 
-    build: Callable[..., ResNet]
-    features: int  # width d of the pooled output
+    build: Callable[[], nn.Module]  # at random; float pictures [n, 3, h, w] -> pooled features [n, features]
+    features: int
     default_stem: Stem = "imagenet"
+    stems: tuple[Stem, ...] = ("imagenet", "cifar", "small")  # of a trunk that is no ResNet: ("default",)
 
 
+def _resnet(build: Callable[..., ResNet]) -> Callable[[], ResNet]:
+    def trunk() -> ResNet:
+        made = build(zero_init_residual=True)
+        made.fc = nn.Identity()
+        return made
+
+    return trunk
+
+
+# To add one, write a line here and run tests/test_backbone.py, which looks at each of them. A trunk that is no ResNet
+# brings its own first layers: Backbone(function, features, "default", ("default",)).
 BACKBONES: dict[str, Backbone] = {
-    "resnet18": Backbone(models.resnet18, 512),
-    "resnet34": Backbone(models.resnet34, 512),
-    "resnet50": Backbone(models.resnet50, 2048),  # the paper's
-    "resnet101": Backbone(models.resnet101, 2048),
-    "wide_resnet50_2": Backbone(models.wide_resnet50_2, 2048),
-    "wide_resnet101_2": Backbone(models.wide_resnet101_2, 2048),
+    "resnet18": Backbone(_resnet(models.resnet18), 512),
+    "resnet34": Backbone(_resnet(models.resnet34), 512),
+    "resnet50": Backbone(_resnet(models.resnet50), 2048),  # the paper's
+    "resnet101": Backbone(_resnet(models.resnet101), 2048),
+    "resnet152": Backbone(_resnet(models.resnet152), 2048),
+    "resnext50_32x4d": Backbone(_resnet(models.resnext50_32x4d), 2048),
+    "resnext101_32x8d": Backbone(_resnet(models.resnext101_32x8d), 2048),
+    "wide_resnet50_2": Backbone(_resnet(models.wide_resnet50_2), 2048),
+    "wide_resnet101_2": Backbone(_resnet(models.wide_resnet101_2), 2048),
     # For 32-pixel pictures on a CPU: four stages of one block, 0.7 M weights.
     "resnet_tiny": Backbone(
-        partial(NarrowResNet, width=TINY_WIDTH, block=BasicBlock, layers=[1, 1, 1, 1]), 8 * TINY_WIDTH, "small"
+        _resnet(partial(NarrowResNet, width=TINY_WIDTH, block=BasicBlock, layers=[1, 1, 1, 1])), 8 * TINY_WIDTH, "small"
     ),
 }
 
@@ -71,17 +86,23 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
         The module, mapping float pictures ``[n, 3, h, w]`` to pooled features ``[n, d]``, and ``d``.
 
     Raises:
-        ValueError: an unknown ``name`` or ``stem``.
+        ValueError: an unknown ``name``, or a ``stem`` that it cannot have.
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone {name!r} is unknown; known are {', '.join(BACKBONES)}")
-    if stem not in get_args(Stem):
-        raise ValueError(f"stem {stem!r} is unknown; known are {', '.join(get_args(Stem))}")
     entry = BACKBONES[name]
-    trunk = entry.build(zero_init_residual=True)
-    trunk.fc = nn.Identity()
-    _set_stem(trunk, entry.default_stem if stem == "default" else stem)
+    chosen = entry.default_stem if stem == "default" else stem
+    if chosen not in entry.stems:
+        raise ValueError(f"{name} cannot have the stem {stem!r}; it has {', '.join(entry.stems)}")
+    trunk = entry.build()
+    if isinstance(trunk, ResNet):
+        _set_stem(trunk, chosen)
     return trunk, entry.features
+
+
+def has_imagenet_stem(trunk: nn.Module) -> bool:
+    """Whether the first layers take pictures down to a quarter of their side at once."""
+    return isinstance(trunk, ResNet) and isinstance(trunk.maxpool, nn.MaxPool2d)
 
 
 def _set_stem(trunk: ResNet, stem: Stem) -> None:

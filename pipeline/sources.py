@@ -3,6 +3,9 @@
 Random access is what lets a global shuffle cost no memory: shards are cut from a permutation of the listing, and each
 worker reads only the pictures of its own shard. Sources without it (compressed tars, parquet) are unpacked once, into
 one temporary file beside the shards.
+
+To add a source, write a ``Reader`` and an ``open_...`` function that lists the pictures, and call it from
+``open_source``; tests/test_sources.py says what every source has to do.
 """
 
 from __future__ import annotations

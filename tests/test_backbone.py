@@ -11,16 +11,17 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from model.backbone import BACKBONES, build_backbone
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2", "resnet_tiny"])
+@pytest.mark.parametrize("name", BACKBONES)
 def test_trunk_pools_to_its_stated_width(name: str) -> None:
     trunk, features = build_backbone(name)
     with torch.no_grad():
         assert trunk.eval()(torch.randn(2, 3, 32, 32)).shape == (2, features)
 
 
-def test_state_dict_loads_into_torchvision_without_the_classifier() -> None:
-    trunk, _ = build_backbone("resnet18")
-    twin = models.resnet18()
+@pytest.mark.parametrize("name", [name for name in BACKBONES if hasattr(models, name)])
+def test_state_dict_loads_into_torchvision_without_the_classifier(name: str) -> None:
+    trunk, _ = build_backbone(name)
+    twin = getattr(models, name)()
     missing = twin.load_state_dict(trunk.state_dict(), strict=False)
     assert missing.unexpected_keys == []
     assert missing.missing_keys == ["fc.weight", "fc.bias"]
@@ -29,7 +30,7 @@ def test_state_dict_loads_into_torchvision_without_the_classifier() -> None:
     torch.testing.assert_close(trunk.eval()(x), twin.eval()(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet_tiny"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet_tiny"])
 def test_last_bn_of_every_residual_block_starts_at_zero(name: str) -> None:
     trunk, _ = build_backbone(name)
     last = [
@@ -62,6 +63,6 @@ def test_tiny_is_small_and_has_its_own_stem() -> None:
 def test_unknown_names_are_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match=r"resnet_50.*unknown.*resnet18.*resnet_tiny"):
         build_backbone("resnet_50")
-    with pytest.raises(ValueError, match=r"stem 'vit'.*imagenet"):
+    with pytest.raises(ValueError, match=r"stem 'vit'.*imagenet, cifar, small"):
         build_backbone("resnet18", "vit")
     assert set(BACKBONES) >= {"resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2"}

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+import torchvision
 import tyro
 from typing_extensions import assert_never
 
@@ -56,6 +57,8 @@ def main() -> None:
     config = tyro.cli(ExportConfig, description=__doc__, prog="export_backbone.py")
     check_out(config)
     weights = read_weights(config.checkpoint, config.backbone, config.stem)
+    if weights.stem == "default" and config.format in ("detectron2", "official"):
+        raise UserError(f"--format {config.format} has names for ResNets only, and this is {weights.backbone}")
     try:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write(config.out, config.format, weights)
@@ -99,7 +102,7 @@ def how_to_load(out: Path, layout: FormatName, weights: Weights) -> str:
     """What the other program needs to be told."""
     pixels = weights.pixels or Pixels()
     name = weights.backbone
-    ours_alone = name == "resnet_tiny" or weights.stem != "imagenet"
+    ours_alone = not hasattr(torchvision.models, name) or weights.stem != "imagenet"
     build = f"m = torchvision.models.{name}(); m.fc = nn.Identity()"
     if ours_alone:
         build = f'm, _ = model.backbone.build_backbone("{name}", "{weights.stem}")'

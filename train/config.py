@@ -124,6 +124,9 @@ def check_model(model: SimSiamConfig) -> None:
         near = difflib.get_close_matches(model.backbone, BACKBONES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--backbone {model.backbone} is unknown; known are {', '.join(BACKBONES)}{hint}")
+    stems = BACKBONES[model.backbone].stems
+    if model.stem not in ("default", *stems):
+        raise UserError(f"--stem {model.stem}: {model.backbone} has {', '.join(stems)}")
     for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden", "pairs", "target_steps"):
         number = getattr(model, name)
         if isinstance(number, int) and number < 1:

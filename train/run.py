@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.backbone import BACKBONES
+from model.backbone import BACKBONES, has_imagenet_stem
 from model.simsiam import SimSiam
 from pipeline.backends import choose_backend
 from pipeline.disk import disk_error, write_json
@@ -92,7 +92,7 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     optimizer, implementation = together(
         dist, lambda: build_optimizer(config.optim, model, plan.schedule.peak_lr, dist.device)
     )
-    if config.views.image_size <= SMALL_VIEW and isinstance(model.backbone.maxpool, nn.MaxPool2d):
+    if config.views.image_size <= SMALL_VIEW and has_imagenet_stem(model.backbone):
         hint = "--stem cifar (stride 1) or --stem small keeps more of the picture"
         announce(
             dist,

@@ -67,7 +67,7 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
     """
     path = _file_of(path)
     flat, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    parts = recognise(flat)
+    parts = recognise(flat) or (Parts(flat) if about.backbone else None)  # safetensors of ours may hold any trunk
     if not flat:
         raise UserError(f"{path} holds no tensors by name: give a checkpoint, or a state_dict saved by torch.save")
     if parts is None:
@@ -101,7 +101,8 @@ def open_encoder(
         name = checkpoint.removeprefix(UNTRAINED)
         _check_known(name, "--checkpoint untrained:")
         torch.manual_seed(seed)
-        trunk, width = build_backbone(name, stem or BACKBONES[name].default_stem)
+        _check_stem(name, stem or "default")
+        trunk, width = build_backbone(name, stem or "default")
         digest = hashlib.sha256(f"{name} {stem} {seed}".encode()).hexdigest()[:HASH_DIGITS]
         parts = Parts(dict(trunk.state_dict()))
         weights = Weights(f"seed {seed}", parts, name, stem or BACKBONES[name].default_stem, None, digest)
@@ -215,13 +216,15 @@ def _as_asked(known: str, known_stem: Stem | None, backbone: str | None, stem: S
     wanted = backbone or known
     if stem is None or stem == "default":
         stem = known_stem if backbone in (None, known) else None
-    return wanted, stem or BACKBONES[wanted].default_stem
+    stem = stem or BACKBONES[wanted].default_stem
+    _check_stem(wanted, stem)
+    return wanted, stem
 
 
 def _guess(state: State, path: Path) -> tuple[str, Stem]:
     """The first architecture of which the weights have every name and shape; each one's own stem is tried first."""
     for name, entry in BACKBONES.items():
-        for stem in (entry.default_stem, "imagenet", "cifar", "small"):
+        for stem in (entry.default_stem, *entry.stems):
             if _difference(state, _shapes(name, stem)) is None:
                 return name, stem
     nearest = max(BACKBONES, key=lambda name: _common(state, _shapes(name, BACKBONES[name].default_stem)))
@@ -235,7 +238,9 @@ def _check_shapes(state: State, backbone: str, stem: Stem, source: str, about: _
     difference = _difference(state, _shapes(backbone, stem))
     if difference is None:
         return
-    fitting = [name for name in BACKBONES if _difference(state, _shapes(name, stem)) is None]
+    fitting = [
+        name for name, entry in BACKBONES.items() if stem in entry.stems and not _difference(state, _shapes(name, stem))
+    ]
     remedy = f"; take --backbone {fitting[0]}" if fitting else ""
     if about.backbone is not None:
         remedy = f"; it was trained as {about.backbone}" + (f" with --stem {about.stem}" if about.stem else "")
@@ -275,6 +280,11 @@ def _with_counters(state: State, module: nn.Module) -> State:
 def _check_known(name: str, flag: str) -> None:
     if name not in BACKBONES:
         raise UserError(f"{flag}{name} is unknown; known are {', '.join(BACKBONES)}")
+
+
+def _check_stem(name: str, stem: Stem) -> None:
+    if stem not in ("default", *BACKBONES[name].stems):
+        raise UserError(f"--stem {stem}: {name} has {', '.join(BACKBONES[name].stems)}")
 
 
 def _few(things: list[str]) -> str:
