@@ -24,7 +24,8 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from gpu_parts import decoders, toy_or_real
+from gpu_bench import toy_or_real
+from gpu_pictures import decoders
 
 from model.simsiam import SimSiamConfig
 from pipeline import reference

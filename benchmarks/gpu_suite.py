@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from gpu_parts import PARTS, Part, Suite, toy_or_real
+from gpu_bench import Suite, toy_or_real
+from gpu_parts import PARTS, Part
 from gpu_report import markdown
 
 from pipeline.errors import UserError, exit_on_user_error

@@ -19,8 +19,10 @@ from train import pretrain
 BENCHMARKS = str(Path(__file__).resolve().parent.parent / "benchmarks")
 sys.path.insert(0, BENCHMARKS)  # scripts there find each other as neighbours
 
+import gpu_bench  # noqa: E402
 import gpu_parts  # noqa: E402
 import gpu_smoke  # noqa: E402
+import gpu_steps  # noqa: E402
 import gpu_suite  # noqa: E402
 from gpu_report import markdown  # noqa: E402
 
@@ -63,7 +65,7 @@ def test_every_part_measures_and_reports(
 def test_a_part_that_fails_costs_no_other(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(suite: gpu_parts.Suite) -> None:
+    def broken(suite: gpu_bench.Suite) -> None:
         suite.attempt("first", lambda: {"mean": 1.0, "p99": 1.0, "max": 1.0, "within_4": 1.0})
         suite.attempt("second", lambda: 1 / 0)
         suite.attempt("third", lambda: [][0], needs_s=10_000)
@@ -109,15 +111,15 @@ def test_what_cannot_be_run_is_refused(photo_dataset_path: Path, tmp_path: Path)
         gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path / "file" / "out", toy=True))
 
 
-def toy_suite(data: Path, out: Path, seconds: float) -> gpu_parts.Suite:
-    return gpu_parts.Suite.open(data, out, True, "trial", time.perf_counter() + seconds)
+def toy_suite(data: Path, out: Path, seconds: float) -> gpu_bench.Suite:
+    return gpu_bench.Suite.open(data, out, True, "trial", time.perf_counter() + seconds)
 
 
 def test_plain_sgd_is_what_the_steps_take(photo_dataset_path: Path, tmp_path: Path) -> None:
     """The guard makes the steps, so it has to know of the optimizer that took the place of the run's own."""
     with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
         bench, run = suite.set_up(4, optimizer="foreach")
-        plain = gpu_parts.with_plain_sgd(run, foreach=False)
+        plain = gpu_steps.with_plain_sgd(run, foreach=False)
         pretrain.train_step(plain, iter(bench.resident_views()))
     assert len(plain.optimizer.state) > 10
     assert not run.optimizer.state
@@ -126,7 +128,7 @@ def test_plain_sgd_is_what_the_steps_take(photo_dataset_path: Path, tmp_path: Pa
 def test_contiguous_weights_have_contiguous_momentum(photo_dataset_path: Path, tmp_path: Path) -> None:
     with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
         _, run = suite.set_up(4, optimizer="fused")
-        gpu_parts.make_contiguous(run)
+        gpu_steps.make_contiguous(run)
     filters = [weight for weight in run.optimizer.state if weight.dim() == 4]
     assert filters
     for weight in filters:

@@ -1,0 +1,179 @@
+"""Owns what every part of the GPU suite stands on: its sizes, its clock, the device, and where its numbers go."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from model.simsiam import SimSiamConfig
+from pipeline.disk import atomic_file
+from pipeline.errors import UserError
+from pipeline.loader_config import LoaderConfig
+from pipeline.shards import ShardSet
+from pipeline.views import ViewRecipe
+from tools.gpu_watch import GpuWatch
+from tools.ladder import Advance, Bench, Rung
+from tools.ladder_report import RungResult
+from tools.profile_throughput import ProfileConfig, build
+from tools.turns import FEWEST_BATCHES, Climber, Turn
+from train.dist import Dist, distributed
+from train.optim import OptimConfig
+from train.run import Run
+
+WARM_STEPS = 3  # algorithms are chosen, code is compiled
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    model: SimSiamConfig
+    image_size: int
+    batches: tuple[int, ...]
+    turn_s: float
+    repeats: int
+    compiler: str  # torch.compile's back end
+    device: Literal["cuda", "cpu"]
+    epoch_batches: int  # of the official loader, whose workers start afresh with each epoch
+    most_compiled: int  # variants
+
+
+REAL = Size(SimSiamConfig(), 224, (256, 512), 1.5, 3, "inductor", "cuda", 64, 6)
+TOY = Size(
+    SimSiamConfig(backbone="resnet_tiny", dim=16, projector_hidden=16, predictor_hidden=4),
+    16,
+    (4, 8),
+    0.02,
+    3,
+    "eager",
+    "cpu",
+    8,
+    1,
+)
+
+
+def toy_or_real(toy: bool) -> Size:
+    """The size of a suite."""
+    return TOY if toy else REAL
+
+
+@dataclass
+class Suite:
+    """One part's surroundings: data, device, clock, and where its numbers go."""
+
+    dataset: ShardSet
+    size: Size
+    out: Path
+    name: str
+    end_s: float  # time.perf_counter
+    dist: Dist
+    watch: GpuWatch
+    results: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    @staticmethod
+    def open(data: Path, out: Path, toy: bool, name: str, end_s: float) -> Suite:
+        """Take the device. Raises UserError if it is missing."""
+        stack, size = ExitStack(), toy_or_real(toy)
+        dist = stack.enter_context(distributed(size.device))
+        watch = stack.enter_context(GpuWatch(dist.device))
+        return Suite(ShardSet.open(data), size, out, name, end_s, dist, watch, stack=stack)
+
+    def __enter__(self) -> Suite:
+        """Use as a context."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the device."""
+        self.stack.close()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the part has to end."""
+        return self.end_s - time.perf_counter()
+
+    def record(self, name: str, value: Any) -> None:
+        """Write a number down at once."""
+        self.note(name, value)
+        print(f"{name}: {value}", flush=True)
+
+    def note(self, name: str, value: Any) -> None:
+        """The same without telling: what is known so far, in case the part is stopped. Whole or not at all."""
+        self.results[name] = value
+        text = json.dumps(self.results, indent=1, default=asdict)
+        with atomic_file(self.out / f"part-{self.name}.json") as file:
+            file.write(text.encode() + b"\n")
+
+    def attempt(self, name: str, work: Callable[[], Any], needs_s: float = 0.0) -> None:
+        """Record what ``work`` gives, or why it could not; only what is unexpected counts as a failure."""
+        if self.left_s < needs_s:
+            self.record(name, {"skipped": f"{needs_s:.0f} s were not left"})
+            return
+        try:
+            self.record(name, work())
+        except torch.OutOfMemoryError:
+            self.record(name, {"skipped": "out of GPU memory"})
+        except UserError as error:  # what this machine lacks: Apex, for instance
+            self.record(name, {"skipped": str(error)})
+        except Exception as error:  # noqa: BLE001  recorded, and the part fails at its end
+            self.record(name, {"failed": f"{type(error).__name__}: {error}"})
+            self.failures.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        gc.collect()
+        if self.dist.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def set_up(
+        self,
+        batch: int,
+        *,
+        precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+        loader: LoaderConfig | None = None,
+        optimizer: Literal["auto", "apex", "fused", "foreach"] = "auto",
+        compiled: bool = False,
+    ) -> tuple[Bench, Run]:
+        """The bench and the run of one setting, as pretrain.py would have them."""
+        config = ProfileConfig(
+            data=str(self.dataset.path),
+            batch=batch,
+            device=self.size.device,
+            precision=precision,
+            model=self.size.model,
+            views=ViewRecipe(image_size=self.size.image_size),
+            loader=loader or LoaderConfig(),
+            optim=OptimConfig(optimizer=optimizer),
+        )
+        bench, run = build(config, self.dataset, self.dist)
+        if compiled:
+            parallel: Any = torch.compile(run.model, backend=self.size.compiler)
+            run = replace(run, parallel=parallel, config=replace(run.config, compile=True))
+        return bench, run
+
+    def climb(
+        self, rungs: dict[str, Rung], bench: Bench, note: Callable[[dict[str, RungResult]], None]
+    ) -> dict[str, list[Turn]]:
+        """Turns of rungs, as many as there is time for; ``note`` hears after each what is known by then."""
+        turns: dict[str, list[Turn]] = {}
+
+        def tell(name: str, turn: Turn) -> None:
+            turns.setdefault(name, []).append(turn)
+            note({name: RungResult.of(of) for name, of in turns.items()})
+
+        climber = Climber(self.size.turn_s, self.watch, bench.tidy)
+        return climber.climb(rungs, self.size.repeats, tell, self.end_s)
+
+    def stretches(self, advance: Advance, batch: int) -> list[Turn]:
+        """Timed stretches of one rung that stays open, after a warm-up."""
+        climber = Climber(self.size.turn_s, self.watch, lambda: None)
+        advance(WARM_STEPS)
+        first = climber.timed(advance, batch, FEWEST_BATCHES)
+        count = max(FEWEST_BATCHES, round(self.size.turn_s / first.wall_s * FEWEST_BATCHES))
+        return [climber.timed(advance, batch, count) for _ in range(self.size.repeats)]

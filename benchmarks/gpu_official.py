@@ -1,0 +1,97 @@
+"""Owns the GPU suite's yardstick: the official recipe (PIL, float32, contiguous, unfused) on the same GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_bench import Suite
+from gpu_steps import make_contiguous, number_format, with_plain_sgd
+from loader_vs_official import official_loader, write_folder
+
+from pipeline.delivery import share_of_cores
+from pipeline.loader import Views
+from pipeline.views import ViewRecipe
+from tools.ladder import Advance
+from tools.ladder_report import RungResult
+from tools.turns import Climber, Turn
+from train.pretrain import train_step
+from train.run import Run
+
+OFFICIAL_PICTURES = 1000
+
+
+def official(suite: Suite) -> None:
+    """The yardstick: the official recipe with PIL, float32, contiguous, unfused SGD, as many workers as cores."""
+    suite.attempt("official, end to end", lambda: _measure_official(suite))
+
+
+def _measure_official(suite: Suite) -> dict[str, Any]:
+    batch = suite.size.batches[0]
+    bench, run = suite.set_up(batch, precision="fp32", optimizer="foreach")
+    run = with_plain_sgd(run, foreach=None)
+    make_contiguous(run)
+    run.model.train()
+    folder = Path(tempfile.mkdtemp(prefix="official-"))
+    try:
+        _fill_folder(suite, batch, folder)
+        with number_format("fp32"), _official_steps(suite, run, folder, batch) as advance:
+            advance(2)  # workers start, algorithms are chosen
+            climber = Climber(suite.size.turn_s, suite.watch, bench.tidy)
+            count = max(4, round(16 * 1024 / batch / 4)) if suite.size.device == "cuda" else 2
+            turns: list[Turn] = []
+            for _ in range(suite.size.repeats):
+                turns.append(climber.timed(advance, batch, count))
+                suite.note("official, end to end", _official_result(turns, batch))
+    finally:
+        shutil.rmtree(folder)
+    return _official_result(turns, batch)
+
+
+def _official_result(turns: list[Turn], batch: int) -> dict[str, Any]:
+    return {**asdict(RungResult.of(turns)), "batch": batch, "workers": share_of_cores(1)}
+
+
+def _fill_folder(suite: Suite, batch: int, folder: Path) -> None:
+    """Some pictures, linked to under many names: an epoch must keep all workers busy for long."""
+    pictures = min(OFFICIAL_PICTURES, suite.dataset.num_samples)
+    write_folder(suite.dataset, pictures, folder)
+    files = sorted((folder / "class").iterdir())
+    for number in range(pictures, suite.size.epoch_batches * batch):
+        os.link(files[number % pictures], folder / "class" / f"{number:06d}.jpg")
+
+
+@contextmanager
+def _official_steps(suite: Suite, run: Run, folder: Path, batch: int) -> Iterator[Advance]:
+    workers = share_of_cores(1)
+    loader = official_loader(folder, ViewRecipe(image_size=suite.size.image_size), batch, workers)
+    device = suite.dist.device
+    loader.pin_memory = device.type == "cuda"  # as the official script asks for
+
+    def views() -> Iterator[Views]:
+        while True:
+            for (x1, x2), _ in loader:
+                on_device = (x.to(device, non_blocking=True) for x in (x1, x2))
+                yield Views(*on_device, np.zeros(batch, np.int64), np.zeros(batch, np.int64), 0, 0, 0.0)
+
+    batches = views()
+
+    def advance(count: int) -> dict[str, float]:
+        for _ in range(count):
+            train_step(run, batches)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return {}
+
+    try:
+        yield advance
+    finally:
+        batches.close()

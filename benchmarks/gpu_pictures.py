@@ -1,0 +1,101 @@
+"""Owns the GPU suite's parts about pictures: parity with torchvision, decoding and loading by placement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from gpu_bench import Suite
+from torch import Tensor
+
+from pipeline.loader import open_views
+from pipeline.loader_config import DaliConfig, LoaderConfig
+from pipeline.views import ViewRecipe
+from tools.ladder import make_ladder
+from tools.ladder_report import RungResult
+
+PARITY_SAMPLES = 64
+HW_LOADS = (0.65, 0.0, 1.0)  # profile_throughput.py --tune tries more of them
+
+
+def parity(suite: Suite) -> None:
+    """The device's views against torchvision's on the CPU, in 255ths, with and without what is known to differ."""
+    side = suite.size.image_size
+    plain = ViewRecipe(image_size=side, blur_prob=0.0, jitter_prob=0.0, gray_prob=0.0)
+    cases = {
+        "whole recipe": (ViewRecipe(image_size=side), DaliConfig()),
+        "without blur": (ViewRecipe(image_size=side, blur_prob=0.0), DaliConfig()),
+        "crop and flip alone": (plain, DaliConfig()),
+    }
+    if suite.dist.device.type == "cuda":
+        for name, decoder in decoders().items():
+            cases[f"crop and flip alone, {name}"] = (plain, decoder)
+    for name, (recipe, decoder) in cases.items():
+        suite.attempt(name, lambda recipe=recipe, decoder=decoder: _difference(suite, recipe, decoder))
+
+
+def _difference(suite: Suite, recipe: ViewRecipe, decoder: DaliConfig) -> dict[str, float]:
+    samples = min(PARITY_SAMPLES, suite.dataset.num_samples)
+
+    def views(backend: Literal["dali", "torchvision"], device: torch.device) -> Tensor:
+        with open_views(
+            suite.dataset,
+            recipe,
+            LoaderConfig(backend=backend, dali=decoder),
+            seed=0,
+            global_batch=samples,
+            epochs=1,
+            rank=0,
+            world_size=1,
+            local_world_size=1,
+            device=device,
+        ) as batches:
+            both = next(batches)
+            std = torch.tensor(recipe.std)[:, None, None]
+            return torch.stack([both.x1, both.x2]).float().cpu() * std * 255
+
+    apart = (views("dali", suite.dist.device) - views("torchvision", torch.device("cpu"))).abs()
+    values = apart.flatten().numpy()
+    return {
+        "mean": float(values.mean()),
+        "max": float(values.max()),
+        "p99": float(np.percentile(values, 99)),
+        "within_4": float((values <= 4.0).mean()),
+    }
+
+
+def decoders() -> dict[str, DaliConfig]:
+    """How pictures may be decoded where there is a GPU."""
+    mixed = {f"mixed, hardware load {load:g}": DaliConfig(hw_decoder_load=load) for load in HW_LOADS}
+    repeated = DaliConfig(hw_decoder_load=HW_LOADS[0], smooth_chroma=False)
+    return {**mixed, "CPU": DaliConfig(decoder="cpu"), "mixed, colours repeated": repeated}
+
+
+def placements(suite: Suite) -> dict[str, LoaderConfig]:
+    """Where pictures may be decoded."""
+    known = decoders() if suite.dist.device.type == "cuda" else {"CPU": DaliConfig()}
+    return {name: LoaderConfig(dali=dali) for name, dali in known.items()}
+
+
+def decode(suite: Suite) -> None:
+    """Decode alone, by placement."""
+    _by_placement(suite, "decode", suite.size.batches[0])
+
+
+def loader(suite: Suite) -> None:
+    """The whole loader, by placement."""
+    _by_placement(suite, "loader", suite.size.batches[-1])
+
+
+def _by_placement(suite: Suite, rung: Literal["decode", "loader"], batch: int) -> None:
+    bench, _ = suite.set_up(batch)
+    rungs = {name: make_ladder(replace(bench, loader=config), None)[rung] for name, config in placements(suite).items()}
+
+    def note(results: dict[str, RungResult]) -> None:
+        for name, result in results.items():
+            suite.note(name, result)
+
+    for name, turns in suite.climb(rungs, bench, note).items():
+        suite.record(name, RungResult.of(turns))

@@ -1,0 +1,142 @@
+"""Owns the GPU suite's parts about the step alone: number format, layout, batch, compiler, implementation of SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from gpu_bench import Suite
+
+from pipeline.loader import Views
+from tools.ladder import model_step
+from tools.ladder_report import RungResult
+from train.optim import parameter_groups
+from train.run import Run
+from train.step_guard import StepGuard
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a step."""
+
+    batch: int
+    precision: Precision = "bf16"
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    compiled: bool = False
+    optimizer: Literal["apex", "fused", "foreach", "one by one"] = "fused"
+
+    def __str__(self) -> str:
+        """For tables."""
+        how = "compiled" if self.compiled else "eager"
+        return f"batch {self.batch}, {self.precision}, {self.layout}, {how}, SGD {self.optimizer}"
+
+
+def model(suite: Suite) -> None:
+    """The step alone, eager: precision, layout, batch, and how SGD is implemented. What matters most comes first."""
+    small, large = suite.size.batches
+    precisions: tuple[Precision, ...] = ("bf16", "fp16", "tf32", "fp32")
+    variants = [
+        *(Variant(large, precision) for precision in precisions),
+        *(Variant(large, optimizer=optimizer) for optimizer in ("apex", "foreach", "one by one")),
+        *(Variant(small, precision) for precision in precisions),
+        *(Variant(large, precision, "contiguous") for precision in precisions),
+        *(Variant(small, precision, "contiguous") for precision in precisions),
+    ]
+    _steps(suite, variants, needs_s=8)
+
+
+def compiled(suite: Suite) -> None:
+    """The step alone, compiled: the likeliest settings first, since each takes most of a minute to compile."""
+    small, large = suite.size.batches
+    variants = [
+        Variant(small, compiled=True),
+        Variant(large, compiled=True),
+        Variant(large, "fp16", compiled=True),
+        Variant(large, "tf32", compiled=True),
+        Variant(large, layout="contiguous", compiled=True),
+        Variant(large, "fp32", compiled=True),
+    ]
+    _steps(suite, variants[: suite.size.most_compiled], needs_s=40)
+
+
+def _steps(suite: Suite, variants: list[Variant], needs_s: float) -> None:
+    """Measure each, on the same views."""
+    on_gpu = suite.dist.device.type == "cuda"
+    bench, _ = suite.set_up(suite.size.batches[-1])
+    views = bench.resident_views()
+    for variant in variants:
+        if not on_gpu and (variant.precision in ("fp16", "tf32") or variant.optimizer == "apex"):
+            suite.record(str(variant), {"skipped": "needs a GPU"})
+            continue
+        measure = partial(_measure_step, suite, variant, views)
+        suite.attempt(str(variant), measure, needs_s if on_gpu else 0.0)
+
+
+def _measure_step(suite: Suite, variant: Variant, views: list[Views]) -> dict[str, Any]:
+    bench, run = suite.set_up(
+        variant.batch,
+        precision="fp32" if variant.precision == "tf32" else variant.precision,
+        optimizer="foreach" if variant.optimizer == "one by one" else variant.optimizer,
+        compiled=variant.compiled,
+    )
+    if variant.optimizer == "one by one":
+        run = with_plain_sgd(run, foreach=False)
+    if variant.layout == "contiguous":
+        make_contiguous(run)
+    run.model.train()
+    seen = [_cut(view, variant, bench.dtype) for view in views]
+    with number_format(variant.precision), model_step(bench, run, seen) as advance:
+        turns = suite.stretches(advance, bench.batch)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if suite.dist.device.type == "cuda" else None
+    return {**asdict(RungResult.of(turns)), "torch_memory_gib": memory}
+
+
+def _cut(views: Views, variant: Variant, dtype: torch.dtype) -> Views:
+    """The views in a variant's size, number format and layout."""
+    layout = torch.contiguous_format if variant.layout == "contiguous" else torch.channels_last
+    x1, x2 = (x[: variant.batch].to(dtype).contiguous(memory_format=layout) for x in (views.x1, views.x2))
+    return replace(views, x1=x1, x2=x2, ids=views.ids[: variant.batch], sources=views.sources[: variant.batch])
+
+
+def make_contiguous(run: Run) -> None:
+    """Put weights and momentum in torch's default layout: fused kernels want them alike."""
+    run.model.to(memory_format=torch.contiguous_format)
+    for weight, state in run.optimizer.state.items():
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+
+
+def with_plain_sgd(run: Run, foreach: bool | None) -> Run:
+    """The run with torch's SGD: not fused; ``foreach`` None is torch's own choice."""
+    options = run.config.optim
+    groups = parameter_groups(options, run.model)
+    sgd = torch.optim.SGD(
+        groups,
+        lr=run.plan.schedule.peak_lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        foreach=foreach,
+        fused=False,
+    )
+    return replace(run, optimizer=sgd, guard=StepGuard(run.model, sgd, run.dist.device))
+
+
+@contextmanager
+def number_format(precision: Precision) -> Iterator[None]:
+    """Products of float32 in TF32 or not, for as long as the context lasts."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
