@@ -6,6 +6,7 @@ RUNTIME = [
     "torch>=2.11",
     "torchvision>=0.26",
     "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
+    "nvidia-nvimgcodec-cu13; sys_platform == 'linux'",  # the parser of headers that DALI brings along
     "webdataset>=1.0",
     "braceexpand>=0.1.7",
     "fsspec[http]>=2024.6",  # remote datasets

@@ -16,6 +16,7 @@ import nvidia.dali.fn as fn
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
+from nvidia import nvimgcodec
 from nvidia.dali import backend as dali_backend
 from nvidia.dali import types
 from nvidia.dali.data_node import DataNode
@@ -32,19 +33,30 @@ _GPU_AT_FAULT = re.compile(r"CUDA (runtime|driver) API error|CUDA allocation fai
 
 
 class _Inputs:
-    """What DALI pulls. Apart from the pipeline, so that no cycle keeps that alive: a forked child would abort on it."""
+    """What DALI pulls. Apart from the pipeline, so that no cycle keeps that alive: a forked child would abort on it.
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    DALI 2.4 ends the process (a segmentation fault, in batches of 32 and more) when its decoder cannot read a
+    picture's header. So every header is read here first, by the parser that the decoder has, and a batch with one that
+    it cannot read is not given to DALI.
+    """
+
+    def __init__(self, batches: Iterator[Batch], encoded: bool) -> None:
+        """``encoded``: the batches hold encoded pictures."""
         self._batches = batches
+        self._encoded = encoded
         self._next = next(batches, None)
         self.windows = self._next.windows if self._next is not None else None  # of the first batch, as of all
-        self.in_flight: deque[Batch] = deque()
+        self.pulled: deque[tuple[Batch, str | None]] = deque()  # in order; why DALI was not given the batch
 
     def pull(self) -> list[list[NDArray]]:
         """One batch's inputs, as DALI asks for them; StopIteration at the end."""
-        batch = next(self._batches) if self._next is None else self._next
-        self._next = None
-        self.in_flight.append(batch)
+        while True:
+            batch = next(self._batches) if self._next is None else self._next
+            self._next = None
+            refusal = _unreadable_header(batch) if self._encoded else None
+            self.pulled.append((batch, refusal))
+            if refusal is None:
+                break
         match batch.windows:
             case ViewParams(crop=crop, views=views):
                 windows = [crop[:, view, corner : corner + 2] for view in range(views) for corner in (0, 2)]
@@ -56,11 +68,14 @@ class _Inputs:
 class DaliPictures:
     """An iterator over batches and their decoded pictures, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, none."""
 
+    _encoded = True  # what comes in
+
     def __init__(
         self, batches: Iterator[Batch], max_batch: int, threads: int, device: torch.device, config: DaliConfig
     ) -> None:
         """``batches`` is pulled ``config.prefetch`` ahead; all its batches hold views, or all hold centre crops."""
-        self._inputs = _Inputs(batches)
+        self._inputs = _Inputs(batches, self._encoded)
+        self._made: Any = None  # what DALI made of the next batch that it was given: its outputs, or how it ended
         self._device = device
         self._config = config
         self._pipeline = Pipeline(
@@ -84,14 +99,29 @@ class DaliPictures:
 
         Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU is to blame.
         """
+        if self._made is None:
+            self._made = self._run()
+        if not self._inputs.pulled:
+            raise StopIteration
+        batch, refusal = self._inputs.pulled.popleft()
+        if refusal is not None:
+            raise UndecodableBatchError(batch, refusal)
+        made, self._made = self._made, None
+        if isinstance(made, RuntimeError):
+            raise UndecodableBatchError(batch, _reason(made)) from made
+        return batch, self._tensors(made)
+
+    def _run(self) -> Any:
+        """Outputs; or the error that the next batch has caused; or StopIteration, when there is no batch any more."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
-            outputs = self._pipeline.run(stream)
+            return self._pipeline.run(stream)
+        except StopIteration as end:
+            return end
         except RuntimeError as error:
             if _GPU_AT_FAULT.search(str(error)):
                 raise
-            raise UndecodableBatchError(self._inputs.in_flight.popleft(), _reason(error)) from error
-        return self._inputs.in_flight.popleft(), self._tensors(outputs)
+            return error
 
     def _graph(self) -> list[DataNode]:
         inputs = self._inputs
@@ -172,6 +202,8 @@ class DaliSquares(DaliPictures):
 class DaliCrops(DaliSquares):
     """The crops alone, for measuring; in place of encoded pictures batches hold decoded ``[h, w, 3]`` on ``device``."""
 
+    _encoded = False
+
     def _graph(self) -> list[DataNode]:
         """Pictures may lie on the GPU and windows never do, so each has a source of its own."""
         inputs = self._inputs
@@ -193,6 +225,16 @@ class DaliCrops(DaliSquares):
 def release_unused_memory() -> None:
     """Give back the memory that DALI keeps for later pipelines."""
     dali_backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # its stub lacks it
+
+
+def _unreadable_header(batch: Batch) -> str | None:
+    """Why DALI's decoder would not take one of the pictures; None if it would take them all."""
+    for picture in batch.encoded:
+        try:
+            _ = nvimgcodec.CodeStream(picture).height  # the constructor alone does not look
+        except RuntimeError as error:
+            return f"DALI: its decoder cannot read the header: {' '.join(str(error).split())}"
+    return None
 
 
 def _reason(error: RuntimeError) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -172,6 +176,17 @@ def test_every_kind_of_undecodable_picture_is_noticed(kind: str) -> None:
     assert caught.value.reason.startswith("DALI: ")
     assert "\n" not in caught.value.reason
     assert_right(next(squares), batches[1])
+
+
+def test_large_batches_with_undecodable_pictures_do_no_harm() -> None:
+    """Left to itself DALI 2.4 ends the process at a header that it cannot read, but not in small batches."""
+    script = Path(__file__).with_name("large_batches.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["outcomes"]) == 60
+    assert result["outcomes"] == ["good" if kind == "good" else "refused" for kind in result["kinds"]]
+    assert result["ended"]
 
 
 def test_the_last_batch_may_be_smaller() -> None:
