@@ -153,7 +153,8 @@ class Suite:
         )
         bench, run = build(config, self.dataset, self.dist)
         if compiled:
-            parallel: Any = torch.compile(run.model, backend=self.size.compiler)
+            # Otherwise the second batch size of a process would be compiled for any size.
+            parallel: Any = torch.compile(run.model, backend=self.size.compiler, dynamic=False)
             run = replace(run, parallel=parallel, config=replace(run.config, compile=True))
         return bench, run
 

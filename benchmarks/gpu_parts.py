@@ -58,7 +58,7 @@ PARTS = {
     "parity": Part(parity, 45),
     "ladder": Part(ladder, 105),
     "official": Part(official, 65),
-    "ladder-compiled": Part(ladder_compiled, 125),
+    "ladder-compiled": Part(ladder_compiled, 150),
     "model": Part(model, 100),
     "decode": Part(decode, 65),
     "compiled": Part(compiled, 100),

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.read_costs import ReadCosts
 from pipeline.remote_shards import Ahead
 from pipeline.shards import BadSampleError, ShardSet
+from pipeline.stalls import Stalls
 from pipeline.views import ViewRecipe
 
 # The second pair of views of a sample in epoch e is drawn as that of epoch e + PAIR_EPOCHS would be.
@@ -53,6 +54,7 @@ class Settings:
     on_bad_sample: Callable[[BadSampleError], None]
     read_costs: ReadCosts | None = None
     give_up: Callable[[], bool] = lambda: False
+    stalls: Stalls | None = None
 
 
 @contextmanager
@@ -91,7 +93,7 @@ def deliver_ahead(
             delivered = innermost.enter_context(fed_ahead(make, depth, give_up))
         else:
             made = innermost.enter_context(fed_ahead(lambda: _on_side_stream(make(), device), depth, give_up))
-            delivered = _to_current_stream(made, device)
+            delivered = _to_current_stream(made, device, settings.stalls)
         innermost.callback(cancelled.set)  # first of all: a reader that waits for a fetch would hold up the rest
         yield delivered
 
@@ -118,12 +120,15 @@ def _on_side_stream(
 
 
 def _to_current_stream(
-    delivered: Iterator[tuple[tuple[Delivered, torch.cuda.Event], float]], device: torch.device
+    delivered: Iterator[tuple[tuple[Delivered, torch.cuda.Event], float]],
+    device: torch.device,
+    stalls: Stalls | None,
 ) -> Iterator[tuple[Delivered, float]]:
     """Let the model's stream, not the host, wait for each batch."""
     for ((batch, views), done), wait_s in delivered:
         current = torch.cuda.current_stream(device)
-        current.wait_event(done)
+        with stalls.on(current) if stalls is not None else nullcontext():
+            current.wait_event(done)
         for view in views:
             view.record_stream(current)
         yield (batch, views), wait_s

@@ -1,7 +1,7 @@
 """Owns the loader: order + bytes + parameters + back end -> views, fed ahead by a thread.
 
-How long the training loop waits for a batch is measured at every step (``wait_s``): that is the proof that the loop is
-not bound by its data.
+How long the training loop waits for a batch is measured at every step: the host's wait (``wait_s``), and on a GPU what
+the model's stream waits after that (stalls.py). Both together are the proof that the loop is not bound by its data.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pipeline.order import (
 from pipeline.read_costs import ReadCosts
 from pipeline.remote_shards import Ahead
 from pipeline.shards import BadSampleError, ShardSet
+from pipeline.stalls import Stalls
 from pipeline.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 
 
@@ -49,7 +50,7 @@ class Views:
     sources: Int64[np.ndarray, " n"]  # the samples that are seen: ids, but where a picture was bad
     epoch: int
     step: int  # within the epoch
-    wait_s: float  # how long the consumer waited for this batch
+    wait_s: float  # how long the consumer waited for this batch, on the host
     pair: int = 0  # which pair of views of these samples, where there are several
 
 
@@ -120,13 +121,14 @@ def open_views(
     pairs: int = 1,
     read_costs: ReadCosts | None = None,
     give_up: Callable[[], bool] = lambda: False,
+    stalls: Stalls | None = None,
 ) -> Iterator[Iterator[Views]]:
     """One rank's views from step ``start_step`` of ``start_epoch`` to the end of ``epochs``.
 
     Each step comes as ``accumulate`` micro-batches of ``global_batch / world_size / accumulate`` samples, each of them
     ``pairs`` times in a row with other views. The iterator raises UserError when too many samples are bad.
-    ``read_costs`` is told how long each shard's reads took. The iterator raises StarvedError if ``give_up`` says so
-    while it waits for a batch.
+    ``read_costs`` is told how long each shard's reads took, ``stalls`` how long the GPU waited. The iterator raises
+    StarvedError if ``give_up`` says so while it waits for a batch.
     """
     assert global_batch % (world_size * accumulate) == 0
     steps = steps_per_epoch(dataset.num_samples, global_batch)
@@ -149,7 +151,7 @@ def open_views(
 
     max_batch = global_batch // world_size // accumulate
     fixed = (dataset, recipe, config, max_batch, local_world_size, device, dtype, on_bad_sample)
-    settings = Settings(*fixed, read_costs, give_up)
+    settings = Settings(*fixed, read_costs, give_up, stalls)
     with deliver_ahead(settings, draw, places, Ahead(of_machine(), rank % local_world_size)) as delivered:
         yield (
             Views(x1, x2, batch.ids, batch.sources, epoch, batch.step, wait_s, pair)

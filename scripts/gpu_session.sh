@@ -88,7 +88,16 @@ if __name__ == '__main__':
   fi
 }
 
-smoke() { dataset; step smoke 120 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
+# Triton compiles the kernels' launchers when they are first called.
+compiler() {
+  local include
+  include=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+  [ -n "$(command -v "${CC:-gcc}" || command -v clang)" ] && [ -f "$include/Python.h" ] && return
+  echo "no C compiler or no $include/Python.h: nothing of Triton's can run here" | tee -a "$out/session.txt"
+  failed=1
+}
+
+smoke() { compiler; dataset; step smoke 120 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
 
 gpu_tests() {
   step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors ${toy:+--collect-only}
@@ -107,12 +116,12 @@ ranks() {
   if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1)
   else options+=(--backbone resnet18 --image-size 96 --precision fp32); fi
   rm -rf "$out/one-rank" "$out/two-ranks"
-  export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-29517} WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
+  export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-29517} WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
   local rank
-  RANK=1 NCCL_HOSTID=second NCCL_SOCKET_IFNAME=lo timeout -k 15 80 "$python" train/pretrain.py "${options[@]}" \
+  RANK=1 NCCL_HOSTID=second timeout -k 15 80 "$python" train/pretrain.py "${options[@]}" \
     --run-dir "$out/two-ranks" >"$out/ranks-second.log" 2>&1 &
   rank=$!
-  RANK=0 NCCL_HOSTID=first NCCL_SOCKET_IFNAME=lo step ranks 80 "$python" train/pretrain.py "${options[@]}" \
+  RANK=0 NCCL_HOSTID=first step ranks 80 "$python" train/pretrain.py "${options[@]}" \
     --run-dir "$out/two-ranks"
   wait "$rank" || { failed=1; tail -n 5 "$out/ranks-second.log"; }
   unset MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE

@@ -1,6 +1,7 @@
 """Decodes large batches, each with a picture that DALI cannot decode, and prints how each ended, as JSON.
 
-A script of its own, because DALI 2.4 would end the process. Only batches of 32 and more are looked at by several threads.
+A script of its own, because DALI 2.4 would end the process. Several threads look at
+batches of 32 and more only.
 """
 
 from __future__ import annotations

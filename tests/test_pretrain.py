@@ -11,11 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as td
+from torch.nn.parallel import DistributedDataParallel
 
 import train.openmp  # noqa: F401
 from model.simsiam import simsiam_loss
@@ -325,6 +328,20 @@ def test_accumulation_is_the_mean_over_its_passes(photo_dataset_path: Path, tmp_
     for ours, theirs in zip(run.model.parameters(), twin.parameters(), strict=True):
         expected = theirs - lr * (theirs.grad + 1e-4 * theirs)  # the first step of SGD with momentum
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_travel_once_a_step_also_when_compiled(tmp_path: Path) -> None:
+    td.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
+        for parallel in (ddp, torch.compile(ddp, backend="eager")):
+            run: Any = SimpleNamespace(parallel=parallel)
+            with pretrain.no_sync(run, last=False):
+                assert not ddp.require_backward_grad_sync
+            with pretrain.no_sync(run, last=True):
+                assert ddp.require_backward_grad_sync
+    finally:
+        td.destroy_process_group()
 
 
 def alone() -> Dist:

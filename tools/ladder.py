@@ -29,6 +29,7 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.order import OrderConfig, batch_positions, choose_order, steps_per_epoch
 from pipeline.shards import ShardSet
 from pipeline.stages import Stages, decoded_batch, open_stages, release_memory
+from pipeline.stalls import Stalls
 from pipeline.views import ViewParams, ViewRecipe, draw_views
 from train.pretrain import train_step
 from train.run import Run
@@ -67,8 +68,8 @@ class Bench:
                 yield epoch, step, sample_ids(epoch, batch_positions(step, self.batch, 0, 1))
 
     @contextmanager
-    def views(self) -> Iterator[Iterator[Views]]:
-        """The loader of a run of one rank, without end."""
+    def views(self, stalls: Stalls | None = None) -> Iterator[Iterator[Views]]:
+        """The loader of a run of one rank, without end; ``stalls`` are those of the GPU."""
         with open_views(
             self.dataset,
             self.recipe,
@@ -82,6 +83,7 @@ class Bench:
             device=self.device,
             dtype=self.dtype,
             order=self.order,
+            stalls=stalls,
         ) as batches:
             yield batches
 
@@ -228,12 +230,13 @@ def model_step(bench: Bench, run: Run, views: list[Views] | None = None) -> Iter
 @contextmanager
 def end_to_end(bench: Bench, run: Run) -> Iterator[Advance]:
     """Shards to weights: training steps fed by the loader. The time that the loop waited for it is told apart."""
-    with bench.views() as batches:
+    stalls = Stalls()
+    with bench.views(stalls) as batches:
 
         def advance(count: int) -> dict[str, float]:
             waited = sum(train_step(run, batches).wait_s for _ in range(count))
             bench.finish()
-            return {"data_wait": waited}
+            return {"data_wait": waited + stalls.read_s()}
 
         yield advance
 

@@ -29,6 +29,7 @@ from pipeline.errors import exit_on_user_error
 from pipeline.feeder import StarvedError
 from pipeline.loader import Views, open_views
 from pipeline.read_costs import ReadCosts
+from pipeline.stalls import Stalls
 from train.agreement import Agreement
 from train.bad_samples import BadSampleRecord
 from train.config import PretrainConfig, parse_config
@@ -76,10 +77,10 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
     check_run_dir(run)
     if config.resume:
         resume(run)
-    knn, costs = open_knn(run, lambda: bool(stop)), ReadCosts(len(run.dataset.shards))
+    knn, costs, stalls = open_knn(run, lambda: bool(stop)), ReadCosts(len(run.dataset.shards)), Stalls()
     claim_run_dir(run)
     with (
-        Reporter(dist, config, run.plan, run.step) as reporter,
+        Reporter(dist, config, run.plan, run.step, stalls) as reporter,
         open_views(
             run.dataset,
             config.views,
@@ -100,6 +101,7 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
             pairs=config.model.pairs,
             read_costs=costs,
             give_up=stop.is_urgent,
+            stalls=stalls,
         ) as batches,
         run.writer,
     ):
@@ -199,8 +201,9 @@ def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
 
 def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:
     """Gradients travel between ranks once a step, with the last micro-batch."""
-    if isinstance(run.parallel, DistributedDataParallel) and not last:
-        return run.parallel.no_sync()
+    called = getattr(run.parallel, "_orig_mod", run.parallel)  # torch.compile wraps it
+    if isinstance(called, DistributedDataParallel) and not last:
+        return called.no_sync()
     return nullcontext()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.disk import disk_error, write_json
 from pipeline.read_costs import ReadCosts
 from pipeline.shards import ShardSet
+from pipeline.stalls import Stalls
 from train.collapse import CollapseGuard, Reading, effective_rank
 from train.config import PretrainConfig
 from train.dist import Dist, mean_over_ranks, on_main, say, together
@@ -39,17 +40,21 @@ class StepResult:
     z: Float[Tensor, "n d"]  # projections of one view in the step's last pass
     skipped: Float[Tensor, ""]  # steps of this session that were skipped, this one included; the same on every rank
     lr: float
-    wait_s: float  # time spent waiting for the loader
+    wait_s: float  # time the host spent waiting for the loader
     ids: Int64[np.ndarray, " rank_batch"]
 
 
 class Reporter:
     """metrics.jsonl, TensorBoard, the progress line, the predicted time, the alarm and the summary of one session."""
 
-    def __init__(self, dist: Dist, config: PretrainConfig, plan: RunPlan, start_step: int) -> None:
-        """Open for the steps after ``start_step``; what a former session wrote after it is cut off. A collective."""
+    def __init__(self, dist: Dist, config: PretrainConfig, plan: RunPlan, start_step: int, stalls: Stalls) -> None:
+        """Open for the steps after ``start_step``; what a former session wrote after it is cut off. A collective.
+
+        ``stalls`` are the loader's, of this rank.
+        """
         self._dist, self._config, self._plan, self._start_step = dist, config, plan, start_step
         self._metrics = together(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
+        self._stalls = stalls
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
         self._guard = CollapseGuard(config.model, config.views, plan.schedule.peak_lr)
@@ -99,7 +104,7 @@ class Reporter:
     def _read(self, result: StepResult) -> tuple[float, float, float, Rates, Waits]:
         """Loss, z_std, rank of z at the last step, the rates since the last line; data_wait is the slowest rank's."""
         own_wait = torch.zeros(self._dist.world_size, device=result.loss.device)
-        own_wait[self._dist.rank] = self._meter.wait_s * self._dist.world_size
+        own_wait[self._dist.rank] = (self._meter.wait_s + self._stalls.read_s()) * self._dist.world_size
         values = torch.cat([torch.stack([result.loss, result.z_std, effective_rank(result.z)]), own_wait])
         loss, z_std, rank, *seconds = mean_over_ranks(self._dist, values).tolist()
         steps = self._meter.steps
@@ -152,6 +157,7 @@ class Reporter:
         yield
         self._paused_s += time.perf_counter() - start_s
         self._meter.restart()
+        self._stalls.read_s()
 
     def summary(self, step: int, checkpoint: Path) -> None:
         """Write summary.json. On rank 0 alone."""
