@@ -23,32 +23,24 @@ class Recipe:
     """What all variants of a sweep share, fit for a kind of machine and picture."""
 
     name: str
-    pretrain: tuple[str, ...]
+    pretrain: tuple[str, ...]  # flags; epochs, batch and kNN are given to each run beside them
     batch: int
     linear: tuple[str, ...]
     most_epochs: int  # more than the paper's are no use
 
 
 RECIPES = {
-    # tools/demo.py's: hundreds of steps leave no time to learn slowly, so the rate is 20 times the paper's
+    # The predictor stays a quarter as wide as z, also where a table varies --dim.
     "cpu": Recipe(
         "resnet_tiny at 32 px",
-        (
-            *("--backbone", "resnet_tiny", "--image-size", "32", "--blur-prob", "0", "--base-lr", "1.0"),
-            *("--weight-decay", "5e-4", "--projector-layers", "2", "--dim", "512", "--projector-hidden", "512"),
-            *("--knn-bank-size", "5000"),
-        ),
+        ("--recipe", "demo", "--predictor-hidden", "None", "--knn-bank-size", "5000"),
         batch=128,
         linear=("--features-cache", "--fraction", "0.4", "--epochs", "30", "--global-batch", "256"),
         most_epochs=800,
     ),
-    # Chen & He 2020, appendix D
     "gpu-small": Recipe(
         "resnet18 with the CIFAR stem at 32 px",
-        (
-            *("--backbone", "resnet18", "--stem", "cifar", "--image-size", "32", "--blur-prob", "0"),
-            *("--base-lr", "0.03", "--weight-decay", "5e-4", "--projector-layers", "2"),
-        ),
+        ("--recipe", "cifar10-800ep"),
         batch=512,
         linear=("--features-cache", "--epochs", "90", "--global-batch", "256"),
         most_epochs=800,
