@@ -42,7 +42,7 @@ class PretrainConfig:
     accumulate: int = 1  # forward passes of a step, each over global_batch / ranks / accumulate images
     seed: int = 0  # of weights, order and views
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    precision: PrecisionName = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    precision: PrecisionName = "auto"  # auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
     sync_bn: bool = True  # batch statistics over all GPUs: section 3. CPUs have local ones only
     compile: bool = False  # torch.compile the model; pays in long runs on a GPU
     resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none

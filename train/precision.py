@@ -27,8 +27,9 @@ class Precision:
 def choose_precision(name: PrecisionName, device: torch.device) -> Precision:
     """``auto`` is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU. UserError for fp16 on a CPU."""
     on_gpu = device.type == "cuda"
-    if name == "auto":
-        name = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_gpu else "fp32"
+    if name == "auto":  # which older GPUs emulate
+        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = ("bf16" if has_bf16 else "fp16") if on_gpu else "fp32"
     if name == "fp16" and not on_gpu:
         raise UserError("--precision fp16 needs a GPU: take fp32 or bf16 on a CPU")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
