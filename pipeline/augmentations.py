@@ -87,7 +87,7 @@ class Erasing(Augmentation):
         """As of Augmentation."""
         if not 0 < self.area[0] <= self.area[1] <= 1:
             return f"area {self.area}: it takes two numbers, 0 < low <= high <= 1"
-        if not 0 < self.ratio[0] <= self.ratio[1]:
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             return f"ratio {self.ratio}: it takes two numbers, 0 < low <= high"
         return super().mistake()
 

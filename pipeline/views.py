@@ -72,13 +72,17 @@ class ViewRecipe:
             _check(f"--{name}-prob", probability, 0 <= probability <= 1, "a probability lies in 0 .. 1")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
-            _check(f"--{name.replace('_', '-')}", (low, high), 0 < low <= high, "it takes two numbers, 0 < low <= high")
+            rule = "it takes two numbers, 0 < low <= high"
+            _check(f"--{name.replace('_', '-')}", (low, high), 0 < low <= high < math.inf, rule)
         _check("--crop-scale", self.crop_scale, self.crop_scale[1] <= 1, "a crop is no larger than its picture")
         for name in ("brightness", "contrast", "saturation"):
             _check(f"--{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "it lies in 0 .. 1")
         _check("--hue", self.hue, 0 <= self.hue <= 0.5, "it lies in 0 .. 0.5 turns of the colour circle")
         _check("--blur-radius", self.blur_radius, self.blur_radius >= 1, "the window reaches at least 1 px")
-        _check("--std", self.std, min(self.std) > 0, "a standard deviation is above 0")
+        threshold = self.solarize_threshold
+        _check("--solarize-threshold", threshold, 0 <= threshold <= 256, "it lies in 0 (all) .. 256 (none)")
+        _check("--mean", self.mean, all(map(math.isfinite, self.mean)), "it takes three numbers")
+        _check("--std", self.std, all(0 < std < math.inf for std in self.std), "a standard deviation is above 0")
 
     @property
     def blur_window(self) -> int:

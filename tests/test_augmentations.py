@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,7 @@ def test_pictures_for_evaluation_are_left_alone(photo_dataset: ShardSet, backend
         (Erasing, {"area": (0.5, 0.1)}, "--erasing.area (0.5, 0.1): it takes two numbers"),
         (Erasing, {"area": (0.5, 1.1)}, "--erasing.area (0.5, 1.1): it takes two numbers"),
         (Erasing, {"ratio": (0.0, 1.0)}, "--erasing.ratio (0.0, 1.0): it takes two numbers"),
+        (Erasing, {"ratio": (0.3, math.inf)}, "--erasing.ratio (0.3, inf): it takes two numbers"),
         (Erasing, {"prob": 2.0}, "--erasing.prob 2.0: a probability"),
     ],
 )

@@ -140,6 +140,11 @@ def test_online_accuracy_with_the_training_set_as_queries(photo_dataset: ShardSe
     assert monitor.evaluate(MeanColour()) == 100.0  # each sample is its own nearest neighbour
 
 
+def test_a_bank_of_one_sample_has_nothing_to_compare_with(photo_dataset: ShardSet) -> None:
+    with pytest.raises(UserError, match=r"of 48 samples, --knn-bank-size 1 leaves one.*--knn-every 0"):
+        OnlineKnn(photo_dataset, KnnConfig(bank_size=1), SOURCE)
+
+
 def test_query_set_must_have_the_same_classes(photo_dataset: ShardSet, photo_folder: Path, tmp_path: Path) -> None:
     fewer = tmp_path / "fewer"
     fewer.mkdir()
@@ -235,6 +240,9 @@ def test_the_script(photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytes
     [
         (["--k", "20;200"], "--k 20;200: write whole numbers"),
         (["--temperature", "0"], "--temperature 0.0: it must be above 0"),
+        (["--temperature", "nan"], "--temperature nan: it must be above 0"),
+        (["--bank-size", "0"], "--bank-size 0: it must be at least 1"),
+        (["--seed", "-1"], "--seed -1: it must lie in 0 .. 2**64 - 1"),
         (["--val-data", "/nowhere"], "no dataset at /nowhere"),
         (["--checkpoint", "/nowhere"], "cannot read the checkpoint /nowhere"),
         (["--json", "/dev/null/x.json"], "cannot write /dev/null/x.json"),

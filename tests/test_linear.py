@@ -28,7 +28,7 @@ from pipeline.writer import make_dataset
 from train import linear
 from train.dist import Dist
 from train.features import EncoderConfig, check_same_classes, open_frozen
-from train.linear import LinearConfig, evaluate, passes_of
+from train.linear import LinearConfig, check_numbers, evaluate, passes_of
 from train.linear_probe import LinearHeads, ProbeConfig, build_lars, count_correct, head_losses, set_rates
 from train.linear_run import Outcome
 from train.metrics import read_lines
@@ -320,6 +320,10 @@ def test_the_script(config: LinearConfig, monkeypatch: pytest.MonkeyPatch, capsy
         (["--lr-sweep", "fast"], "--lr-sweep fast"),
         (["--base-lr", "0"], "--base-lr 0.0"),
         (["--epochs", "0"], "--epochs 0"),
+        (["--momentum", "1.5"], "--momentum 1.5: it must be at least 0 and below 1"),
+        (["--weight-decay", "nan"], "--weight-decay nan"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--image-size", "0"], "--image-size 0"),
         (["--resume"], "--resume: say with --run-dir"),
         (["--run-dir", "/dev/null/x"], "--run-dir /dev/null/x cannot be made"),
     ],
@@ -330,6 +334,11 @@ def test_mistakes(
     monkeypatch.chdir(ROOT)
     assert run_script(monkeypatch, config, more) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_the_processes_cannot_share_is_told_with_one_that_they_can(config: LinearConfig) -> None:
+    with pytest.raises(UserError, match=r"--global-batch 12 .* 5 processes: take a multiple of 5, 10 or 15"):
+        check_numbers(replace(config, probe=replace(config.probe, global_batch=12)), samples=48, world_size=5)
 
 
 def test_datasets_that_do_not_fit(config: LinearConfig, photo_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.order import OrderConfig
 from train.config import PretrainConfig
+from train.knn import KnnConfig
 from train.optim import OptimConfig
 from train.plan import make_plan
 
@@ -52,7 +54,21 @@ def test_description_names_what_matters() -> None:
         ({"global_batch": 0}, 100, 1, r"--global-batch 0: .*at least 1"),
         ({"epochs": -1}, 100, 1, r"--epochs -1"),
         ({"max_steps": 0}, 100, 1, r"--max-steps 0"),
-        ({"optim": OptimConfig(base_lr=0.0)}, 100, 1, r"--base-lr 0.0"),
+        ({"seed": -1}, 100, 1, r"--seed -1: .*0 \.\. 2\*\*64 - 1"),
+        ({"seed": 1 << 64}, 100, 1, r"--seed 18446744073709551616"),
+        ({"knn": KnnConfig(temperature=0.0)}, 100, 1, r"--knn-temperature 0.0: .*above 0"),
+        ({"knn": KnnConfig(temperature=nan)}, 100, 1, r"--knn-temperature nan"),
+        ({"knn": KnnConfig(every=-1)}, 100, 1, r"--knn-every -1: .*0 for never"),
+        ({"knn": KnnConfig(k=0)}, 100, 1, r"--knn-k 0"),
+        ({"optim": OptimConfig(momentum=-0.1)}, 100, 1, r"--momentum -0.1: .*0.9"),
+        ({"optim": OptimConfig(momentum=1.0)}, 100, 1, r"--momentum 1.0"),
+        ({"optim": OptimConfig(weight_decay=-1e-4)}, 100, 1, r"--weight-decay -0.0001"),
+        ({"optim": OptimConfig(weight_decay=nan)}, 100, 1, r"--weight-decay nan"),
+        ({"optim": OptimConfig(base_lr=0.0)}, 100, 1, r"--base-lr 0.0: .*above 0"),
+        ({"optim": OptimConfig(base_lr=nan)}, 100, 1, r"--base-lr nan"),
+        ({"optim": OptimConfig(base_lr=inf)}, 100, 1, r"--base-lr inf"),
+        ({"optim": OptimConfig(warmup_epochs=nan)}, 100, 1, r"--warmup-epochs nan"),
+        ({"optim": OptimConfig(warmup_epochs=inf)}, 100, 1, r"--warmup-epochs inf"),
         ({"optim": OptimConfig(warmup_epochs=10)}, 100, 1, r"--warmup-epochs 10.* --epochs 10"),
         ({"optim": OptimConfig(warmup_epochs=-1)}, 100, 1, r"--warmup-epochs -1"),
     ],

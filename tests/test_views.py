@@ -245,6 +245,11 @@ def test_a_recipe_without_effect_changes_nothing() -> None:
         ("--hue", {"hue": 0.6}),
         ("--blur-radius", {"blur_radius": 0}),
         ("--std", {"std": (0.2, 0.0, 0.2)}),
+        ("--std", {"std": (0.2, math.nan, 0.2)}),
+        ("--mean", {"mean": (0.5, 0.5, math.nan)}),
+        ("--crop-ratio", {"crop_ratio": (0.5, math.inf)}),
+        ("--blur-sigma", {"blur_sigma": (0.1, math.inf)}),
+        ("--solarize-threshold", {"solarize_threshold": 257}),
     ],
 )
 def test_an_impossible_recipe_is_refused_by_name(flag: str, fields: dict[str, Any]) -> None:

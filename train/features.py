@@ -21,6 +21,7 @@ from pipeline.location import Url
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.views import ViewRecipe
 from train.dist import Dist, any_rank, together
+from train.rules import check_seed
 from train.weights import Pixels, Weights, open_encoder
 
 PICTURES_PER_PASS = 256
@@ -57,12 +58,15 @@ class Frozen:
 
 def open_frozen(config: EncoderConfig, device: torch.device) -> Frozen:
     """Read the encoder. Raises UserError if there is none in the file, or another one than said."""
+    check_seed(config.seed)
     trunk, width, weights = open_encoder(config.checkpoint, config.backbone, config.stem, config.seed)
     pixels = weights.pixels or Pixels()
     if config.image_size is not None:
         pixels = replace(pixels, image_size=config.image_size)
     trunk = trunk.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Frozen(trunk, width, pixels, weights)
+    frozen = Frozen(trunk, width, pixels, weights)
+    _ = frozen.recipe  # a size or colours that cannot be are told before any data is opened
+    return frozen
 
 
 @dataclass(frozen=True)

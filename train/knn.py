@@ -48,6 +48,7 @@ from train.features import (
 )
 from train.neighbours import Neighbours
 from train.precision import PrecisionName, choose_precision
+from train.rules import check_at_least_1, check_temperature
 
 BANK_SEED = 0  # which samples make the bank is the same in every run, so that accuracies compare
 HELD_OUT = 0.1  # share of the bank's samples that become queries where no --knn-data is given
@@ -131,7 +132,10 @@ class OnlineKnn:
             check_same_classes("--knn-data", query_set, train)
             self._bank, self._queries = Samples.sorted(train, ids), Samples.all_of(query_set)
         if len(self._bank.ids) == 0:
-            raise UserError(f"kNN needs more than {train.num_samples} sample(s) to compare with: take --knn-every 0")
+            raise UserError(
+                f"kNN has nothing to compare with: of {train.num_samples} samples, --knn-bank-size {config.bank_size} "
+                "leaves one, which is to be classified; take more, or --knn-every 0"
+            )
 
     def describe(self) -> str:
         """What is compared with what, for people."""
@@ -169,7 +173,7 @@ class KnnEvalConfig:
     feature_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the memory of the training features
     json: Path | None = None  # write the accuracies to this file as well
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
-    precision: PrecisionName = "auto"  # of the forward pass; auto: bf16 on a GPU, fp32 on a CPU
+    precision: PrecisionName = "auto"  # of the forward pass; auto: as in pretrain.py
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 
 
@@ -204,10 +208,9 @@ def _check(config: KnnEvalConfig) -> list[int]:
     """The numbers of neighbours. Raises UserError for values that make no sense."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.k):
         raise UserError(f"--k {config.k}: write whole numbers from 1 up, separated by commas, as in 10,20,200")
-    if config.temperature <= 0:
-        raise UserError(f"--temperature {config.temperature}: it must be above 0")
-    if config.bank_size is not None and config.bank_size < 1:
-        raise UserError(f"--bank-size {config.bank_size}: it must be at least 1")
+    check_temperature("--temperature", config.temperature)
+    if config.bank_size is not None:
+        check_at_least_1("--bank-size", config.bank_size)
     return sorted({int(k) for k in config.k.split(",")})
 
 

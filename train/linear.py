@@ -54,6 +54,7 @@ from train.linear_probe import LinearHeads, ProbeConfig, build_lars, count_corre
 from train.linear_run import LinearRun, Outcome
 from train.metrics import duration
 from train.precision import PrecisionName, choose_precision
+from train.rules import check_at_least_1, check_sgd
 from train.subset import stratified
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, which the official code uses as it is
@@ -77,7 +78,7 @@ class LinearConfig:
     # process holds all features
     features_cache: bool = False
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
-    precision: PrecisionName = "auto"  # of the encoder's forward pass; auto: bf16 on a GPU, fp32 on a CPU
+    precision: PrecisionName = "auto"  # of the encoder's forward pass; auto: as in pretrain.py
     probe: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 
@@ -179,11 +180,15 @@ def check_numbers(config: LinearConfig, samples: int, world_size: int) -> int:
     """Steps of an epoch. Raises UserError for numbers that do not fit together."""
     probe = config.probe
     probe.base_lrs()
-    for name in ("epochs", "global_batch"):
-        if getattr(probe, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(probe, name)}: it must be at least 1")
+    check_at_least_1("--epochs", probe.epochs)
+    check_at_least_1("--global-batch", probe.global_batch)
+    check_sgd(probe.momentum, probe.weight_decay)
     if probe.global_batch % world_size:
-        raise UserError(f"--global-batch {probe.global_batch} cannot be divided by {world_size} processes")
+        below = max(probe.global_batch // world_size, 1) * world_size
+        raise UserError(
+            f"--global-batch {probe.global_batch} cannot be divided by {world_size} processes: take a multiple of "
+            f"{world_size}, {below} or {below + world_size} for instance"
+        )
     if probe.global_batch > samples:
         raise UserError(
             f"--global-batch {probe.global_batch} is more than the {samples} samples to train on: take at most "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 
 from pipeline.errors import UserError
 from pipeline.order import steps_per_epoch
 from train.config import PretrainConfig
 from train.optim import Schedule, make_schedule
+from train.rules import check_at_least_1, check_seed, check_sgd, check_temperature, require
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class RunPlan:
 
 def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunPlan:
     """Compute the plan. Raises UserError for numbers that do not fit together."""
-    _check_positive(config)
+    _check_numbers(config)
     parts = world_size * config.accumulate
     if config.global_batch % parts:
         below = max(config.global_batch // parts, 1) * parts
@@ -90,22 +92,26 @@ def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunP
     )
 
 
-def _check_positive(config: PretrainConfig) -> None:
-    numbers = {
-        "--global-batch": config.global_batch,
-        "--accumulate": config.accumulate,
-        "--epochs": config.epochs,
-        "--log-every": config.log_every,
-        "--keep-checkpoints": config.keep_checkpoints,
-        "--max-bad-steps": config.max_bad_steps,
-        "--max-steps": 1 if config.max_steps is None else config.max_steps,
-        "--knn-k": config.knn.k,
-        "--knn-bank-size": config.knn.bank_size,
-    }
-    for flag, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{flag} {value}: it must be at least 1")
-    if config.optim.base_lr <= 0:
-        raise UserError(f"--base-lr {config.optim.base_lr}: it must be above 0")
-    if (config.optim.warmup_epochs or 0) < 0:
-        raise UserError(f"--warmup-epochs {config.optim.warmup_epochs}: it must not be below 0")
+def _check_numbers(config: PretrainConfig) -> None:
+    for flag, count in (
+        ("--global-batch", config.global_batch),
+        ("--accumulate", config.accumulate),
+        ("--epochs", config.epochs),
+        ("--log-every", config.log_every),
+        ("--keep-checkpoints", config.keep_checkpoints),
+        ("--max-bad-steps", config.max_bad_steps),
+        ("--max-steps", 1 if config.max_steps is None else config.max_steps),
+        ("--knn-k", config.knn.k),
+        ("--knn-bank-size", config.knn.bank_size),
+    ):
+        check_at_least_1(flag, count)
+    check_seed(config.seed)
+    check_temperature("--knn-temperature", config.knn.temperature)
+    require("--knn-every", config.knn.every, config.knn.every >= 0, "it must be a number of epochs, or 0 for never")
+    optim = config.optim
+    check_sgd(optim.momentum, optim.weight_decay)
+    rule = "it must be above 0, and a number; the paper's is 0.05"
+    require("--base-lr", optim.base_lr, 0 < optim.base_lr < inf, rule)
+    if optim.warmup_epochs is not None:
+        rule = f"it must be at least 0 and below --epochs {config.epochs}"
+        require("--warmup-epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < config.epochs, rule)
