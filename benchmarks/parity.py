@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import reference
-from pipeline.backends import choose_backend, cut_squares
+from pipeline.backends import choose_backend
 from pipeline.batch import Batch
 from pipeline.delivery import share_of_cores
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader_config import DaliConfig
+from pipeline.loader_config import LoaderConfig
 from pipeline.photometric import Photometric
 from pipeline.shards import ShardSet
+from pipeline.stages import Setup
 from pipeline.views import VIEWS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 from tools.measuring import describe_machine
 
@@ -184,16 +185,11 @@ class Parity:
             self.results["whole recipe"].add(ours, theirs.permute(0, 3, 1, 2))
 
     def _squares(self, batch: Batch) -> list[UInt8[Tensor, "n s s 3"]]:
-        made = cut_squares(
-            iter([batch]),
-            self._config.image_size,
-            DaliConfig(),
-            max_batch=len(batch),
-            device=self._device,
-            pool=self._pool,
-            threads=self._threads,
-        )
-        return next(made)[1]
+        from pipeline.dali_backend import cut_squares
+
+        device, pool = self._device, self._pool
+        setup = Setup(self._recipe, LoaderConfig(), len(batch), device, torch.float32, pool, self._threads)
+        return next(cut_squares(setup, iter([batch])))[1]
 
     def _transform(
         self, recipe: ViewRecipe, squares: list[UInt8[Tensor, "n s s 3"]], params: ViewParams

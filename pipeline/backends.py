@@ -11,22 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
 from PIL import UnidentifiedImageError
-from torch import Tensor
 from typing_extensions import assert_never
 
 from pipeline.assemble import Assembler, Place
 from pipeline.batch import Batch, UndecodableBatchError
-from pipeline.cut import CutSquares
 from pipeline.errors import UserError
-from pipeline.loader_config import DaliConfig, LoaderConfig
-from pipeline.photometric import Photometric
-from pipeline.reference import TorchvisionViews, decode
+from pipeline.loader_config import LoaderConfig
+from pipeline.reference import decode
+from pipeline.stages import Backend, Delivered, Setup
+from pipeline.torchvision_backend import TorchvisionBackend
 from pipeline.views import ViewRecipe
 
 BackendName = Literal["dali", "torchvision"]
-Delivered = tuple[Batch, list[Float[Tensor, "n 3 s s"]]]
 
 
 def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[BackendName, str]:
@@ -50,6 +47,20 @@ def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[B
             assert_never(requested)
 
 
+def open_backend(config: LoaderConfig) -> Backend:
+    """The back end that will run. Raises UserError as ``choose_backend``."""
+    name, _ = choose_backend(config.backend)
+    match name:
+        case "dali":
+            from pipeline.dali_backend import DaliBackend
+
+            return DaliBackend()
+        case "torchvision":
+            return TorchvisionBackend()
+        case _:
+            assert_never(name)
+
+
 class ViewMaker:
     """Makes views of one dataset on one device."""
 
@@ -67,18 +78,12 @@ class ViewMaker:
     ) -> None:
         """``pool`` has ``threads`` workers; ``dtype`` is that of the views."""
         self._assembler = assembler
-        self._recipe = recipe
-        self._config = config
-        self._max_batch = max_batch
-        self._device = device
-        self._dtype = dtype
-        self._pool = pool
-        self._threads = threads
-        self._backend, _ = choose_backend(config.backend)
+        self._backend = open_backend(config)
+        self._setup = Setup(recipe, config, max_batch, device, dtype, pool, threads)
 
     def deliver(self, places: Iterable[Place]) -> Iterator[Delivered]:
         """The views of each place in order, bad pictures replaced."""
-        made = self._make(self._assembler.read_ahead(places, self._config.read_ahead))
+        made = self._make(self._assembler.read_ahead(places, self._setup.config.read_ahead))
         while True:
             try:
                 yield next(made)
@@ -89,23 +94,7 @@ class ViewMaker:
 
     def _make(self, batches: Iterator[Batch]) -> Iterator[Delivered]:
         """Views of batches by the chosen back end; goes on after an UndecodableBatchError."""
-        match self._backend:
-            case "torchvision":
-                return TorchvisionViews(batches, self._recipe, self._pool, self._device, self._dtype)
-            case "dali":
-                photometric = Photometric(self._recipe, self._device, self._dtype, self._pool, self._threads)
-                squares = cut_squares(
-                    batches,
-                    self._recipe.image_size,
-                    self._config.dali,
-                    max_batch=self._max_batch,
-                    device=self._device,
-                    pool=self._pool,
-                    threads=self._threads,
-                )
-                return map(lambda item: (item[0], photometric(item[1], item[0].windows)), squares)
-            case _:
-                assert_never(self._backend)
+        return self._backend.views(self._setup, batches)
 
     def _recover(self, error: UndecodableBatchError) -> Delivered:
         """Find the pictures that spoil a batch, put others in their place, and make it again."""
@@ -133,7 +122,8 @@ class ViewMaker:
 
     def _pil_faults(self, batch: Batch) -> Iterator[tuple[int, str]]:
         """(sample, fault) of the pictures that PIL cannot decode."""
-        for sample, fault in enumerate(self._pool.map(lambda sample: _pil_fault(batch, sample), range(len(batch)))):
+        faults = self._setup.pool.map(lambda sample: _pil_fault(batch, sample), range(len(batch)))
+        for sample, fault in enumerate(faults):
             if fault is not None:
                 yield sample, fault
 
@@ -145,27 +135,6 @@ class ViewMaker:
                 next(made)
             except UndecodableBatchError as error:
                 yield sample, f"cannot be decoded: {error.reason}"
-
-
-def cut_squares(
-    batches: Iterator[Batch],
-    image_size: int,
-    config: DaliConfig,
-    *,
-    max_batch: int,
-    device: torch.device,
-    pool: ThreadPoolExecutor,
-    threads: int,
-) -> Iterator[tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]]:
-    """Batches decoded by DALI and cut: on a GPU by DALI too, on a CPU by torch, ``pool`` having ``threads`` workers.
-
-    The iterator raises UndecodableBatchError, after which it may go on.
-    """
-    from pipeline.dali import DaliPictures, DaliSquares
-
-    if device.type == "cuda":
-        return DaliSquares(batches, image_size, max_batch, threads, device, config)
-    return CutSquares(DaliPictures(batches, max_batch, threads, device, config), image_size, pool, threads)
 
 
 def _pil_fault(batch: Batch, sample: int) -> str | None:

@@ -22,13 +22,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.assemble import Assembler, BadSamples, Place
+from pipeline.backends import open_backend
 from pipeline.batch import Batch
 from pipeline.delivery import share_of_cores
 from pipeline.loader import Views, open_views, print_bad_sample
 from pipeline.loader_config import LoaderConfig
 from pipeline.order import OrderConfig, batch_positions, choose_order, steps_per_epoch
 from pipeline.shards import ShardSet
-from pipeline.stages import Stages, decoded_batch, open_stages, release_memory
+from pipeline.stages import Setup, Stages, decoded_batch
 from pipeline.stalls import Stalls
 from pipeline.views import ViewParams, ViewRecipe, draw_views
 from train.pretrain import train_step
@@ -112,25 +113,15 @@ class Bench:
     def stages(self) -> Iterator[tuple[Stages, ThreadPoolExecutor]]:
         """The back end's stages, and the threads that they share."""
         with ThreadPoolExecutor(self.threads, "transform") as pool:
-            yield (
-                open_stages(
-                    self.recipe,
-                    self.loader,
-                    max_batch=self.batch,
-                    device=self.device,
-                    dtype=self.dtype,
-                    pool=pool,
-                    threads=self.threads,
-                ),
-                pool,
-            )
+            setup = Setup(self.recipe, self.loader, self.batch, self.device, self.dtype, pool, self.threads)
+            yield open_backend(self.loader).stages(setup), pool
 
     def tidy(self) -> None:
         """Give back the GPU memory that is kept for later use."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-            release_memory(self.loader)
+            open_backend(self.loader).release_memory()
 
     def finish(self) -> None:
         """Wait for what was put on the current stream."""
