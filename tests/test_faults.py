@@ -117,7 +117,7 @@ def test_stopped_in_knn(
 def test_stopped_before_the_first_step(photo_dataset_path: Path, sessions: Sessions, tmp_path: Path) -> None:
     arguments = flags(photo_dataset_path, tmp_path / "run")
     assert sessions.run(arguments, "opening the run", 1, TERM) == EXIT_PREEMPTED
-    assert "stopped by SIGTERM before the first step" in sessions.said()
+    assert "stopped by SIGTERM before the first step; start again with --resume" in sessions.said()
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert sessions.run([*arguments, "--resume", "--max-steps", "1"]) == 0, sessions.said()
 

@@ -76,7 +76,7 @@ def _listening(request: StopRequest) -> Iterator[None]:
         while number := hears.recv(1):
             if request.starting and number[0] in STOP_SIGNALS:
                 name = signal.Signals(number[0]).name
-                print(f"stopped by {name} before the first step; the same command starts again", file=sys.stderr)
+                print(f"stopped by {name} before the first step; start again with --resume", file=sys.stderr)
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(EXIT_PREEMPTED)
 
