@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -84,28 +85,47 @@ def sync_folder(path: Path) -> None:
 def write_json(path: Path, value: Any, workshop: Path | None = None) -> None:
     """Write ``value`` as indented JSON, atomically and always with the same bytes."""
     with atomic_file(path, workshop) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
+        file.write(json.dumps(strict_json(value), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def strict_json(value: Any) -> Any:
+    """``value`` with null in place of nan and inf, which JSON has no words for; Python's own are refused elsewhere."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: strict_json(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [strict_json(entry) for entry in value]
+        case _:
+            return value
 
 
 @contextmanager
 def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
     """Hold ``path`` locked (flock, released by the system when the process dies).
 
-    ``shared`` lets others hold it shared as well. Raises UserError if another process holds it. A file system without
-    locks is announced, and the work goes on.
+    ``shared`` lets others hold it shared as well. Raises UserError, which names the program that holds it: the file
+    says so. A file system without locks is announced, and the work goes on.
     """
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
+            holder = path.read_text(encoding="utf-8") or "another process"  # one that has written nothing yet
             raise UserError(
-                f"another make_shards is writing to {path.parent.parent}: wait for it, or end it, then try again"
+                f"{holder} is writing to {path.parent.parent}: wait for it, or end it, then try again"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            text = f"note: no file locks at {path.parent} ({error.strerror}): run one make_shards at a time there"
-            print(text, file=sys.stderr)
+            print(
+                f"note: no file locks at {path.parent} ({error.strerror}): let one process at a time write there",
+                file=sys.stderr,
+            )
+        file.truncate(0)
+        file.write(f"{Path(sys.argv[0]).name} (process {os.getpid()} on {socket.gethostname()})".encode())
+        file.flush()
         yield file
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.disk import write_json
 from pipeline.errors import UserError
 from train.metrics import (
     METRICS_FILE,
@@ -51,6 +56,33 @@ def test_a_whole_number_of_bits_comes_back(tmp_path: Path) -> None:
     log.write(0, 1, loss=-0.12345679104328156)
     log.close()
     assert read_lines(tmp_path / METRICS_FILE)[0]["loss"] == -0.12345679104328156
+
+
+def strict(text: str) -> Any:
+    """As parsers read it that know no nan."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_null_on_disk_and_nan_when_read(tmp_path: Path, value: float) -> None:
+    path = tmp_path / METRICS_FILE
+    log = MetricsLog(tmp_path, 0)
+    log.write(0, 1, loss=value, lr=0.1)
+    write_json(tmp_path / "summary.json", log.newest())
+    log.close()
+    MetricsLog(tmp_path, 1).close()  # a resumed run writes the lines that stay again
+    assert strict(path.read_text()) == {"epoch": 0, "step": 1, "loss": None, "lr": 0.1}
+    assert strict((tmp_path / "summary.json").read_text()) == {"loss": None, "lr": 0.1}
+    (line,) = read_lines(path)
+    assert math.isnan(line["loss"])
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (shown,) = board.Scalars("loss")
+    assert str(shown.value) == str(value)
 
 
 def test_cut_off_without_a_file(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError
 from train.checkpoint import check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
 from train.dist import Dist, on_main, say, together
-from train.metrics import METRICS_FILE, cut_off
+from train.metrics import METRICS_FILE, cut_off, json_line
 
 CHECKPOINTS, SUMMARY_FILE = "checkpoints", "summary.json"
 
@@ -132,7 +131,7 @@ class LinearRun:
         lines = [{"epoch": outcome.epoch, "step": step, **head.as_json()} for head in outcome.heads]
         try:
             with open(folder / METRICS_FILE, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.write("".join(map(json_line, lines)))
         except OSError as error:
             raise disk_error(error, f"writing {folder}") or error from error
         state = {

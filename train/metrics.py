@@ -1,10 +1,11 @@
 """Owns what a run reports: metrics.jsonl, TensorBoard and the progress line.
 
 A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
-(optimizer steps done), loss (of that step), lr, z_std, z_rank (effective rank), img_per_s (source images, since the
-last line), data_wait (share of that time that the slowest rank waited for the loader); of several ranks data_wait_rankR
-too. A kNN line has epoch (epochs done), step and knn_top1 (percent); the first one is the untrained encoder's. Resuming
-cuts off what lies after the checkpoint: no step appears twice.
+(optimizer steps done), loss (of that step), lr, z_std, z_rank (effective rank), img_per_s (source images) and step_s
+(seconds a step), both since the last line, data_wait (share of that time that the slowest rank waited for the loader);
+of several ranks, up to 64, data_wait_rankR too; skipped_steps (of this session, for nan or inf gradients) if there are
+any. A kNN line has epoch (epochs done), step and knn_top1 (percent); the first one is the untrained encoder's. What is
+no number (nan, inf) is null. Resuming cuts off what lies after the checkpoint: no step appears twice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.disk import atomic_file, disk_error
+from pipeline.disk import atomic_file, disk_error, strict_json
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
@@ -66,7 +67,7 @@ class MetricsLog:
         """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
         line: dict[str, Any] = {"epoch": epoch, "step": step, **values}
         with _disk_errors(self._path):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json_line(line))
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         if "knn_top1" in values:
@@ -88,16 +89,25 @@ def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [line for line in read_lines(path) if line["step"] <= step]
     if path.exists():
         with atomic_file(path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            file.write("".join(map(json_line, kept)).encode())
     return kept
 
 
+def json_line(values: dict[str, Any]) -> str:
+    """One line of metrics.jsonl; nan and inf become null."""
+    return json.dumps(strict_json(values), allow_nan=False) + "\n"
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or a samples file; a last line that a killed run left half-written is left out."""
+    """The lines of metrics.jsonl or a samples file, nan where they have null.
+
+    A last line that a killed run left half-written is left out.
+    """
     if not path.exists():
         return []
     texts = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(text) for text in texts[:-1]]  # a whole line ends in a newline
+    lines = [json.loads(text) for text in texts[:-1]]  # a whole line ends in a newline
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
 class SampleRecord:
