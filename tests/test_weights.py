@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,33 @@ def harmful() -> bytes:
     out = io.BytesIO()
     torch.save({"model": Harmful()}, out)
     return out.getvalue()
+
+
+def test_metadata_that_are_no_json_are_told(tmp_path: Path) -> None:
+    state = build_backbone("resnet_tiny")[0].state_dict()
+    path = tmp_path / "w.safetensors"
+    for text in ("v1", "[" * 100_000):
+        safetensors.torch.save_file(state, path, {"siamstream": text})
+        with pytest.raises(UserError, match=r"w.safetensors has metadata under 'siamstream' that are no JSON"):
+            read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"config": {"model": "resnet_tiny"}},
+        {"config": {"model": {"backbone": ["resnet_tiny"]}}, "arch": {"name": "resnet_tiny"}},
+        {"config": {"model": {"backbone": "resnet_tiny"}, "views": 2}},
+        {"config": {"model": {"backbone": "resnet_tiny"}, "views": {"image_size": "32", "mean": 0, "std": 1}}},
+        {"config": {"model": {"backbone": "resnet_tiny"}, "views": {"image_size": 32, "mean": [0, 0], "std": "abc"}}},
+    ],
+)
+def test_what_others_call_config_or_arch_is_not_taken_for_ours(tmp_path: Path, about: dict[str, Any]) -> None:
+    state = dict(build_backbone("resnet_tiny")[0].state_dict())
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors", {"siamstream": json.dumps(about["config"])})
+    for path in (saved(tmp_path / "w.pth", {"state_dict": state, **about}), tmp_path / "w.safetensors"):
+        weights = read_weights(path)
+        assert (weights.backbone, weights.pixels) == ("resnet_tiny", None)
 
 
 @pytest.mark.parametrize(

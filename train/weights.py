@@ -186,7 +186,19 @@ def _read_safetensors(path: Path) -> tuple[State, _About]:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path} is no safetensors file, or a truncated one: {error}") from error
-    return flat, _about(json.loads(metadata) if metadata else None, None)
+    return flat, _about(_parse_metadata(metadata, path), None)
+
+
+def _parse_metadata(text: str | None, path: Path) -> Any:
+    if not text:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path} has metadata under {METADATA!r} that are no JSON: write it again with tools/export_backbone.py, "
+            "or save its tensors without them"
+        ) from None
 
 
 def _tensors(content: Mapping[Any, Any]) -> State:
@@ -202,12 +214,29 @@ def _tensors(content: Mapping[Any, Any]) -> State:
 def _about(config: Any, arch: Any) -> _About:
     """From the configuration in our own files, or the name that the official code writes."""
     if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
-        model, views = config["model"], config.get("views")
-        if model.get("backbone") in BACKBONES:
-            pixels = Pixels(views["image_size"], tuple(views["mean"]), tuple(views["std"])) if views else None
+        model = config["model"]
+        if _is_known(model.get("backbone")):
             stem: Stem | None = model.get("stem") if model.get("stem") in get_args(Stem) else None
-            return _About(model["backbone"], None if stem == "default" else stem, pixels)
-    return _About(arch) if arch in BACKBONES else _About()
+            return _About(model["backbone"], None if stem == "default" else stem, _pixels(config.get("views")))
+    return _About(arch) if _is_known(arch) else _About()
+
+
+def _is_known(backbone: Any) -> bool:
+    return isinstance(backbone, str) and backbone in BACKBONES
+
+
+def _pixels(views: Any) -> Pixels | None:
+    """None unless all three are there in our form: a file of others may call anything views."""
+    if not isinstance(views, Mapping) or not isinstance(views.get("image_size"), int):
+        return None
+    mean: Any = views.get("mean")
+    std: Any = views.get("std")
+    return Pixels(views["image_size"], tuple(mean), tuple(std)) if _is_colour(mean) and _is_colour(std) else None
+
+
+def _is_colour(value: Any) -> bool:
+    is_triple = isinstance(value, (list, tuple)) and len(value) == 3
+    return is_triple and all(isinstance(channel, (int, float)) for channel in value)
 
 
 def _as_asked(known: str, known_stem: Stem | None, backbone: str | None, stem: Stem | None) -> tuple[str, Stem]:
