@@ -20,7 +20,7 @@ from test_pretrain import ROOT, flags
 from pipeline.errors import UserError
 from train.activity import Activity
 from train.dist import Dist
-from train.hangs import EXIT_HANG, READINGS, HangWatch, Note, find_hang, parse_hang_timeout
+from train.hangs import EXIT_HANG, READINGS, HangWatch, Note, describe_limit, find_hang, parse_hang_timeout
 from train.preemption import StopRequest
 
 LOADER = Note("a", 7, 0, "step 5: waiting for the loader", waiting=False, waits=20, age_s=61)
@@ -58,6 +58,12 @@ def test_a_silent_rank_is_named_and_its_last_words_do_not_count() -> None:
     assert hang is not None
     assert (hang.silent, hang.behind) == ({1}, set())
     assert "rank 1 (host a, process 7) leaves no notes any more" in str(hang)
+
+
+def test_the_limit_that_holds_is_told() -> None:
+    assert describe_limit("10m", 0.0) == "--hang-timeout 10m"
+    assert describe_limit("off", 2100.0) == "--hang-timeout off"
+    assert describe_limit("10m", 2100.0).startswith("after 35 min 00 s; --hang-timeout 10m is shorter")
 
 
 def test_a_rank_that_never_began_is_silent() -> None:

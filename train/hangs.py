@@ -30,6 +30,7 @@ import torch.distributed as td
 
 from pipeline.errors import UserError
 from train.dist import Dist, on_main
+from train.metrics import duration
 from train.preemption import StopRequest
 
 EXIT_HANG = 70  # sysexits.h EX_SOFTWARE
@@ -47,6 +48,13 @@ def parse_hang_timeout(text: str) -> float:
     if match is None or int(match[1]) == 0:
         raise UserError(f"--hang-timeout {text!r}: write seconds as 90s, minutes as 10m, hours as 2h, or off")
     return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+def describe_limit(timeout: str, at_least_s: float) -> str:
+    """The limit that holds, for people: ``--hang-timeout``, or the time that a remote dataset may take if longer."""
+    if at_least_s <= parse_hang_timeout(timeout):
+        return f"--hang-timeout {timeout}"
+    return f"after {duration(at_least_s)}; --hang-timeout {timeout} is shorter than fetching pictures may take"
 
 
 @dataclass(frozen=True)
@@ -254,7 +262,7 @@ def hangs_watched(dist: Dist, timeout: str, stop: StopRequest, at_least_s: float
     def leave(message: str, guilty: bool) -> None:
         if guilty:
             faulthandler.dump_traceback(sys.stderr)  # where each thread of this process is
-        print(f"error: {message} (--hang-timeout {timeout}; told by rank {dist.rank})", file=sys.stderr)
+        print(f"error: {message} ({describe_limit(timeout, at_least_s)}; told by rank {dist.rank})", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
         if dist.is_main and dist.world_size > 1:
             time.sleep(GRACE_S)
