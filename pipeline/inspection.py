@@ -32,12 +32,12 @@ from pipeline.disk import progress
 from pipeline.errors import UserError
 from pipeline.shard_check import CheckOptions, Damage, Findings, Records, ShardFindings, check_shard
 from pipeline.shards import BadSampleError, ShardSet
+from pipeline.sources import WDS
 from pipeline.workers import cores
 
 GROUPS_LISTED = 1000  # groups of equal pictures that a report names; all are counted
 KEYS_AT_ONCE = 1 << 25  # pictures compared at a time in the search for duplicates: 256 MB of keys
 ROWS_AT_ONCE = 1 << 20  # rows of samples.npy looked at together: 32 MB
-WDS = "wds:"  # how the source of a dataset of other people's tars is called
 
 
 @dataclass(frozen=True)

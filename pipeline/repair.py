@@ -17,10 +17,11 @@ from pipeline.dataset_file import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMP
 from pipeline.disk import disk_error, exclusive_lock
 from pipeline.errors import UserError
 from pipeline.foreign import IndexJob
-from pipeline.inspection import WDS, read_rejected
+from pipeline.inspection import read_rejected
 from pipeline.options import ShardingOptions
 from pipeline.picture import Verify
 from pipeline.shard_check import Findings, recorded_options
+from pipeline.sources import WDS
 from pipeline.workers import build_missing
 
 UNKNOWN_SOURCE = "(unknown: repaired from its tars)"

@@ -4,14 +4,14 @@ Random access is what lets a global shuffle cost no memory: shards are cut from 
 worker reads only the pictures of its own shard. Sources without it (compressed tars, parquet) are unpacked once, into
 one temporary file beside the shards.
 
-To add a source, write a ``Reader`` and an ``open_...`` function that lists the pictures, and call it from
-``open_source``; tests/test_sources.py says what every source has to do.
+To add a source, write a ``Reader`` and an ``open_...`` function that lists the pictures. One that is named KIND:REST is
+an entry of ``KINDS``, any other a case of ``_open_path``; tests/test_sources.py says what every source has to do.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ from pipeline.parquet import parquet_files, spool_parquet
 from pipeline.synthetic import SyntheticPictures
 from pipeline.tar_source import compression, is_plain_tar, list_tar, unpack_tar
 
+WDS = "wds:"  # SOURCE: tars made by others, which are no listing: pipeline/foreign.py indexes them where they lie
+
 
 class Reader(Protocol):
     """Reads pictures of a listing. Small and picklable: every worker process gets a copy."""
@@ -40,7 +42,6 @@ class Reader(Protocol):
 class Source:
     """Pictures in a fixed order (sorted by name), not yet shuffled."""
 
-    title: str  # names the source in dataset.json, the same on every machine: a base name, or synthetic:N
     listing: Listing
     reader: Reader
 
@@ -105,7 +106,7 @@ def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
                 bar.update(1)
     except PermissionError as error:
         raise UserError(f"cannot list {error.filename}: permission denied; change its permissions") from error
-    return Source(root.resolve().name, builder.build(), FolderReader(top))
+    return Source(builder.build(), FolderReader(top))
 
 
 def _walk(
@@ -151,7 +152,18 @@ def open_synthetic(count_text: str, options: ShardingOptions) -> Source:
         classes=tuple(pictures.classes),
         rejected=(),
     )
-    return Source(f"synthetic:{count}", listing, SyntheticReader(count, options.seed))
+    return Source(listing, SyntheticReader(count, options.seed))
+
+
+KINDS: dict[str, Callable[[str, ShardingOptions], Source]] = {"synthetic": open_synthetic}  # KIND:REST gets REST
+
+
+def source_title(source: str) -> str:
+    """SOURCE as dataset.json records it: without folders, so that it is the same on every machine."""
+    kind, colon, rest = source.partition(":")
+    if colon and (kind in KINDS or source.startswith(WDS)):
+        return f"{kind}:{os.path.basename(rest)}"
+    return Path(source).resolve().name
 
 
 def open_source(source: str, options: ShardingOptions, spool: Path, *, quiet: bool = True) -> Source:
@@ -161,8 +173,8 @@ def open_source(source: str, options: ShardingOptions, spool: Path, *, quiet: bo
     missing, damaged, empty, or of no known kind.
     """
     kind, _, rest = source.partition(":")
-    if kind == "synthetic":
-        opened = open_synthetic(rest, options)
+    if kind in KINDS:
+        opened = KINDS[kind](rest, options)
     else:
         path = Path(source)
         if not path.exists():
@@ -174,10 +186,9 @@ def open_source(source: str, options: ShardingOptions, spool: Path, *, quiet: bo
 
 
 def _open_path(path: Path, options: ShardingOptions, spool: Path, quiet: bool) -> Source:
-    title = path.resolve().name
     if parquet_files(path, options.subtree):
         container, listing = spool_parquet(path, options.subtree, options.labels, spool, quiet)
-        return Source(title, listing, ContainerReader(container))
+        return Source(listing, ContainerReader(container))
     if path.is_dir():
         return open_folder(path, options.subtree, quiet)
     container = path if compression(path) is None else unpack_tar(path, spool, quiet)
@@ -185,7 +196,7 @@ def _open_path(path: Path, options: ShardingOptions, spool: Path, quiet: bool) -
         raise UserError(
             f"SOURCE {path} is neither a tar (plain, gz, bz2, xz) nor a parquet file: unpack it, or convert it"
         )
-    return Source(title, list_tar(container, options.subtree, quiet), ContainerReader(container))
+    return Source(list_tar(container, options.subtree, quiet), ContainerReader(container))
 
 
 def _with_labels(listing: Listing, source: str, options: ShardingOptions) -> Listing:

@@ -8,7 +8,6 @@ a dataset.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -26,10 +25,9 @@ from pipeline.label_file import dataset_classes
 from pipeline.listing import Listing
 from pipeline.options import ShardingOptions
 from pipeline.shard_file import Job, WriteJob
-from pipeline.sources import open_source
+from pipeline.sources import WDS, open_source, source_title
 from pipeline.workers import build_missing
 
-WDS = "wds:"  # SOURCE: tars made by others
 _SHARD_GLOB = "shard-" + "[0-9]" * 6
 
 
@@ -194,14 +192,6 @@ def _already_complete(source: str, out: Path, options: ShardingOptions, started:
     if (out / PARTIAL_DIR).exists():  # the last run ended between its last two actions
         shutil.rmtree(out / PARTIAL_DIR)
     return _summary(out, info, started, already_there=True)
-
-
-def source_title(source: str) -> str:
-    """SOURCE as dataset.json records it: without folders, so that it is the same on every machine."""
-    kind, colon, rest = source.partition(":")
-    if colon and kind in ("synthetic", "wds"):
-        return f"{kind}:{os.path.basename(rest)}"
-    return Path(source).resolve().name
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -15,7 +15,9 @@ from photos import CLASSES, PER_CLASS, picture_bytes
 from pipeline.errors import UserError
 from pipeline.listing import Listing
 from pipeline.options import ShardingOptions
-from pipeline.sources import Source, open_source
+from pipeline.shards import ShardSet
+from pipeline.sources import KINDS, Source, open_source, source_title
+from pipeline.writer import make_dataset
 
 COUNT = len(CLASSES) * PER_CLASS
 
@@ -277,6 +279,24 @@ def test_when_folders_are_classes_and_when_not(tmp_path: Path) -> None:
     assert len(open_it(mixed, spool, labels="none").listing) == 3
     with pytest.raises(UserError, match="no sub-folders"):
         open_it(tmp_path / "flat", spool, labels="folders")
+
+
+def test_a_new_kind_of_source_is_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def open_drawn(count: str, options: ShardingOptions) -> Source:
+        return open_it(f"synthetic:{count}", tmp_path / "spool", seed=options.seed)
+
+    monkeypatch.setitem(KINDS, "drawn", open_drawn)
+    make_dataset("drawn:5", tmp_path / "out", quiet=True, in_process=True)
+    made = ShardSet.open(tmp_path / "out")
+    assert (made.num_samples, made.info["source"]) == (5, "drawn:5")
+
+
+def test_what_a_source_is_called(photo_folder: Path) -> None:
+    """The same wherever it lies."""
+    assert source_title(str(photo_folder)) == photo_folder.name
+    assert source_title("synthetic:12") == "synthetic:12"
+    assert source_title("wds:/data/{00..09}.tar") == "wds:{00..09}.tar"
+    assert source_title("odd:name/pictures") == "pictures"
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:

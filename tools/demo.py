@@ -22,6 +22,7 @@ import tyro
 
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.shards import ShardSet
+from pipeline.sources import WDS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
@@ -88,7 +89,7 @@ def check(config: DemoConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     if config.test_subtree and not config.subtree:
         raise UserError(f"--test-subtree {config.test_subtree}: name the training pictures too, with --subtree")
-    if config.images.startswith("wds:"):
+    if config.images.startswith(WDS):
         raise UserError(
             f"--images {config.images}: index WebDataset tars with tools/make_shards.py and pretrain on them"
         )
@@ -96,17 +97,23 @@ def check(config: DemoConfig) -> None:
 
 def find_splits(source: Path) -> tuple[str, str]:
     """The folders of training and test pictures at the top of a folder or a tar; two empty names without both."""
-    tops: set[str] = set()
     if source.is_dir():
-        tops.update(path.name for path in source.iterdir() if path.is_dir())
-    elif source.is_file() and tarfile.is_tarfile(source):
+        return _pick({path.name for path in source.iterdir() if path.is_dir()})
+    if source.is_file() and tarfile.is_tarfile(source):
         with tarfile.open(source) as tar:
-            for member in tar:
-                parts = member.name.removeprefix("./").split("/")
-                if len(parts) > 1 or member.isdir():
-                    tops.add(parts[0])
-                if _pick(tops) != ("", ""):
-                    break
+            return _splits_in(tar)
+    return "", ""
+
+
+def _splits_in(tar: tarfile.TarFile) -> tuple[str, str]:
+    """Of the members up to the one with which both folders are known."""
+    tops: set[str] = set()
+    for member in tar:
+        parts = member.name.removeprefix("./").split("/")
+        if len(parts) > 1 or member.isdir():
+            tops.add(parts[0])
+        if _pick(tops) != ("", ""):
+            break
     return _pick(tops)
 
 
