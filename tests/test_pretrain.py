@@ -218,7 +218,9 @@ def test_any_number_of_processes_sees_the_same_batches(
     assert global_batches(tmp_path / "run", processes) == expected[:handed_over_at]
     assert knn_lines(tmp_path / "run")[0] == knn_lines(undisturbed)[0]  # the untrained encoder, features of all ranks
     assert ended.stdout.count("plan for") == 1
-    assert "batch norm within each rank (torch has no SyncBN for CPUs)" in ended.stdout
+    assert "batch norm over all ranks (SyncBN)" in ended.stdout
+    for step, loss in losses(tmp_path / "run").items():
+        assert loss == pytest.approx(losses(undisturbed)[step], abs=1e-4)
     if processes == 2:
         assert run_here(monkeypatch, [*arguments, "--resume"]) == 0
         assert [line["ids"] for line in read_lines(tmp_path / "run" / "samples-rank0.jsonl")][5:] == expected[5:]

@@ -190,7 +190,7 @@ def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) 
 
 
 def share_buffers(dist: Dist, module: nn.Module) -> None:
-    """Give every rank rank 0's BN statistics. They differ only where BN is local (CPU, or SyncBN switched off)."""
+    """Give every rank rank 0's BN statistics. They differ only where BN is local (--no-sync-bn)."""
     if dist.world_size > 1:
         with dist.activity.waiting("sharing rank 0's batch statistics"):
             for buffer in module.buffers():

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.backbone import BACKBONES, has_imagenet_stem
 from model.simsiam import SimSiam
+from model.sync_bn import synchronise
 from pipeline.backends import choose_backend
 from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError
@@ -84,9 +85,9 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     torch.backends.cudnn.benchmark = True
     model = SimSiam(config.model)
     weights_from = together(dist, lambda: start_weights(config, model))
-    sync_bn = config.sync_bn and dist.world_size > 1 and dist.device.type == "cuda"
+    sync_bn = config.sync_bn and dist.world_size > 1
     if sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        synchronise(model)
     model = model.to(device=dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     targets = make_targets(model, plan.steps_per_epoch, dataset.num_samples, dist)
     optimizer, implementation = together(
@@ -157,8 +158,7 @@ def _batch_norm(dist: Dist, sync_bn: bool) -> str:
         return "batch norm over the whole batch of a pass"
     if sync_bn:
         return "batch norm over all ranks (SyncBN)"
-    reason = "torch has no SyncBN for CPUs" if dist.device.type == "cpu" else "--no-sync-bn; accuracy may suffer"
-    return f"batch norm within each rank ({reason})"
+    return "batch norm within each rank (--no-sync-bn; accuracy may suffer)"
 
 
 def check_run_dir(run: Run) -> None:
