@@ -47,12 +47,12 @@ class _Inputs:
         self._next = next(batches, None)
         self.windows = self._next.windows if self._next is not None else None  # of the first batch, as of all
         self.pulled: deque[tuple[Batch, str | None]] = deque()  # in order; why DALI was not given the batch
+        self.failure: BaseException | None = None  # of those who make the batches; DALI's own errors look alike
 
     def pull(self) -> list[list[NDArray]]:
         """One batch's inputs, as DALI asks for them; StopIteration at the end."""
         while True:
-            batch = next(self._batches) if self._next is None else self._next
-            self._next = None
+            batch, self._next = (self._read() if self._next is None else self._next), None
             refusal = _unreadable_header(batch) if self._encoded else None
             self.pulled.append((batch, refusal))
             if refusal is None:
@@ -63,6 +63,13 @@ class _Inputs:
             case CentreCrops(start=start, end=end):
                 windows = [start, end]
         return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]
+
+    def _read(self) -> Batch:
+        try:
+            return next(self._batches)
+        except BaseException as error:
+            self.failure = None if isinstance(error, StopIteration) else error
+            raise
 
 
 class DaliPictures:
@@ -97,7 +104,8 @@ class DaliPictures:
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "*shape 3"]]]:
         """The next batch and what the graph makes of it.
 
-        Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU is to blame.
+        Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU is to blame; and
+        what the batches' own iterator raises.
         """
         if self._made is None:
             self._made = self._run()
@@ -119,7 +127,7 @@ class DaliPictures:
         except StopIteration as end:
             return end
         except RuntimeError as error:
-            if _GPU_AT_FAULT.search(str(error)):
+            if error is self._inputs.failure or _GPU_AT_FAULT.search(str(error)):
                 raise
             return error
 

@@ -189,6 +189,18 @@ def test_large_batches_with_undecodable_pictures_do_no_harm() -> None:
     assert result["ended"]
 
 
+@pytest.mark.parametrize("before", [0, 1, 2, 7])
+def test_an_error_of_those_who_make_the_batches_is_no_pictures_fault(before: int) -> None:
+    """DALI's own errors are RuntimeErrors too, and they are blamed on a batch."""
+
+    def batches() -> Iterator[Batch]:
+        yield from (good_batch(step) for step in range(before))
+        raise RuntimeError("fetching failed")
+
+    with pytest.raises(RuntimeError, match=r"^fetching failed$"):
+        list(squares_of(batches()))
+
+
 def test_the_last_batch_may_be_smaller() -> None:
     batches = [good_batch(0, 5), good_batch(1, 5), good_batch(2, 2)]
     for made, batch in zip(squares_of(iter(batches), largest=5), batches, strict=True):
