@@ -27,7 +27,7 @@ from train import neighbours as neighbours_module
 from train.dist import Dist
 from train.features import PictureSource, Samples, extract_features, split_ids
 from train.knn import KnnConfig, OnlineKnn, bank_ids, score_neighbours
-from train.neighbours import knn_accuracy, knn_predict
+from train.neighbours import Neighbours
 
 CPU = torch.device("cpu")
 ALONE = Dist(0, 1, 0, 1, CPU)
@@ -38,6 +38,21 @@ SOURCE = PictureSource(
 
 def on_circle(*degrees: float) -> Tensor:
     return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
+
+
+def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int) -> Tensor:
+    """The vote over a whole bank."""
+    neighbours = Neighbours(queries, k)
+    neighbours.add(bank, labels)
+    return neighbours.vote(k, temperature, num_classes)
+
+
+def knn_accuracy(
+    bank: Tensor, labels: Tensor, queries: Tensor, expected: Tensor, k: int, temperature: float, num_classes: int
+) -> float:
+    """Percent of ``queries`` whose vote is as expected."""
+    predicted = knn_predict(bank, labels, queries, k, temperature, num_classes)
+    return 100.0 * (predicted == expected).double().mean().item()
 
 
 def test_votes_counted_by_hand() -> None:

@@ -18,7 +18,7 @@ from model.backbone import BACKBONES, build_backbone
 from model.simsiam import SimSiam, SimSiamConfig
 from pipeline.errors import UserError
 from train.checkpoint import save_checkpoint
-from train.layouts import recognise, to_detectron2, to_official, to_siamstream
+from train.layouts import recognise, to_detectron2, to_official
 from train.weights import initialise, open_encoder, read_weights
 
 CONFIG = SimSiamConfig(backbone="resnet18", stem="cifar", dim=16, projector_hidden=24, predictor_hidden=8)
@@ -73,7 +73,8 @@ def test_ours_by_file_and_by_run_folder(model: SimSiam, checkpoint: Path) -> Non
     assert (weights.backbone, weights.stem, weights.parts.layout) == ("resnet18", "cifar", "siamstream")
     assert weights.pixels is not None
     assert weights.pixels.image_size == 32
-    assert set(to_siamstream(weights.parts)) == set(model.state_dict())
+    for part in ("backbone", "projector", "predictor"):
+        assert set(getattr(weights.parts, part)) == set(getattr(model, part).state_dict())
 
 
 def official_state(model: SimSiam) -> dict[str, torch.Tensor]:

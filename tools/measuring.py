@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.workers import cores
+
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "webdataset")
 
 
@@ -76,10 +78,9 @@ def machine() -> dict[str, str]:
     """What the numbers were measured on."""
     import torch  # here: worker processes of what is measured import this module again, and torch takes seconds
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     system = f"{platform.system()}, Python {platform.python_version()}"
     facts = {
-        "machine": f"{_processor()}, {cores} cores, {_memory_gib()} GiB, {system}",
+        "machine": f"{_processor()}, {cores()} cores, {_memory_gib()} GiB, {system}",
         "packages": ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
         "load": f"{os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "unknown",
     }

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from tools.paper_tables import PAPER_SCALE, PaperTable, Variant
 from tools.plot_run import INK, QUIET, RunHistory, read_run
 from train.collapse import least_share
+from train.report import SUMMARY_FILE
 
 COLOURS = ("#1f5fa8", "#b4511d", "#1d7a4f", "#7a3b9a", "#a8871f", "#3a8fa3", "#a33a5f")
 PAPER_COLOUR = "#c9ced3"
@@ -72,7 +73,7 @@ def write_report(
 
 def read_result(variant: Variant, run_dir: Path) -> Result:
     """What a finished variant left in its folders."""
-    linear = json.loads((run_dir / "linear" / "summary.json").read_text(encoding="utf-8"))
+    linear = json.loads((run_dir / "linear" / SUMMARY_FILE).read_text(encoding="utf-8"))
     return Result(variant, read_run(run_dir), linear["val_top1"])
 
 

@@ -6,19 +6,16 @@ A line holds sample (its id), shard, key, reason and replacement: the id that th
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.assemble import too_many_bad_samples
-from pipeline.disk import disk_error
+from pipeline.disk import disk_error, make_exclusive
 from pipeline.loader import print_bad_sample
 from pipeline.shards import BadSampleError
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
 class BadSampleRecord:
@@ -52,11 +49,7 @@ class BadSampleRecord:
 
 def _add(file: IO[bytes], line: dict[str, Any]) -> list[dict[str, Any]]:
     """Append ``line`` unless its sample has one; gives all lines. Other ranks and threads wait for the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    make_exclusive(file)
     file.seek(0)
     whole, newline, torn = file.read().rpartition(b"\n")
     if torn:  # a killed run's last line

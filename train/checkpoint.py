@@ -24,6 +24,7 @@ from pipeline.dataset_file import file_sha256
 from pipeline.disk import atomic_file, disk_error
 from pipeline.errors import UserError
 
+CHECKPOINTS = "checkpoints"  # their folder in that of a run
 FORMAT = 1
 HASH_DIGITS = 16
 _NAME = re.compile(rf"step-(\d+)-([0-9a-f]{{{HASH_DIGITS}}})\.pt")

@@ -48,15 +48,6 @@ def recognise(flat: State) -> Parts | None:
     return None
 
 
-def to_siamstream(parts: Parts) -> State:
-    """The names of ``SimSiam.state_dict()``."""
-    return {
-        **_under("backbone.", parts.backbone),
-        **_under("projector.", parts.projector),
-        **_under("predictor.", parts.predictor),
-    }
-
-
 def to_official(parts: Parts) -> State:
     """The names of the official code, which wraps its model in DistributedDataParallel."""
     projector = dict(parts.projector)

@@ -11,11 +11,10 @@ from torch import nn
 
 from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError
-from train.checkpoint import check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import CHECKPOINTS, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
 from train.dist import Dist, on_main, say, together
 from train.metrics import METRICS_FILE, cut_off, json_line
-
-CHECKPOINTS, SUMMARY_FILE = "checkpoints", "summary.json"
+from train.report import SUMMARY_FILE
 
 
 @dataclass(frozen=True)

@@ -48,31 +48,3 @@ class Neighbours:
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = torch.zeros(len(similarity), num_classes, device=similarity.device)
         return votes.scatter_add_(1, labels, weights).argmax(dim=1)
-
-
-def knn_predict(
-    bank: Float[Tensor, "n d"],
-    bank_labels: Int64[Tensor, " n"],
-    queries: Float[Tensor, "m d"],
-    k: int,
-    temperature: float,
-    num_classes: int,
-) -> Int64[Tensor, " m"]:
-    """The vote of the k nearest neighbours out of a whole bank, all of them if n < k."""
-    neighbours = Neighbours(queries, k)
-    neighbours.add(bank, bank_labels)
-    return neighbours.vote(k, temperature, num_classes)
-
-
-def knn_accuracy(
-    train_feats: Float[Tensor, "n d"],
-    train_labels: Int64[Tensor, " n"],
-    test_feats: Float[Tensor, "m d"],
-    test_labels: Int64[Tensor, " m"],
-    k: int,
-    temperature: float,
-    num_classes: int,
-) -> float:
-    """Top-1 accuracy in percent of classifying the test features by their k nearest training features."""
-    predicted = knn_predict(train_feats, train_labels, test_feats, k, temperature, num_classes)
-    return 100.0 * (predicted == test_labels).double().mean().item()
