@@ -1,4 +1,8 @@
-"""Owns the loader's settings. What a whole dataset delivers depends on none of them, only how fast."""
+"""Owns the loader's settings. Which samples come, and how their views are drawn, depends on none of them.
+
+They decide how fast, and with which decoder: backend, dali.decoder, dali.hw_decoder_load and dali.smooth_chroma may
+round pixels otherwise. max_bad_samples ends a run.
+"""
 
 from __future__ import annotations
 

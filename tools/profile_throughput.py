@@ -79,11 +79,10 @@ class ProfileConfig:
     tune_batch: bool = False  # let --tune try other batches too
     ranks_per_machine: int = 1  # take the share of the cores that one of so many ranks has
     synthetic_samples: int = 1000  # pictures that --data synthetic draws
-    synthetic_dir: Path | None = (
-        None  # keep them as a dataset here, and use it if it is there; default: a temporary one
-    )
+    # Keep them as a dataset here, and use it if it is there; default: a temporary one
+    synthetic_dir: Path | None = None
     seed: int = 0  # of weights, order and views
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
     precision: PrecisionName = "auto"  # as in pretrain.py
     compile: bool = False  # torch.compile the model
     model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)

@@ -68,9 +68,11 @@ class ReproduceConfig:
     docs: Path | None = None
     """Folder for TABLE.md and TABLE.png; default: that of the runs."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPUs if there are any."""
     processes: int = 0
     """Processes of each run; 0: one for each GPU, or one."""
     seed: int = 0
+    """Of weights, order and views of every run."""
 
 
 def main() -> None:

@@ -41,9 +41,9 @@ class PretrainConfig:
     global_batch: int = 512  # source images of a step over all ranks: section 3
     accumulate: int = 1  # forward passes of a step, each over global_batch / ranks / accumulate images
     seed: int = 0  # of weights, order and views
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
     precision: PrecisionName = "auto"  # auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
-    sync_bn: bool = True  # batch statistics over all GPUs: section 3. CPUs have local ones only
+    sync_bn: bool = True  # batch statistics over all ranks: section 3
     compile: bool = False  # torch.compile the model; pays in long runs on a GPU
     resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none
     max_steps: int | None = None  # stop after so many steps of the schedule that --epochs lays out
@@ -51,15 +51,16 @@ class PretrainConfig:
     # When z_std, the effective rank of z or the kNN accuracy say that the encoder collapses: warn and go on, or stop
     # with exit code 2. Looked at with every log line; a sign must last for three of them
     on_collapse: Literal["warn", "stop"] = "warn"
-    checkpoint_every: str = "1epoch"  # or 500steps, or 10m (minutes)
-    keep_checkpoints: int = 3  # the newest ones
+    checkpoint_every: str = "1epoch"  # how often to save: 1epoch, 500steps, or 10m (minutes)
+    keep_checkpoints: int = 3  # how many of the newest checkpoints stay on disk
     # When no rank has gone on for so long: say which one hangs, and exit with code 70. 90s, 10m, 2h, or off. With a
     # remote dataset at least 5 minutes more than --retry-minutes
     hang_timeout: str = "10m"
     log_every: int = 10  # steps between lines of metrics.jsonl
     loader_tuning: Path | None = None  # file of profile_throughput.py --tune: sets the loader where no flag does
     record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
-    # Nested fields are flags of their own name, without their component's; only --dali.* keeps a prefix.
+    # Nested fields are flags of their own name, without their component's; --dali.* and the augmentations beyond the
+    # paper's (--erasing.* and so on) keep a prefix.
     model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
     views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
     order: Annotated[OrderConfig, tyro.conf.arg(name="")] = field(default_factory=OrderConfig)
@@ -79,7 +80,8 @@ class PretrainConfig:
     def identity(self, dataset_fingerprint: str) -> dict[str, Any]:
         """What decides a run's numbers, as one flat dictionary; a checkpoint is resumed only where all of it is equal.
 
-        The number of processes, the loader, the precision and the optimizer's implementation are free to change.
+        The number of processes, the loader, the precision and the optimizer's implementation are free to change: they
+        decide no batch and no draw, only how sums, and with --backend and some of --dali.* also pixels, are rounded.
         """
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
         parts: dict[str, Any] = {"model": self.model, "views": self.views, "optim": self.optim}

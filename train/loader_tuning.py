@@ -1,7 +1,8 @@
 """Owns the small file in which profile_throughput.py --tune leaves the loader's best settings for pretrain.py.
 
-It holds settings of LoaderConfig that were measured, and for how many ranks a machine. What is delivered does not
-depend on them, so a resumed run may take another file.
+It holds settings of LoaderConfig that were measured, and for how many ranks a machine. The order of the samples and
+the draws of their views do not depend on them, so a resumed run may take another file; pixels may differ by a decoder's
+rounding, where dali.decoder or dali.hw_decoder_load are others.
 """
 
 from __future__ import annotations
