@@ -29,6 +29,62 @@ class _End:
     error: BaseException | None  # None: the producer came to its end
 
 
+class _Feeder(Generic[T]):
+    """The thread with its queue, and the consumer's end of it."""
+
+    def __init__(self, produce: Callable[[], Iterator[T]], depth: int, give_up: Callable[[], bool]) -> None:
+        self._produce, self._give_up = produce, give_up
+        self._ready: queue.Queue[_Item[T] | _End] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._feed, name="feeder", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def items(self) -> Iterator[tuple[T, float]]:
+        """What was produced, with the seconds waited for each."""
+        while True:
+            assert not self._stopped.is_set(), "batches cannot be taken any more once their context is left"
+            start = time.perf_counter()
+            item = self._next_item()
+            wait_s = time.perf_counter() - start
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item.value, wait_s
+
+    def _next_item(self) -> _Item[T] | _End:
+        while True:
+            try:
+                return self._ready.get(timeout=GIVE_UP_CHECK_S)
+            except queue.Empty:
+                if self._give_up():
+                    raise StarvedError from None
+
+    def _feed(self) -> None:
+        try:
+            for value in self._produce():
+                self._put(_Item(value))
+                if self._stopped.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001  handed on to the consumer, whatever it is
+            self._put(_End(error))
+        else:
+            self._put(_End(None))
+
+    def _put(self, item: _Item[T] | _End) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._ready.put(item, timeout=STOP_CHECK_S)
+            except queue.Full:
+                continue
+
+
 @contextmanager
 def fed_ahead(
     produce: Callable[[], Iterator[T]], depth: int, give_up: Callable[[], bool] = lambda: False
@@ -38,51 +94,9 @@ def fed_ahead(
     What the producer raises is raised where its next item was expected. While there is none, ``give_up`` is asked once
     a second; if it says so, StarvedError is raised. Leaving the context stops the thread.
     """
-    ready: queue.Queue[_Item[T] | _End] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: _Item[T] | _End) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=STOP_CHECK_S)
-            except queue.Full:
-                continue
-
-    def feed() -> None:
-        try:
-            for value in produce():
-                put(_Item(value))
-                if stopped.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001  handed on to the consumer, whatever it is
-            put(_End(error))
-        else:
-            put(_End(None))
-
-    def next_item() -> _Item[T] | _End:
-        while True:
-            try:
-                return ready.get(timeout=GIVE_UP_CHECK_S)
-            except queue.Empty:
-                if give_up():
-                    raise StarvedError from None
-
-    def consume() -> Iterator[tuple[T, float]]:
-        while True:
-            assert not stopped.is_set(), "batches cannot be taken any more once their context is left"
-            start = time.perf_counter()
-            item = next_item()
-            wait_s = time.perf_counter() - start
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
-            yield item.value, wait_s
-
-    thread = threading.Thread(target=feed, name="feeder", daemon=True)
-    thread.start()
+    feeder = _Feeder(produce, depth, give_up)
+    feeder.start()
     try:
-        yield consume()
+        yield feeder.items()
     finally:
-        stopped.set()
-        thread.join()
+        feeder.stop()

@@ -184,9 +184,7 @@ class ShardCache:
         try:
             for _ in range(_WRONG_ATTEMPTS):
                 if self._fetch(part, file, cancelled) == file.sha256:
-                    with self._room_locked():  # who measures the folder sees one name or the other
-                        path.rename(self._path(file))
-                    fcntl.flock(part, fcntl.LOCK_UN)
+                    self._put_in_place(part, path, file)
                     return part
                 os.ftruncate(part, 0)
         except BaseException:
@@ -198,6 +196,11 @@ class ShardCache:
             f"{file.name} of {self.remote.url} is not what its dataset.json says: its sha256 differed "
             f"{_WRONG_ATTEMPTS} times; upload it again from where the dataset was made"
         )
+
+    def _put_in_place(self, part: int, path: Path, file: RemoteFile) -> None:
+        with self._room_locked():  # who measures the folder sees one name or the other
+            path.rename(self._path(file))
+        fcntl.flock(part, fcntl.LOCK_UN)
 
     def _fetch(self, part: int, file: RemoteFile, cancelled: threading.Event) -> str:
         """Append what is missing; returns the sha256 of the whole."""

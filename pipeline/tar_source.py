@@ -76,10 +76,8 @@ def _scan(file: IO[bytes], start: int, length: int, where: str) -> Iterator[Memb
     window = _Window(file.fileno(), start, length)
     try:
         with tarfile.open(fileobj=window, mode="r:") as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep about 1 KB a member
-                if not info.isdir():
-                    yield Member(info.name, start + info.offset_data, info.size, _refusal(info))
+            for info in _entries(tar):
+                yield Member(info.name, start + info.offset_data, info.size, _refusal(info))
             end = tar.offset
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise UserError(f"the tar {where} is damaged or cut off ({error}): fetch it again") from error
@@ -87,6 +85,14 @@ def _scan(file: IO[bytes], start: int, length: int, where: str) -> Iterator[Memb
     window.seek(end)
     if any(window.read(tarfile.BLOCKSIZE) or b""):
         raise UserError(f"the tar {where} is damaged: no valid header at byte {end}; fetch it again")
+
+
+def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All but folders."""
+    while (info := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep about 1 KB a member
+        if not info.isdir():
+            yield info
 
 
 def _refusal(info: tarfile.TarInfo) -> str | None:
@@ -173,22 +179,27 @@ def unpack_tar(path: Path, spool: Path, quiet: bool) -> Path:
     if spooled(spool, state) and plain.exists():
         return plain
     check_room(spool, path.stat().st_size, f"unpacking {path}")
+    try:
+        _decompress(path, plain, quiet)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or cut off ({error}): fetch it again") from error
+    mark_spooled(spool, state)
+    return plain
+
+
+def _decompress(path: Path, plain: Path, quiet: bool) -> None:
     module = compression(path)
     assert module is not None
-    text = f"unpacking {path.name} once into {spool.name} (removed at the end)"
+    text = f"unpacking {path.name} once into {plain.parent.name} (removed at the end)"
     with (
         open(path, "rb") as packed,
         progress(quiet, total=path.stat().st_size, unit="B", unit_scale=True, desc=text) as bar,
+        module.open(packed) as source,
+        atomic_file(plain) as file,
     ):
-        try:
-            with module.open(packed) as source, atomic_file(plain) as file:
-                while piece := source.read(_PIECE):
-                    file.write(piece)
-                    bar.update(packed.tell() - bar.n)
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged or cut off ({error}): fetch it again") from error
-    mark_spooled(spool, state)
-    return plain
+        while piece := source.read(_PIECE):
+            file.write(piece)
+            bar.update(packed.tell() - bar.n)
 
 
 def check_room(folder: Path, needed: int, doing: str) -> None:

@@ -81,17 +81,10 @@ class _StoppedError(Exception):
 def _build_parallel(job: Job, missing: list[int], workers: int, meter: _Meter) -> None:
     context = multiprocessing.get_context("spawn")
     pictures, size, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
-    todo: Iterator[int] = iter(missing)
     shown = (0, 0)
     with ProcessPoolExecutor(workers, context, _start_worker, (job, pictures, size, stop)) as pool:
-        # two tasks a worker are in flight: none waits, and an error stops the rest soon
-        running: set[Future[None]] = {pool.submit(_build_one, n) for n in islice(todo, 2 * workers)}
         try:
-            while running:
-                done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                running |= {pool.submit(_build_one, n) for n in islice(todo, len(done))}
+            for _ in _while_building(pool, missing, workers):
                 now = (pictures.value, size.value)
                 meter.add(now[0] - shown[0], now[1] - shown[1])
                 shown = now
@@ -99,6 +92,19 @@ def _build_parallel(job: Job, missing: list[int], workers: int, meter: _Meter) -
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _while_building(pool: ProcessPoolExecutor, missing: list[int], workers: int) -> Iterator[None]:
+    """Build all; gives control now and then. Raises what a worker raises."""
+    todo = iter(missing)
+    # two tasks a worker are in flight: none waits, and an error stops the rest soon
+    running: set[Future[None]] = {pool.submit(_build_one, n) for n in islice(todo, 2 * workers)}
+    while running:
+        done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        running |= {pool.submit(_build_one, n) for n in islice(todo, len(done))}
+        yield
 
 
 _worker: dict[str, Any] = {}  # what _start_worker was given, in a worker process
