@@ -7,12 +7,21 @@ fifth had exactly 500 x 375 px, three in four full colour resolution (4:4:4) at 
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+from pipeline.dataset_file import DATASET_FILE
+from pipeline.errors import UserError
+from pipeline.options import ShardingOptions
+from pipeline.workers import cores
+from pipeline.writer import make_dataset
 
 # Width, height in px, and how often.
 SIZES = (
@@ -30,6 +39,28 @@ QUALITY = 95
 FULL_COLOUR_SHARE = 0.75
 CLASSES = 10
 SLOPE = 1.0  # noise whose amplitude falls with 1 / frequency has the spectrum of photographs (Field 1987)
+
+
+@contextmanager
+def dataset_folder(keep: Path | None, samples: int) -> Iterator[Path]:
+    """Folder ``keep`` with a dataset of ``samples`` pictures, or with that which is there; None: one for a while.
+
+    Raises UserError as make_dataset does.
+    """
+    with ExitStack() as passing:
+        folder = keep or Path(passing.enter_context(tempfile.TemporaryDirectory(prefix="siamstream-")))
+        if not (folder / DATASET_FILE).exists():
+            draw_dataset(folder, samples)
+        yield folder
+
+
+def draw_dataset(folder: Path, samples: int) -> None:
+    """Write ``samples`` pictures as a dataset. Raises UserError as make_dataset does."""
+    if samples < 1:
+        raise UserError(f"--synthetic-samples {samples}: draw at least 1")
+    with tempfile.TemporaryDirectory(prefix="siamstream-") as pictures:
+        write_pictures(Path(pictures), samples, cores())
+        make_dataset(pictures, folder, ShardingOptions(verify="header"), quiet=True)
 
 
 def write_pictures(folder: Path, count: int, threads: int, seed: int = 0) -> None:

@@ -16,9 +16,7 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -35,13 +33,11 @@ from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import open_dataset
 from pipeline.loader_config import LoaderConfig
 from pipeline.location import Location
-from pipeline.options import ShardingOptions
 from pipeline.order import OrderConfig
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe
-from pipeline.writer import make_dataset
 from tools.gpu_watch import GpuWatch, busy_with_others
-from tools.imagenet_like import write_pictures
+from tools.imagenet_like import dataset_folder
 from tools.ladder import Bench, Rung, RungName, make_ladder
 from tools.ladder_plot import draw_ladder
 from tools.ladder_report import RungResult, Setting, as_json, describe, judge, table
@@ -161,27 +157,12 @@ def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
     if str(config.data) != SYNTHETIC:
         yield open_dataset(config.data, config.loader)
         return
-    folder = config.synthetic_dir or Path(tempfile.mkdtemp(prefix="siamstream-"))
-    try:
-        if not (folder / "dataset.json").exists():
-            draw_dataset(folder, config.synthetic_samples)
+    with dataset_folder(config.synthetic_dir, config.synthetic_samples) as folder:
         dataset = open_dataset(folder, config.loader)
         mean = float(dataset.samples["length"].mean()) / 1e3
         height, width = dataset.sizes(range(dataset.num_samples)).mean(axis=0)
         print(f"data: {dataset.num_samples} synthetic JPEGs, mean {mean:.0f} KB, {width:.0f} x {height:.0f} px")
         yield dataset
-    finally:
-        if config.synthetic_dir is None:
-            shutil.rmtree(folder)
-
-
-def draw_dataset(folder: Path, samples: int) -> None:
-    """Write ``samples`` pictures of ImageNet's statistics as a dataset. Raises UserError as make_dataset does."""
-    if samples < 1:
-        raise UserError(f"--synthetic-samples {samples}: draw at least 1")
-    with tempfile.TemporaryDirectory(prefix="siamstream-") as pictures:
-        write_pictures(Path(pictures), samples, share_of_cores(1))
-        make_dataset(pictures, folder, ShardingOptions(verify="header"), quiet=True)
 
 
 def build(config: ProfileConfig, dataset: ShardSet, dist: Dist) -> tuple[Bench, Run]:

@@ -42,10 +42,11 @@ from tools.reproduce_scale import (
     knn_every,
 )
 from train.metrics import METRICS_FILE, read_lines
+from train.report import SUMMARY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN, LINEAR = ROOT / "train" / "pretrain.py", ROOT / "train" / "linear.py"
-SCALE_FILE, PILOT_FILE, SUMMARY_FILE = "scale.json", "pilot.json", "summary.json"
+SCALE_FILE, PILOT_FILE = "scale.json", "pilot.json"
 PILOT_LOG_EVERY = 4  # steps; the first lines, while everything warms up, are left out
 EXIT_STOPPED = 75  # as train/pretrain.py: the same command goes on
 

@@ -95,10 +95,9 @@ def describe(
     command: str,
 ) -> str:
     """The page."""
-    first = results[0]
-    steps = f"{plan['epochs']} epoch{'s' if plan['epochs'] > 1 else ''}"
-    if all(result.variant.batch is None for result in results):
-        steps += f" of {plan['steps_per_epoch']:,} steps, batch {plan['global_batch']}"
+    first, floor = results[0], floor_of(results, plan)
+    least = "" if floor is None else f", here {floor:.2f}"
+    chance = f"; chance is {100 / first.history.classes:.3g}" if first.history.classes else ""
     lines = [
         f"# {table.title}",
         "",
@@ -106,23 +105,13 @@ def describe(
         "",
         f"    {command}",
         "",
-        f"**Scale.** Here: {recipe}, {plan['num_samples']:,} pictures, {steps}, one seed; accuracies over "
-        f"{val_samples:,} pictures. The paper: {PAPER_SCALE}. "
+        f"**Scale.** Here: {recipe}, {plan['num_samples']:,} pictures, {_length(results, plan)}, one seed; accuracies "
+        f"over {val_samples:,} pictures. The paper: {PAPER_SCALE}. "
         "What compares is which variant is ahead of which, not how far.",
         "",
         "| variant | paper, linear top-1 | linear top-1 | 20-NN top-1 | z_std x sqrt(d) at the end | loss at the end |",
         "|-|-|-|-|-|-|",
-    ]
-    for result in results:
-        paper = "unstable" if result.variant.paper_top1 is None else f"{result.variant.paper_top1:.1f}"
-        accuracies = f"{result.linear_top1:.1f} | {result.knn_top1:.1f}"
-        lines.append(
-            f"| {result.variant.label} | {paper} | {accuracies} | {result.spread:.2f} | {result.history.loss[-1]:.3f} |"
-        )
-    floor = floor_of(results, plan)
-    least = "" if floor is None else f", here {floor:.2f}"
-    chance = f"; chance is {100 / first.history.classes:.3g}" if first.history.classes else ""
-    lines += [
+        *map(_row, results),
         "",
         f"An untrained encoder has 20-NN {first.history.knn_top1[0]:.1f}{chance}. z_std x sqrt(d) is near 1 where z is "
         "spread over the whole sphere. A collapsed encoder's falls toward 0, but batch norm at the projector's output "
@@ -137,6 +126,21 @@ def describe(
         "",
     ]
     return "\n".join(lines)
+
+
+def _length(results: Sequence[Result], plan: Mapping[str, Any]) -> str:
+    """Epochs and, where it is one for all runs, what an epoch is."""
+    epochs = f"{plan['epochs']} epoch{'s' if plan['epochs'] > 1 else ''}"
+    if any(result.variant.batch is not None for result in results):
+        return epochs
+    return f"{epochs} of {plan['steps_per_epoch']:,} steps, batch {plan['global_batch']}"
+
+
+def _row(result: Result) -> str:
+    variant, loss = result.variant, result.history.loss[-1]
+    paper = "unstable" if variant.paper_top1 is None else f"{variant.paper_top1:.1f}"
+    accuracies = f"{result.linear_top1:.1f} | {result.knn_top1:.1f}"
+    return f"| {variant.label} | {paper} | {accuracies} | {result.spread:.2f} | {loss:.3f} |"
 
 
 def verdict(first: Result, other: Result, val_samples: int) -> str:
