@@ -219,7 +219,9 @@ def test_factors_and_sigma_are_uniform_over_their_ranges() -> None:
 
 
 def test_a_recipe_without_effect_changes_nothing() -> None:
-    recipe = ViewRecipe(crop_scale=(1, 1), crop_ratio=(1, 1), brightness=0, contrast=0, saturation=0, hue=0)
+    recipe = ViewRecipe(
+        crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0
+    )
     params = draw_views(recipe, 0, 0, np.arange(100), np.full((100, 2), 64, dtype=np.int32))
     assert (params.crop == [0, 0, 64, 64]).all()
     assert (params.factors == [1, 1, 1, 0]).all()
@@ -232,8 +234,8 @@ def test_a_recipe_without_effect_changes_nothing() -> None:
         ("--flip-prob", {"flip_prob": 1.1}),
         ("--jitter-prob", {"jitter_prob": -0.1}),
         ("--gray-prob", {"gray_prob": float("nan")}),
-        ("--blur-prob", {"blur_prob": 2}),
-        ("--solarize-prob", {"solarize_prob": -1}),
+        ("--blur-prob", {"blur_prob": 2.0}),
+        ("--solarize-prob", {"solarize_prob": -1.0}),
         ("--crop-scale", {"crop_scale": (0.0, 1.0)}),
         ("--crop-scale", {"crop_scale": (0.5, 0.2)}),
         ("--crop-scale", {"crop_scale": (0.5, 1.2)}),

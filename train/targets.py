@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from train.background import host_copy
 from train.dist import Dist, gather_rows
 
 
+@runtime_checkable  # so that tests can check annotations
 class Targets(Protocol):
     """Puts the targets of a pass in the place of z1 and z2."""
 
