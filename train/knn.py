@@ -173,7 +173,8 @@ class KnnEvalConfig:
     feature_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the memory of the training features
     json: Path | None = None  # write the accuracies to this file as well
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
-    precision: PrecisionName = "auto"  # of the forward pass; auto: as in pretrain.py
+    # Of the forward pass; auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
+    precision: PrecisionName = "auto"
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 
 

@@ -78,7 +78,8 @@ class LinearConfig:
     # process holds all features
     features_cache: bool = False
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
-    precision: PrecisionName = "auto"  # of the encoder's forward pass; auto: as in pretrain.py
+    # Of the encoder's forward pass; auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
+    precision: PrecisionName = "auto"
     probe: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 

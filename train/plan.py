@@ -110,7 +110,7 @@ def _check_numbers(config: PretrainConfig) -> None:
     require("--knn-every", config.knn.every, config.knn.every >= 0, "it must be a number of epochs, or 0 for never")
     optim = config.optim
     check_sgd(optim.momentum, optim.weight_decay)
-    rule = "it must be above 0, and a number; the paper's is 0.05"
+    rule = "it must be above 0 and finite; the paper's is 0.05"
     require("--base-lr", optim.base_lr, 0 < optim.base_lr < inf, rule)
     if optim.warmup_epochs is not None:
         rule = f"it must be at least 0 and below --epochs {config.epochs}"

@@ -27,7 +27,7 @@ def check_seed(seed: int) -> None:
 
 def check_temperature(flag: str, temperature: float) -> None:
     """Of the kNN's vote."""
-    rule = "it must be above 0, and a number; Wu et al. take 0.07"
+    rule = "it must be above 0 and finite; Wu et al. take 0.07"
     require(flag, temperature, 0 < temperature < inf, rule)
 
 
@@ -35,5 +35,5 @@ def check_sgd(momentum: float, weight_decay: float) -> None:
     """Of SGD and LARS."""
     rule = "it must be at least 0 and below 1; the paper's is 0.9"
     require("--momentum", momentum, 0 <= momentum < 1, rule)
-    rule = "it must be at least 0, and a number; 0 is without"
+    rule = "it must be at least 0 and finite; 0 is without"
     require("--weight-decay", weight_decay, 0 <= weight_decay < inf, rule)
