@@ -5,9 +5,11 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from photos import write_photo_folder
 
@@ -38,3 +40,12 @@ def photo_dataset_path(photo_folder: Path, tmp_path_factory: pytest.TempPathFact
 def photo_dataset(photo_dataset_path: Path) -> ShardSet:
     """``photo_folder`` in 5 shards, with labels."""
     return ShardSet.open(photo_dataset_path)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the subprocesses: sums in the same order, and no crowding of the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

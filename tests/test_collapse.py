@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import toy_runs
 from torch import Tensor, nn
 
 from model.heads import BatchNormPlaces
@@ -219,14 +219,8 @@ def test_one_point_and_numbers_that_are_none() -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, data: Path, run_dir: Path, *more: str) -> int:
     where = ["--data", str(data), "--run-dir", str(run_dir), "--device", "cpu", "--backend", "torchvision"]
-    heads = ["--dim", "16", "--projector-hidden", "16", "--predictor-hidden", "4"]
-    small = ["--backbone", "resnet_tiny", "--image-size", "16", "--global-batch", "12", "--epochs", "2", *heads]
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *where, *small, "--log-every", "1", "--knn-every", "0", *more])
-    try:
-        pretrain.exit_on_user_error(pretrain.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    short = ["--global-batch", "12", "--epochs", "2", "--log-every", "1", "--knn-every", "0"]
+    return toy_runs.call(monkeypatch, pretrain, *where, *toy_runs.TINY, *short, *more)
 
 
 def test_a_run_warns_or_stops_as_it_was_told(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from sessions import ROOT, Sessions
+from toy_runs import CPU, TINY
 
 import train.openmp  # noqa: F401
 from pipeline.errors import UserError
@@ -19,9 +20,7 @@ from train.checkpoint import is_intact
 from train.metrics import read_lines
 
 ROOMY = "64m"
-TINY = ["--backbone", "resnet_tiny", "--image-size", "16", "--dim", "16", "--projector-hidden", "16"]
-CPU = ["--predictor-hidden", "4", "--device", "cpu", "--threads", "1", "--log-every", "1", "--record-samples"]
-RUN = ["--epochs", "2", "--global-batch", "12", "--checkpoint-every", "1steps", "--backend", "torchvision"]
+RUN = ["--epochs", "2", "--global-batch", "12", "--checkpoint-every", "1steps", "--backend", "torchvision", *TINY, *CPU]
 KEEP, STEPS = 2, 8  # checkpoints kept, of 5.5 MB each; 48 photos
 
 Resize = Callable[[str], None]
@@ -115,7 +114,8 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessions]:
 
 
 def flags(data: Path, run_dir: Path) -> list[str]:
-    return ["--data", str(data), "--run-dir", str(run_dir), *RUN, *TINY, *CPU, "--keep-checkpoints", str(KEEP)]
+    record = ["--log-every", "1", "--record-samples", "--keep-checkpoints", str(KEEP)]
+    return ["--data", str(data), "--run-dir", str(run_dir), *RUN, *record]
 
 
 def numbers(run_dir: Path) -> tuple[dict[int, float], list[list[int]]]:

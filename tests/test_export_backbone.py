@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from toy_runs import call
 
 from model.backbone import build_backbone
 from model.simsiam import SimSiam, SimSiamConfig
@@ -49,12 +49,7 @@ def run_dir(model: SimSiam, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["export_backbone.py", *map(str, arguments)])
-    try:
-        export_backbone.exit_on_user_error(export_backbone.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return call(monkeypatch, export_backbone, *arguments)
 
 
 def load(path: Path) -> Any:

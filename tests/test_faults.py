@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import sabotage
-import torch
 from damage import change_bytes, copy_dataset, put_picture
 from encoded import bad_pictures
 from photos import picture_bytes
 from sessions import KILL, ROOT, TERM, Sessions
+from toy_runs import CPU, TINY, call
 
 import train.openmp  # noqa: F401
 from pipeline import loader
@@ -34,13 +34,12 @@ from train.metrics import read_lines
 from train.preemption import EXIT_PREEMPTED
 
 STEPS = 12  # 3 epochs of 4 steps of 12 of the 48 photos
-TINY = ["--backbone", "resnet_tiny", "--image-size", "16", "--dim", "16", "--projector-hidden", "16"]
-CPU = ["--predictor-hidden", "4", "--device", "cpu", "--threads", "1", "--log-every", "1", "--record-samples"]
 RUN = ["--epochs", "3", "--global-batch", "12", "--checkpoint-every", "2steps", "--keep-checkpoints", "2"]
+LOG = ["--log-every", "1", "--record-samples"]
 
 
 def flags(data: Path, run_dir: Path, *more: str, backend: str = "torchvision") -> list[str]:
-    return ["--data", str(data), "--run-dir", str(run_dir), *RUN, *TINY, *CPU, "--backend", backend, *more]
+    return ["--data", str(data), "--run-dir", str(run_dir), *RUN, *LOG, *TINY, *CPU, "--backend", backend, *more]
 
 
 def numbers(run_dir: Path, ranks: int = 1) -> tuple[dict[int, float], dict[int, float], list[list[list[int]]]]:
@@ -201,23 +200,6 @@ def by_the_rule(bad: set[int]) -> Callable[..., Any]:
     return choose
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def run_here(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
-    try:
-        pretrain.exit_on_user_error(pretrain.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 @pytest.mark.parametrize("backend", ["torchvision", "dali"])
 def test_bad_samples_change_what_the_rule_says_and_nothing_else(
     backend: str,
@@ -231,7 +213,7 @@ def test_bad_samples_change_what_the_rule_says_and_nothing_else(
         pytest.importorskip("nvidia.dali")
     data, bad = rotten(copy_dataset(photo_dataset_path, tmp_path / "rotten"), backend)
     arguments = flags(data, tmp_path / "run", "--knn-every", "0", backend=backend)
-    assert run_here(arguments, monkeypatch) == 0
+    assert call(monkeypatch, pretrain, *arguments) == 0
     found = read_lines(tmp_path / "run" / BAD_SAMPLES_FILE)
     clean = ShardSet.open(photo_dataset_path)
     assert sorted(line["sample"] for line in found) == sorted(bad)
@@ -243,7 +225,7 @@ def test_bad_samples_change_what_the_rule_says_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(loader, "choose_order", by_the_rule(bad))
         ruled = flags(photo_dataset_path, tmp_path / "ruled", "--knn-every", "0", backend=backend)
-        assert run_here(ruled, patch) == 0
+        assert call(patch, pretrain, *ruled) == 0
     assert numbers(tmp_path / "run")[0] == numbers(tmp_path / "ruled")[0]
     if backend == "torchvision":  # killed in the middle, the same; and the record does not grow
         again = flags(data, tmp_path / "killed", "--knn-every", "0")
@@ -265,10 +247,11 @@ def test_without_checksums_only_what_cannot_be_decoded_is_found(
     data = copy_dataset(photo_dataset_path, tmp_path / "rotten")
     change_bytes(data, [3])  # it can still be decoded
     arguments = ["--max-steps", "4", "--knn-data", str(data)]
-    assert run_here(flags(data, tmp_path / "run", *arguments), monkeypatch) == 0
+    assert call(monkeypatch, pretrain, *flags(data, tmp_path / "run", *arguments)) == 0
     assert [line["sample"] for line in read_lines(tmp_path / "run" / BAD_SAMPLES_FILE)] == [3]
     assert capsys.readouterr().out.count("left out of the accuracy: sample 3") == 4  # two evaluations of two datasets
-    assert run_here(flags(data, tmp_path / "again", *arguments, "--no-verify-checksums"), monkeypatch) == 0
+    again = flags(data, tmp_path / "again", *arguments, "--no-verify-checksums")
+    assert call(monkeypatch, pretrain, *again) == 0
     assert not (tmp_path / "again" / BAD_SAMPLES_FILE).exists()
     assert "bad sample" not in capsys.readouterr().out
 

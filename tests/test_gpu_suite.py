@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_runs import call
 
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
@@ -30,12 +31,7 @@ QUICK = ("parity", "ladder", "decode", "official", "model")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *arguments])
-    try:
-        gpu_suite.exit_on_user_error(gpu_suite.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return call(monkeypatch, gpu_suite, *arguments)
 
 
 def test_every_part_measures_and_reports(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_runs import TINY
 
 from pipeline.errors import UserError
 from train.config import PretrainConfig, parse_config
@@ -14,14 +15,12 @@ from train.dist import Dist
 from train.run import finish_checkpoint, prepare, start_weights
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
-HEADS = ["--dim", "16", "--projector-hidden", "16", "--predictor-hidden", "4"]
 
 
 @pytest.fixture
 def config(photo_dataset_path: Path, tmp_path: Path) -> PretrainConfig:
     where = ["--data", str(photo_dataset_path), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
-    tiny = ["--backbone", "resnet_tiny", "--image-size", "16", "--global-batch", "12", *HEADS]
-    return parse_config([*where, *tiny, "--backend", "torchvision"])
+    return parse_config([*where, *TINY, "--global-batch", "12", "--backend", "torchvision"])
 
 
 def test_a_run_starts_from_another_runs_weights(config: PretrainConfig, tmp_path: Path) -> None:

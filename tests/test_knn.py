@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_runs
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -231,13 +231,7 @@ def test_half_precision_and_several_k(photo_dataset: ShardSet) -> None:
 
 
 def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    command = ["knn.py", "--device", "cpu", "--backend", "torchvision", "--threads", "1", *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", command)
-    try:
-        knn.exit_on_user_error(knn.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return toy_runs.call(monkeypatch, knn, *toy_runs.CPU, "--backend", "torchvision", *arguments)
 
 
 def test_the_script(photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

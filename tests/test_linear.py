@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from both_evaluations import evaluate_both, numbers
 from PIL import Image
 from torch import Tensor
+from toy_runs import call
 
 from pipeline.errors import UserError
 from pipeline.loader_config import LoaderConfig
@@ -37,15 +37,7 @@ from train.subset import stratified
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
 PROBE = ProbeConfig(epochs=3, global_batch=12, base_lr=1.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the subprocesses: sums in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -291,12 +283,7 @@ def test_two_ranks_give_the_accuracy_of_one_to_the_sample(
 def run_script(monkeypatch: pytest.MonkeyPatch, config: LinearConfig, more: list[str]) -> int:
     data = ["--data", str(config.data), "--val-data", str(config.val_data), "--checkpoint", "untrained:resnet_tiny"]
     small = ["--image-size", "16", "--epochs", "1", "--global-batch", "12", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["linear.py", *data, *small, "--backend", "torchvision", *more])
-    try:
-        linear.exit_on_user_error(linear.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return call(monkeypatch, linear, *data, *small, "--backend", "torchvision", *more)
 
 
 def test_the_script(config: LinearConfig, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from toy_runs import call
 
 from model.backbone import BACKBONES, Backbone
 from pipeline.errors import UserError
@@ -31,19 +30,10 @@ def entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKBONES, "plain", Backbone(plain_network, 12, "default", ("default",)))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    try:
-        module.exit_on_user_error(module.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def train(monkeypatch: pytest.MonkeyPatch, data: Path, run_dir: Path, *more: str) -> int:
     fixed = ["--epochs", "2", "--global-batch", "12", "--image-size", "16", "--backbone", "plain", "--dim", "8"]
     backend = ["--device", "cpu", "--backend", "torchvision", "--threads", "1", "--log-every", "1"]
-    return run(monkeypatch, pretrain, "--data", data, "--run-dir", run_dir, *fixed, *backend, *more)
+    return call(monkeypatch, pretrain, "--data", data, "--run-dir", run_dir, *fixed, *backend, *more)
 
 
 def features(path: Path) -> torch.Tensor:
@@ -63,7 +53,7 @@ def test_it_trains_resumes_and_leaves(
     assert train(monkeypatch, photo_dataset_path, tmp_path / "next", "--init", str(tmp_path / "run")) == 0
     capsys.readouterr()
     for name, layout in (("out.pth", "torchvision"), ("out.safetensors", "safetensors")):
-        assert run(monkeypatch, export_backbone, tmp_path / "run", tmp_path / name, "--format", layout) == 0
+        assert call(monkeypatch, export_backbone, tmp_path / "run", tmp_path / name, "--format", layout) == 0
         assert 'build_backbone("plain", "default")' in capsys.readouterr().out
     assert torch.equal(features(tmp_path / "out.safetensors"), expected)
     alone = plain_network().eval()
@@ -72,7 +62,7 @@ def test_it_trains_resumes_and_leaves(
         assert torch.equal(alone(PICTURES), expected)
     alone.load_state_dict(load_file(tmp_path / "out.safetensors"))
     for layout in ("detectron2", "official"):
-        assert run(monkeypatch, export_backbone, tmp_path / "run", tmp_path / "x.pth", "--format", layout) == 2
+        assert call(monkeypatch, export_backbone, tmp_path / "run", tmp_path / "x.pth", "--format", layout) == 2
         assert f"--format {layout} has names for ResNets only, and this is plain" in capsys.readouterr().err
         assert not (tmp_path / "x.pth").exists()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import stat
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pretrain import HEADS
+from toy_runs import TINY, call
 
 from pipeline.loader_config import DaliConfig, LoaderConfig
 from tools import gpu_watch, profile_throughput, tuning
@@ -27,30 +26,13 @@ from tools.turns import Turn
 from train.config import parse_config
 from train.loader_tuning import load_tuning
 
-TINY = [
-    "--backbone",
-    "resnet_tiny",
-    "--image-size",
-    "16",
-    "--batch",
-    "8",
-    "--seconds",
-    "0.02",
-    "--threads",
-    "1",
-    *HEADS,
-]
+SHORT = [*TINY, "--batch", "8", "--seconds", "0.02", "--threads", "1"]
 ON_CPU = Setting(on_gpu=False, decoder="mixed", cores=2, precision="fp32", compiled=False)
 ON_GPU = Setting(on_gpu=True, decoder="mixed", cores=16, precision="bf16", compiled=False)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["profile_throughput.py", *arguments])
-    try:
-        profile_throughput.exit_on_user_error(profile_throughput.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return call(monkeypatch, profile_throughput, *arguments)
 
 
 def test_the_whole_ladder(
@@ -58,7 +40,7 @@ def test_the_whole_ladder(
 ) -> None:
     files = {flag: tmp_path / name for flag, name in (("json", "l.json"), ("plot", "l.png"), ("trace", "t.json"))}
     wanted = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
-    arguments = ["--data", str(photo_dataset_path), *TINY, "--device", "cpu", "--repeats", "3"]
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--repeats", "3"]
     assert run(monkeypatch, *arguments, *wanted) == 0
     printed = capsys.readouterr().out
     for words in ("read bytes", "photometric stage", "forward", "optimizer", "data_wait", "gpu_bound = ", "limiter: "):
@@ -82,7 +64,7 @@ def test_the_stages_of_the_torchvision_back_end(
     photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rungs = ["--rungs", "decode", "crops", "photometric", "loader"]
-    arguments = ["--data", str(photo_dataset_path), *TINY, "--device", "cpu", "--repeats", "3", *rungs]
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--repeats", "3", *rungs]
     assert run(monkeypatch, *arguments, "--backend", "torchvision") == 0
     printed = capsys.readouterr().out
     assert "the model was not measured" in printed
@@ -221,7 +203,7 @@ def test_synthetic_data_is_drawn_kept_and_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = ["--data", "synthetic", "--synthetic-samples", "12", "--synthetic-dir", str(tmp_path / "kept")]
-    quick = [*TINY, "--device", "cpu", "--rungs", "read", "--repeats", "3"]
+    quick = [*SHORT, "--device", "cpu", "--rungs", "read", "--repeats", "3"]
     assert run(monkeypatch, *kept, *quick) == 0
     assert "12 synthetic JPEGs, mean" in capsys.readouterr().out
     written = (tmp_path / "kept" / "dataset.json").stat().st_mtime_ns
@@ -235,7 +217,7 @@ def test_tuning_writes_what_pretrain_takes(
     for name, value in {"TURN_S": 0.001, "FEWEST_ROUNDS": 2, "MOST_ROUNDS": 2, "QUEUES": ((1, 1, 2),)}.items():
         monkeypatch.setattr(tuning, name, value)
     file = tmp_path / "tuning.json"
-    arguments = ["--data", str(photo_dataset_path), *TINY, "--device", "cpu", "--backend", "torchvision", "--tune"]
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--backend", "torchvision", "--tune"]
     assert run(monkeypatch, *arguments, "--budget", "60", "--tune-batch", "--tuning-file", str(file)) == 0
     printed = capsys.readouterr().out
     for words in ("threads:", "queues:", "batch:", "<- chosen", "default against winner", "times as fast"):
@@ -250,7 +232,7 @@ def test_a_budget_that_decides_nothing_is_a_mistake(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "tuning.json"
-    arguments = ["--data", str(photo_dataset_path), *TINY, "--device", "cpu", "--backend", "torchvision", "--tune"]
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--backend", "torchvision", "--tune"]
     assert run(monkeypatch, *arguments, "--budget", "1e-6", "--tuning-file", str(file)) == 2
     assert "minutes are too few" in capsys.readouterr().err
     assert not file.exists()

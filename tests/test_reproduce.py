@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_runs
 from test_pretrain import alone
 
 import train.openmp  # noqa: F401
 from model.simsiam import SimSiamConfig
-from pipeline.errors import UserError, exit_on_user_error
+from pipeline.errors import UserError
 from pipeline.loader import Views
 from pipeline.shards import ShardSet
 from tools import reproduce
@@ -32,6 +32,7 @@ from train import linear, pretrain
 from train.config import check_model, parse_config
 from train.run import claim_run_dir, prepare
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Recipe(
     "resnet_tiny at 16 px",
     (
@@ -42,15 +43,6 @@ TINY = Recipe(
     linear=("--features-cache", "--epochs", "2", "--global-batch", "12", "--backend", "torchvision", "--threads", "1"),
     most_epochs=2,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """No crowding of the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -77,16 +69,11 @@ def launched(tiny: None, monkeypatch: pytest.MonkeyPatch) -> Launched:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
     before = signal.getsignal(signal.SIGTERM)
     try:
-        exit_on_user_error(reproduce.main)
-    except SystemExit as end:
-        return int(end.code or 0)
+        return toy_runs.call(monkeypatch, reproduce, *arguments)
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def flags(data: Path, out: Path, table: str = "stop-gradient", budget: str = "1000") -> list[str]:

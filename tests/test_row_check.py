@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_runs import CPU, TINY, call
 
 import pipeline.dataset_file
 import pipeline.row_check
@@ -22,9 +22,6 @@ from pipeline.dataset_file import SAMPLE_DTYPE
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
 from train import pretrain
-
-TINY = ["--backbone", "resnet_tiny", "--image-size", "16", "--dim", "16", "--projector-hidden", "16"]
-CPU = ["--predictor-hidden", "4", "--device", "cpu", "--threads", "1", "--backend", "torchvision"]
 
 
 @pytest.fixture(autouse=True)
@@ -135,12 +132,7 @@ def test_damage_anywhere_in_it_is_found(
 
 def run_here(monkeypatch: pytest.MonkeyPatch, data: Path, run_dir: Path, *more: str) -> int:
     run = ["--data", str(data), "--run-dir", str(run_dir), "--epochs", "1", "--global-batch", "12"]
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *run, *TINY, *CPU, *more])
-    try:
-        pretrain.exit_on_user_error(pretrain.main)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return call(monkeypatch, pretrain, *run, *TINY, *CPU, "--backend", "torchvision", *more)
 
 
 def test_no_accuracy_rests_on_a_changed_label(

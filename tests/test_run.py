@@ -9,11 +9,11 @@ from pathlib import Path
 
 from photos import write_photo_folder
 from sessions import ROOT
+from toy_runs import TINY
 
 from pipeline.options import ShardingOptions
 from pipeline.writer import make_dataset
 
-TINY = ["--backbone", "resnet_tiny", "--image-size", "16", "--dim", "16", "--projector-hidden", "16"]
 # Each rank's own machine has another dataset under the same name.
 EACH_ITS_OWN = """
 import os, sys

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from toy_runs import CPU, TINY, call
 
 import train.openmp  # noqa: F401
 from pipeline.loader import Views
@@ -19,6 +19,7 @@ from train.metrics import read_lines
 from train.optim import OptimConfig, build_optimizer
 from train.step_guard import StepGuard, diagnosis
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 NAN, INF = float("nan"), float("inf")
 
@@ -145,17 +146,7 @@ def test_the_diagnosis_names_fp16_only_where_it_is_used() -> None:
 
 # In a run.
 
-TINY = ["--backbone", "resnet_tiny", "--image-size", "16", "--dim", "16", "--projector-hidden", "16"]
-CPU = ["--predictor-hidden", "4", "--device", "cpu", "--threads", "1", "--log-every", "1", "--knn-every", "0"]
-RUN = ["--epochs", "3", "--global-batch", "12", "--checkpoint-every", "2steps", "--backend", "torchvision"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+RUN = ["--epochs", "3", "--global-batch", "12", "--checkpoint-every", "2steps", "--log-every", "1", "--knn-every", "0"]
 
 
 def run(
@@ -174,14 +165,8 @@ def run(
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "train_step", poison)
-        patch.setattr(
-            sys, "argv", ["pretrain.py", "--data", str(data), "--run-dir", str(run_dir), *RUN, *TINY, *CPU, *more]
-        )
-        code = 0
-        try:
-            pretrain.exit_on_user_error(pretrain.main)
-        except SystemExit as end:
-            code = int(end.code or 0)
+        places = ["--data", data, "--run-dir", run_dir, "--backend", "torchvision"]
+        code = call(patch, pretrain, *places, *RUN, *TINY, *CPU, *more)
     return code, read_lines(run_dir / "metrics.jsonl")
 
 

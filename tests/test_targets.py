@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,8 @@ from train.targets import AveragedTargets, FrozenTargets
 TINY = SimSiamConfig("resnet_tiny", dim=8, projector_hidden=8)
 FROZEN = ["--targets", "frozen", "--target-steps", "3"]
 AVERAGED = ["--targets", "moving-average", "--predictor", "none"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = [FROZEN, [*FROZEN[:-1], "epoch"], AVERAGED, [*AVERAGED, "--target-memory", "disk"]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums in the same order everywhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def output(z1: list[list[float]], z2: list[list[float]]) -> SimSiamOutput:
