@@ -45,3 +45,15 @@ def write_photo_folder(root: Path, per_class: int = PER_CLASS) -> Path:
             encoding, suffix = ("PNG", "png") if i % 7 == 6 else ("JPEG", "jpg")
             (root / name / f"{name} {i:03d}.{suffix}").write_bytes(picture_bytes(seed, height, width, mode, encoding))
     return root
+
+
+def write_foreign_tars(folder: Path) -> Path:
+    """Two tars of webdataset's own ShardWriter: 12 pictures with captions, of which number 7 is cut off."""
+    import webdataset  # here: it imports torch, which not all who draw pictures want
+
+    folder.mkdir()
+    with webdataset.ShardWriter(str(folder / "set-%06d.tar"), maxcount=6, verbose=0, mtime=0) as writer:
+        for i in range(12):
+            data = picture_bytes(i)[: 700 if i == 7 else None]
+            writer.write({"__key__": f"deep/er/{i:03d}", "JPEG": data, "cls": str(i % 3), "caption.txt": "a dog"})
+    return folder

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from photos import picture_bytes
+from photos import picture_bytes, write_foreign_tars
 
 import pipeline.inspection
 from pipeline.dataset_file import SAMPLE_DTYPE, file_sha256
@@ -43,12 +42,7 @@ def copy(photo_dataset_path: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     """Tars of others, one of whose pictures is refused, and the dataset that indexes them from another folder."""
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    with webdataset.ShardWriter(str(folder / "set-%06d.tar"), maxcount=6, verbose=0, mtime=0) as writer:
-        for i in range(12):
-            data = picture_bytes(i)[: 700 if i == 7 else None]
-            writer.write({"__key__": f"deep/{i:03d}", "JPEG": data, "cls": str(i % 3), "caption.txt": "a dog"})
+    folder = write_foreign_tars(tmp_path / "tars")
     make_dataset(f"wds:{folder}/*.tar", tmp_path / "index", ShardingOptions(), quiet=True, in_process=True)
     return tmp_path / "index"
 
@@ -243,7 +237,7 @@ def test_a_refused_picture_of_others_is_only_missed_if_no_list_names_it(foreign:
     (foreign / "rejected.jsonl").write_text("not json\n")
     kinds = [str(damage) for damage in check(foreign).damage]
     assert kinds[0] == "rejected.jsonl: cannot be read"
-    assert "leave out pictures of the tar: deep/007" in kinds[1]
+    assert "leave out pictures of the tar: deep/er/007" in kinds[1]
 
 
 def test_a_repair_that_was_killed_begins_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

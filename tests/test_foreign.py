@@ -9,8 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
-from photos import picture_bytes
+from photos import picture_bytes, write_foreign_tars
 
 from pipeline.errors import UserError
 from pipeline.options import ShardingOptions
@@ -25,14 +24,7 @@ def index(pattern: str, out: Path, **options: object) -> Summary:
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """Two tars of webdataset's own ShardWriter, with captions and one broken picture."""
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    with webdataset.ShardWriter(str(folder / "set-%06d.tar"), maxcount=6, verbose=0, mtime=0) as writer:
-        for i in range(12):
-            data = picture_bytes(i)[: 700 if i == 7 else None]
-            writer.write({"__key__": f"deep/er/{i:03d}", "JPEG": data, "cls": str(i % 3), "caption.txt": "a dog"})
-    return folder
+    return write_foreign_tars(tmp_path / "tars")
 
 
 def test_samples_labels_and_refusals(tars: Path, tmp_path: Path) -> None:
