@@ -5,7 +5,6 @@ On a GPU all of it happens on a stream of its own, so that it overlaps with the 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from pipeline.remote_shards import Ahead
 from pipeline.shards import BadSampleError, ShardSet
 from pipeline.stalls import Stalls
 from pipeline.views import ViewRecipe
+from pipeline.workers import cores
 
 # The second pair of views of a sample in epoch e is drawn as that of epoch e + PAIR_EPOCHS would be.
 PAIR_EPOCHS = 1 << 24
@@ -31,8 +31,7 @@ RANKS_APART = 2  # steps by which one rank of a machine may be behind another
 
 def share_of_cores(local_world_size: int) -> int:
     """The threads of one rank when a machine's ranks share its cores evenly."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size)
+    return max(1, cores() // local_world_size)
 
 
 def slack(config: LoaderConfig) -> int:

@@ -440,7 +440,7 @@ def test_torchrun_restarts_and_the_run_goes_on(
 def test_resumed_on_one_two_and_four_ranks(
     undisturbed: Path, photo_dataset_path: Path, sessions: Sessions, tmp_path: Path
 ) -> None:
-    """The global batches are those of one process throughout (the ranks' local batch norms make other losses)."""
+    """Global batches and losses are those of one process throughout."""
     arguments = flags(photo_dataset_path, tmp_path / "run", "--resume")
     assert sessions.run([*arguments, "--max-steps", "3"]) == 0
     assert torchrun(2, "train/pretrain.py", [*arguments, "--max-steps", "7"]).returncode == 0
@@ -453,6 +453,11 @@ def test_resumed_on_one_two_and_four_ranks(
         for line in read_lines(tmp_path / "run" / f"samples-rank{rank}.jsonl"):
             parts.setdefault(line["step"], []).extend(line["ids"])
     assert [parts[step] for step in range(1, STEPS + 1)] == numbers(undisturbed)[2][0]
+    made, expected = (
+        [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+        for folder in (tmp_path / "run", undisturbed)
+    )
+    assert made == pytest.approx(expected, abs=1e-4)
 
 
 SLURM = {  # stand-ins for Slurm's commands

@@ -5,8 +5,8 @@
 
 Owns the order of things: parse, build, resume, loop. The run folder holds config.json, plan.json, metrics.jsonl,
 tensorboard/, checkpoints/, bad_samples.jsonl if there are any and, at the end, summary.json.
-Exit codes: 0 done; 2 a user's mistake, a full disk, a collapse with --on-collapse stop; 75 stopped by a signal after a
-checkpoint, go on with --resume; 70 no rank has gone on for --hang-timeout; 1 anything else.
+Exit codes: 0 done; 2 a user's mistake, a full disk, a collapse with --on-collapse stop; 75 stopped by a signal, go on
+with --resume; 70 no rank has gone on for --hang-timeout; 1 anything else.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from pipeline.loader import check_cache, open_dataset
 from pipeline.shards import ShardSet
 from train.background import CheckpointWriter, host_copy
 from train.checkpoint import (
+    CHECKPOINTS,
     CheckpointTimer,
     check_same_run,
     find_checkpoint,
@@ -42,7 +43,7 @@ from train.step_guard import StepGuard, diagnosis
 from train.targets import Targets, make_targets
 from train.weights import initialise, read_weights
 
-CONFIG_FILE, PLAN_FILE, CHECKPOINTS = "config.json", "plan.json", "checkpoints"
+CONFIG_FILE, PLAN_FILE = "config.json", "plan.json"
 SMALL_VIEW = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
 
 
