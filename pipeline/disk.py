@@ -40,7 +40,8 @@ def disk_error(error: OSError, doing: str) -> UserError | None:
     if remedy is None:
         return None
     where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else ""
-    return UserError(f"{doing} failed: {error.strerror}{where}; {remedy}, then run the same command again (training: with --resume)")
+    again = "then run the same command again (training: with --resume)"
+    return UserError(f"{doing} failed: {error.strerror}{where}; {remedy}, {again}")
 
 
 @contextmanager
