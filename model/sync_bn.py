@@ -53,49 +53,30 @@ def synchronise(module: nn.Module) -> nn.Module:
     return module
 
 
-class _Synchronised(torch.autograd.Function):
-    """Forward: statistics of each rank, gathered and merged. Backward: two sums of each rank, added up."""
-
-    @staticmethod
-    def forward(
-        context: Any,
-        x: Tensor,
-        weight: PerChannel | None,
-        bias: PerChannel | None,
-        running_mean: PerChannel,
-        running_var: PerChannel,
-        eps: float,
-        momentum: float,
-    ) -> Tensor:
-        x = _dense(x)
-        kernels = _Cuda if x.is_cuda else _Plain
-        own = torch.stack(kernels.statistics(x, eps))
-        gathered = own.new_empty((td.get_world_size() * 2, own.shape[1]))
-        td.all_gather_into_tensor(gathered, own)
-        means, inverse_stds = gathered.unflatten(0, (-1, 2)).unbind(dim=1)
-        counts = torch.full((len(means),), x.numel() // x.shape[1], dtype=own.dtype, device=x.device)
-        merged = kernels.merge(x, means, inverse_stds, counts, running_mean, running_var, momentum, eps)
-        context.save_for_backward(x, *merged, counts, *([] if weight is None else [weight]))
-        return kernels.normalise(x, weight, bias, *merged, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, inverse_std, counts, *weights = context.saved_tensors
-        weight = weights[0] if weights else None
-        kernels = _Cuda if x.is_cuda else _Plain
-        gradient = _dense(gradient)
-        sums = kernels.sums(gradient, x, mean, inverse_std, weight)
-        total = torch.stack((sums.gradient, sums.gradient_times_centred))
-        td.all_reduce(total)
-        sum_gradient, sum_times_centred = total
-        grad_input = kernels.grad_input(gradient, x, mean, inverse_std, weight, sum_gradient, sum_times_centred, counts)
-        return grad_input, sums.weight, sums.bias, None, None, None, None  # DDP averages those of the weights
-
-
 @torch.compiler.disable  # the compiler does not know the kernels; and torch 2.11's gives the weights no gradient
 def _synchronised(*arguments: Any) -> Tensor:
     return _Synchronised.apply(*arguments)
+
+
+class _Layer(NamedTuple):
+    """A layer's own values."""
+
+    weight: PerChannel | None
+    bias: PerChannel | None
+    running_mean: PerChannel
+    running_var: PerChannel
+    eps: float
+    momentum: float
+
+
+class _Seen(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    x: Tensor  # of this rank
+    mean: PerChannel  # over all ranks, as is what follows
+    inverse_std: PerChannel
+    counts: Float[Tensor, " ranks"]  # values of a channel on each rank
+    weight: PerChannel | None = None
 
 
 class _Sums(NamedTuple):
@@ -107,60 +88,70 @@ class _Sums(NamedTuple):
     bias: PerChannel | None
 
 
+class _Synchronised(torch.autograd.Function):
+    """Forward: statistics of each rank, gathered and merged. Backward: two sums of each rank, added up."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, *of_layer: Any) -> Tensor:
+        x, layer = _dense(x), _Layer(*of_layer)
+        kernels = _Cuda if x.is_cuda else _Plain
+        own = torch.stack(kernels.statistics(x, layer))
+        gathered = own.new_empty((td.get_world_size() * 2, own.shape[1]))
+        td.all_gather_into_tensor(gathered, own)
+        means, inverse_stds = gathered.unflatten(0, (-1, 2)).unbind(dim=1)
+        counts = torch.full((len(means),), x.numel() // x.shape[1], dtype=own.dtype, device=x.device)
+        merged = kernels.merge(x, means, inverse_stds, counts, layer)
+        context.save_for_backward(x, *merged, counts, *([] if layer.weight is None else [layer.weight]))
+        return kernels.normalise(x, *merged, layer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, seen = _dense(gradient), _Seen(*context.saved_tensors)
+        kernels = _Cuda if gradient.is_cuda else _Plain
+        sums = kernels.sums(gradient, seen)
+        total = torch.stack((sums.gradient, sums.gradient_times_centred))
+        td.all_reduce(total)
+        # DDP averages the gradients of the weights.
+        return kernels.grad_input(gradient, seen, *total), sums.weight, sums.bias, None, None, None, None
+
+
 class _Cuda:
     """The kernels of torch's own SyncBatchNorm."""
 
     @staticmethod
-    def statistics(x: Tensor, eps: float) -> tuple[PerChannel, PerChannel]:
+    def statistics(x: Tensor, layer: _Layer) -> tuple[PerChannel, PerChannel]:
         """Mean and 1 / sqrt(variance + eps) of this rank, float32."""
-        return torch.batch_norm_stats(x, eps)
+        return torch.batch_norm_stats(x, layer.eps)
 
     @staticmethod
     def merge(
-        x: Tensor,
-        means: Tensor,
-        inverse_stds: Tensor,
-        counts: Tensor,
-        running_mean: PerChannel,
-        running_var: PerChannel,
-        momentum: float,
-        eps: float,
+        x: Tensor, means: Tensor, inverse_stds: Tensor, counts: Tensor, layer: _Layer
     ) -> tuple[PerChannel, PerChannel]:
         """Those of all ranks; the running statistics are moved."""
-        return torch.batch_norm_gather_stats_with_counts(
-            x, means, inverse_stds, running_mean, running_var, momentum, eps, counts
-        )
+        running = (layer.running_mean, layer.running_var, layer.momentum, layer.eps)
+        return torch.batch_norm_gather_stats_with_counts(x, means, inverse_stds, *running, counts)
 
     @staticmethod
-    def normalise(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
-    ) -> Tensor:
+    def normalise(x: Tensor, mean: PerChannel, inverse_std: PerChannel, layer: _Layer) -> Tensor:
         """The output."""
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
+        return torch.batch_norm_elemt(x, layer.weight, layer.bias, mean, inverse_std, layer.eps)
 
     @staticmethod
-    def sums(gradient: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None) -> _Sums:
+    def sums(gradient: Tensor, seen: _Seen) -> _Sums:
         """Those of this rank."""
-        affine = weight is not None
+        affine = seen.weight is not None
         total, times_centred, *of_weights = torch.batch_norm_backward_reduce(
-            gradient, x, mean, inverse_std, weight, True, affine, affine
+            gradient, seen.x, seen.mean, seen.inverse_std, seen.weight, True, affine, affine
         )
         return _Sums(total, times_centred, *(of_weights if affine else (None, None)))
 
     @staticmethod
-    def grad_input(
-        gradient: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        inverse_std: Tensor,
-        weight: Tensor | None,
-        sum_gradient: Tensor,
-        sum_times_centred: Tensor,
-        counts: Tensor,
-    ) -> Tensor:
-        """The gradient of the input."""
+    def grad_input(gradient: Tensor, seen: _Seen, total: PerChannel, times_centred: PerChannel) -> Tensor:
+        """The gradient of the input, from the sums over all ranks."""
+        x, mean, inverse_std, counts, weight = seen
         return torch.batch_norm_backward_elemt(
-            gradient, x, mean, inverse_std, weight, sum_gradient, sum_times_centred, counts.to(torch.int32)
+            gradient, x, mean, inverse_std, weight, total, times_centred, counts.to(torch.int32)
         )
 
 
@@ -168,64 +159,49 @@ class _Plain:
     """The same in torch's arithmetic: for CPUs, and what the kernels are tested against."""
 
     @staticmethod
-    def statistics(x: Tensor, eps: float) -> tuple[PerChannel, PerChannel]:
+    def statistics(x: Tensor, layer: _Layer) -> tuple[PerChannel, PerChannel]:
         """As _Cuda's."""
         variance, mean = torch.var_mean(_wide(x), _over(x), correction=0)
-        return mean, (variance + eps).rsqrt()
+        return mean, (variance + layer.eps).rsqrt()
 
     @staticmethod
     def merge(
-        x: Tensor,
-        means: Tensor,
-        inverse_stds: Tensor,
-        counts: Tensor,
-        running_mean: PerChannel,
-        running_var: PerChannel,
-        momentum: float,
-        eps: float,
+        x: Tensor, means: Tensor, inverse_stds: Tensor, counts: Tensor, layer: _Layer
     ) -> tuple[PerChannel, PerChannel]:
         """As _Cuda's."""
         share = (counts / counts.sum())[:, None]
         mean = (means * share).sum(dim=0)
-        variance = ((inverse_stds**-2 - eps + (means - mean) ** 2) * share).sum(dim=0)
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(variance * counts.sum() / (counts.sum() - 1), momentum)  # unbiased, as torch keeps it
-        return mean, (variance + eps).rsqrt()
+        variance = ((inverse_stds**-2 - layer.eps + (means - mean) ** 2) * share).sum(dim=0)
+        unbiased = variance * counts.sum() / (counts.sum() - 1)  # as torch keeps it
+        layer.running_mean.lerp_(mean, layer.momentum)
+        layer.running_var.lerp_(unbiased, layer.momentum)
+        return mean, (variance + layer.eps).rsqrt()
 
     @staticmethod
-    def normalise(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor, eps: float
-    ) -> Tensor:
+    def normalise(x: Tensor, mean: PerChannel, inverse_std: PerChannel, layer: _Layer) -> Tensor:
         """As _Cuda's."""
-        scale = inverse_std if weight is None else inverse_std * weight
+        scale = inverse_std if layer.weight is None else inverse_std * layer.weight
         made = (_wide(x) - _spread(mean, x)) * _spread(scale, x)
-        return (made if bias is None else made + _spread(bias, x)).to(x.dtype)
+        return (made if layer.bias is None else made + _spread(layer.bias, x)).to(x.dtype)
 
     @staticmethod
-    def sums(gradient: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None) -> _Sums:
+    def sums(gradient: Tensor, seen: _Seen) -> _Sums:
         """As _Cuda's."""
+        x = seen.x
         total = _wide(gradient).sum(_over(x))
-        times_centred = (_wide(gradient) * (_wide(x) - _spread(mean, x))).sum(_over(x))
-        if weight is None:
+        times_centred = (_wide(gradient) * (_wide(x) - _spread(seen.mean, x))).sum(_over(x))
+        if seen.weight is None:
             return _Sums(total, times_centred, None, None)
-        return _Sums(total, times_centred, times_centred * inverse_std, total)
+        return _Sums(total, times_centred, times_centred * seen.inverse_std, total)
 
     @staticmethod
-    def grad_input(
-        gradient: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        inverse_std: Tensor,
-        weight: Tensor | None,
-        sum_gradient: Tensor,
-        sum_times_centred: Tensor,
-        counts: Tensor,
-    ) -> Tensor:
+    def grad_input(gradient: Tensor, seen: _Seen, total: PerChannel, times_centred: PerChannel) -> Tensor:
         """As _Cuda's."""
+        x, mean, inverse_std, counts, weight = seen
         scale = inverse_std if weight is None else inverse_std * weight
-        slope = inverse_std**2 * sum_times_centred / counts.sum()
+        slope = inverse_std**2 * times_centred / counts.sum()
         centred = (_wide(x) - _spread(mean, x)) * _spread(slope, x)
-        made = (_wide(gradient) - _spread(sum_gradient / counts.sum(), x) - centred) * _spread(scale, x)
+        made = (_wide(gradient) - _spread(total / counts.sum(), x) - centred) * _spread(scale, x)
         return made.to(x.dtype)
 
 

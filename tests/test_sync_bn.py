@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model.simsiam import SimSiam, SimSiamConfig
-from model.sync_bn import SyncBatchNorm, _Cuda, _Plain, synchronise
+from model.sync_bn import SyncBatchNorm, _Cuda, _Layer, _Plain, _Seen, synchronise
 
 ROOT = Path(__file__).resolve().parent.parent
 NARROW = {"float32": 2e-4, "bfloat16": 0.3}  # of gradients summed over a batch; float64 where no other type is named
@@ -72,18 +72,17 @@ def test_the_kernels_compute_what_plain_arithmetic_does(
     outcomes = []
     for kernels in (_Cuda, _Plain):
         running = torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")
-        mean, inverse_std = kernels.statistics(x, 1e-5)
+        layer = _Layer(weight, bias, *running, 1e-5, 0.1)
+        mean, inverse_std = kernels.statistics(x, layer)
         both = torch.stack((mean, mean + 0.5)), torch.stack((inverse_std, inverse_std / 2))
         counts = torch.full((2,), x.numel() // 16, device="cuda", dtype=torch.float32)
-        merged = kernels.merge(x, *both, counts, *running, 0.1, 1e-5)
-        sums = kernels.sums(gradient, x, *merged, weight)
-        total = sums.gradient * 2, sums.gradient_times_centred * 2
-        made = kernels.normalise(x, weight, bias, *merged, 1e-5)
-        back = kernels.grad_input(gradient, x, *merged, weight, *total, counts)
+        merged = kernels.merge(x, *both, counts, layer)
+        seen = _Seen(x, *merged, counts, weight)
+        sums = kernels.sums(gradient, seen)
+        back = kernels.grad_input(gradient, seen, sums.gradient * 2, sums.gradient_times_centred * 2)
         assert (sums.weight is None, sums.bias is None) == (not affine, not affine)
-        outcomes.append(
-            [mean, inverse_std, *merged, *running, *(value for value in sums if value is not None), made, back]
-        )
+        numbers = [value for value in sums if value is not None]
+        outcomes.append([mean, inverse_std, *merged, *running, *numbers, kernels.normalise(x, *merged, layer), back])
     atol = 1e-4 if dtype == torch.float32 else 0.05
     for one, other in zip(*outcomes, strict=True):
         assert one.dtype == other.dtype
