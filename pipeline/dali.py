@@ -27,6 +27,7 @@ from pipeline.batch import Batch, UndecodableBatchError
 from pipeline.loader_config import DaliConfig
 from pipeline.views import VIEWS, CentreCrops, ViewParams
 
+_END = object()
 GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
 # In an error of DALI's: no picture caused it, and to look for one would only hide it.
 _GPU_AT_FAULT = re.compile(r"CUDA (runtime|driver) API error|CUDA allocation failed|cudaError|CUDA_ERROR_")
@@ -47,7 +48,7 @@ class _Inputs:
         self._next = next(batches, None)
         self.windows = self._next.windows if self._next is not None else None  # of the first batch, as of all
         self.pulled: deque[tuple[Batch, str | None]] = deque()  # in order; why DALI was not given the batch
-        self.failure: BaseException | None = None  # of those who make the batches; DALI's own errors look alike
+        self.failed = False  # whether those who make the batches did; DALI's own errors look alike
 
     def pull(self) -> list[list[NDArray]]:
         """One batch's inputs, as DALI asks for them; StopIteration at the end."""
@@ -68,7 +69,7 @@ class _Inputs:
         try:
             return next(self._batches)
         except BaseException as error:
-            self.failure = None if isinstance(error, StopIteration) else error
+            self.failed = not isinstance(error, StopIteration)
             raise
 
 
@@ -120,16 +121,19 @@ class DaliPictures:
         return batch, self._tensors(made)
 
     def _run(self) -> Any:
-        """Outputs; or the error that the next batch has caused; or StopIteration, when there is no batch any more."""
+        """Outputs; or the error that the next batch has caused; or _END, when there is no batch any more.
+
+        An error without its traceback, which holds the frames and with them the pipeline: see _Inputs.
+        """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             return self._pipeline.run(stream)
-        except StopIteration as end:
-            return end
+        except StopIteration:
+            return _END
         except RuntimeError as error:
-            if error is self._inputs.failure or _GPU_AT_FAULT.search(str(error)):
+            if self._inputs.failed or _GPU_AT_FAULT.search(str(error)):
                 raise
-            return error
+            return error.with_traceback(None)
 
     def _graph(self) -> list[DataNode]:
         inputs = self._inputs

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.util
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -199,6 +202,28 @@ def test_an_error_of_those_who_make_the_batches_is_no_pictures_fault(before: int
 
     with pytest.raises(RuntimeError, match=r"^fetching failed$"):
         list(squares_of(batches()))
+
+
+@pytest.mark.parametrize("spoiled", [[], [2], [1, 2], [0, 1, 2]])
+@pytest.mark.parametrize("kind", ["text", "a JPEG without its end"])
+@pytest.mark.parametrize("taken", [1, 3, 4])
+def test_a_pipeline_goes_with_its_last_reference(spoiled: list[int], kind: str, taken: int) -> None:
+    """One in a cycle of references lives on until the collector comes; a child forked meanwhile aborts on it."""
+    batches = [good_batch(step) for step in range(3)]
+    for step in spoiled:
+        batches[step].encoded[1] = np.frombuffer(bad_pictures()[kind], dtype=np.uint8)
+    gc.disable()
+    try:
+        squares = squares_of(iter(batches))
+        gone = weakref.ref(squares._pipeline)
+        for _ in range(taken):
+            with contextlib.suppress(UndecodableBatchError):
+                next(squares, None)
+        assert gone() is not None
+        del squares
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_last_batch_may_be_smaller() -> None:
