@@ -186,6 +186,17 @@ def test_a_session_that_makes_no_sense_is_refused(arguments: list[str], tmp_path
     assert "scripts/gpu_session.sh check OUT" in done.stderr
 
 
+def test_a_session_without_data_draws_its_own(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "TOY": "1"}
+    command = ["bash", str(SESSION), "smoke", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.partition(",")[0] for line in (tmp_path / "session.txt").read_text().splitlines()] == [
+        "== synthetic: done",
+        "== smoke: done",
+    ]
+
+
 def test_the_smoke_test_says_what_failed(
     photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
