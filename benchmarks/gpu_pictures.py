@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.loader import open_views
 from pipeline.loader_config import DaliConfig, LoaderConfig
+from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe
 from tools.ladder import make_ladder
 from tools.ladder_report import RungResult
@@ -44,13 +45,8 @@ def _difference(suite: Suite, recipe: ViewRecipe, decoder: DaliConfig) -> dict[s
             suite.dataset,
             recipe,
             LoaderConfig(backend=backend, dali=decoder),
-            seed=0,
-            global_batch=samples,
-            epochs=1,
-            rank=0,
-            world_size=1,
-            local_world_size=1,
-            device=device,
+            Span(seed=0, global_batch=samples, epochs=1),
+            Process.alone(device),
         ) as batches:
             both = next(batches)
             std = torch.tensor(recipe.std)[:, None, None]

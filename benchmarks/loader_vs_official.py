@@ -26,6 +26,7 @@ from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import open_views
 from pipeline.loader_config import LoaderConfig
 from pipeline.shards import ShardSet
+from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe
 from tools.measuring import Spread, alternate, describe_machine, ratio, write_json
 
@@ -110,13 +111,8 @@ def main() -> None:
             dataset,
             recipe,
             LoaderConfig(threads=cores),
-            seed=0,
-            global_batch=config.batch,
-            epochs=1,
-            rank=0,
-            world_size=1,
-            local_world_size=1,
-            device=torch.device("cpu"),
+            Span(seed=0, global_batch=config.batch, epochs=1),
+            Process.alone(torch.device("cpu")),
         ) as batches:
             for _, _views in zip(range(samples // config.batch), batches, strict=False):
                 pass

@@ -22,11 +22,11 @@ from pipeline.batch import Batch
 from pipeline.errors import UserError
 from pipeline.read_costs import ReadCosts
 from pipeline.shards import BadSampleError, ShardSet
+from pipeline.span import Place
 from pipeline.views import CentreCrops, ViewParams
 
 IDS_PER_READ = 16  # samples a thread reads at a time; small pictures cost more in hand-over than in reading
 
-Place = tuple[int, int, Int64[np.ndarray, "_"]]  # epoch, step within the epoch, sample ids; each of its own length  # noqa: F821
 Read = tuple[int, NDArray[np.uint8]]  # the sample that was read, and its encoded picture
 DrawWindows = Callable[[int, Int64[np.ndarray, " n"]], "ViewParams | CentreCrops"]  # (epoch, ids) -> windows
 

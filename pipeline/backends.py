@@ -14,11 +14,12 @@ import torch
 from PIL import UnidentifiedImageError
 from typing_extensions import assert_never
 
-from pipeline.assemble import Assembler, Place
+from pipeline.assemble import Assembler
 from pipeline.batch import Batch, UndecodableBatchError
 from pipeline.errors import UserError
 from pipeline.loader_config import LoaderConfig
 from pipeline.reference import decode
+from pipeline.span import Place
 from pipeline.stages import Backend, Delivered, Setup
 from pipeline.torchvision_backend import TorchvisionBackend
 from pipeline.views import ViewRecipe

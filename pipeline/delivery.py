@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.assemble import Assembler, BadSamples, DrawWindows, Place
+from pipeline.assemble import Assembler, BadSamples, DrawWindows
 from pipeline.backends import Delivered, ViewMaker
 from pipeline.feeder import fed_ahead
 from pipeline.loader_config import LoaderConfig
 from pipeline.read_costs import ReadCosts
 from pipeline.remote_shards import Ahead
 from pipeline.shards import BadSampleError, ShardSet
+from pipeline.span import Place, Process
 from pipeline.stalls import Stalls
 from pipeline.views import ViewRecipe
 from pipeline.workers import cores
@@ -41,14 +42,13 @@ def slack(config: LoaderConfig) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What both kinds of loader share."""
+    """What all kinds of loaders share."""
 
     dataset: ShardSet
     recipe: ViewRecipe
     config: LoaderConfig
     max_batch: int
-    local_world_size: int
-    device: torch.device
+    process: Process
     dtype: torch.dtype
     on_bad_sample: Callable[[BadSampleError], None]
     read_costs: ReadCosts | None = None
@@ -61,8 +61,9 @@ def deliver_ahead(
     settings: Settings, draw: DrawWindows, places: Callable[[], Iterator[Place]], ahead: Ahead | None
 ) -> Iterator[Iterator[tuple[Delivered, float]]]:
     """The views of ``places`` with the time waited for each, made ahead by a thread, shards fetched by ``ahead``."""
-    config, device = settings.config, settings.device
-    threads = config.threads or share_of_cores(settings.local_world_size)
+    config, process = settings.config, settings.process
+    device = process.device
+    threads = config.threads or share_of_cores(process.local_world_size)
     with (
         ThreadPoolExecutor(threads, "read") as readers,
         ThreadPoolExecutor(threads, "transform") as transformers,
@@ -70,7 +71,7 @@ def deliver_ahead(
     ):
         cancelled = threading.Event()
         begin = innermost.enter_context(
-            settings.dataset.follow(ahead, cancelled, slack(config), settings.local_world_size)
+            settings.dataset.follow(ahead, cancelled, slack(config), process.local_world_size)
         )
         bad = BadSamples(config.max_bad_samples, settings.on_bad_sample)
         maker = ViewMaker(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from damage import change_bytes, copy_dataset
 
-from pipeline.assemble import IDS_PER_READ, Assembler, BadSamples, Place
+from pipeline.assemble import IDS_PER_READ, Assembler, BadSamples
 from pipeline.batch import Batch
 from pipeline.errors import UserError
 from pipeline.shards import BadSampleError, ShardSet
+from pipeline.span import Place
 from pipeline.views import ViewParams, ViewRecipe, draw_views
 
 RECIPE = ViewRecipe(image_size=16)

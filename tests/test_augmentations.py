@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.loader import Views, open_pictures, open_views
 from pipeline.loader_config import LoaderConfig
 from pipeline.shards import ShardSet
+from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe, draw_views
 from train.config import parse_config
 
@@ -174,8 +175,7 @@ def test_draws_are_those_of_the_sample_and_of_no_other_augmentation() -> None:
 def load(dataset: ShardSet, backend: Any, extra: Augmentations) -> list[Views]:
     """Three steps of twelve samples."""
     recipe, config = ViewRecipe(image_size=24, extra=extra), LoaderConfig(backend=backend, threads=2)
-    fixed: dict[str, Any] = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": CPU}
-    with open_views(dataset, recipe, config, seed=5, global_batch=12, epochs=1, **fixed) as batches:
+    with open_views(dataset, recipe, config, Span(5, 12, epochs=1), Process.alone(CPU)) as batches:
         return list(itertools.islice(batches, 3))
 
 
@@ -197,8 +197,7 @@ def test_pictures_for_evaluation_are_left_alone(photo_dataset: ShardSet, backend
     made = []
     for extra in (Augmentations(), ALL_ON):
         recipe, config = ViewRecipe(image_size=24, extra=extra), LoaderConfig(backend=backend, threads=2)
-        options: dict[str, Any] = {"ids": np.arange(8), "batch": 8, "local_world_size": 1, "device": CPU}
-        with open_pictures(photo_dataset, recipe, config, **options) as batches:
+        with open_pictures(photo_dataset, recipe, config, Process.alone(CPU), ids=np.arange(8), batch=8) as batches:
             made.append(next(batches)[0])
     assert torch.equal(*made)
 

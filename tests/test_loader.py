@@ -23,6 +23,7 @@ from pipeline.loader import Views, open_pictures, open_views
 from pipeline.loader_config import DaliConfig, LoaderConfig
 from pipeline.order import batch_ids
 from pipeline.shards import BadSampleError, ShardSet
+from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe, centre_crops, draw_views
 
 DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -36,7 +37,7 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 needs_dali = pytest.mark.skipif(not DALI, reason="needs NVIDIA DALI: pip install nvidia-dali-cuda130")
 
 RECIPE = ViewRecipe(image_size=32, solarize_prob=0.2)
-CPU = torch.device("cpu")
+ALONE = Process.alone(torch.device("cpu"))
 STD = torch.tensor(RECIPE.std)[:, None, None]
 
 
@@ -44,10 +45,22 @@ def settings(backend: Any, **fields: Any) -> LoaderConfig:
     return LoaderConfig(**{"backend": backend, "threads": 2, **fields})
 
 
-def load(dataset: ShardSet, config: LoaderConfig, limit: int | None = None, **options: Any) -> list[Views]:
-    """All views (or the first few) of two epochs of four steps of twelve samples, or as ``options`` say."""
-    defaults = {"seed": 9, "global_batch": 12, "epochs": 2, "rank": 0, "world_size": 1, "local_world_size": 1}
-    with open_views(dataset, RECIPE, config, device=CPU, **{**defaults, **options}) as batches:
+def part_of(rank: int, world_size: int) -> Process:
+    """One process among those of several machines with one each."""
+    return Process(rank, world_size, 0, 1, torch.device("cpu"))
+
+
+def load(
+    dataset: ShardSet,
+    config: LoaderConfig,
+    limit: int | None = None,
+    span: dict[str, int] | None = None,
+    process: Process = ALONE,
+    **options: Any,
+) -> list[Views]:
+    """All views (or the first few) of two epochs of four steps of twelve samples, or as ``span`` says."""
+    span = Span(**{"seed": 9, "global_batch": 12, "epochs": 2, **(span or {})})
+    with open_views(dataset, RECIPE, config, span, process, **options) as batches:
         return list(itertools.islice(batches, limit))
 
 
@@ -92,7 +105,7 @@ def test_views_are_those_of_order_and_recipe(photo_dataset: ShardSet, backend: s
 def test_ranks_share_one_global_batch(photo_dataset: ShardSet, backend: str, world_size: int) -> None:
     """The parts of all ranks, side by side, are what a single rank sees, bit for bit."""
     single = load(photo_dataset, settings(backend))
-    ranks = [load(photo_dataset, settings(backend), rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [load(photo_dataset, settings(backend), process=part_of(rank, world_size)) for rank in range(world_size)]
     for whole, *parts in zip(single, *ranks, strict=True):
         assert [len(part.ids) for part in parts] == [12 // world_size] * world_size
         np.testing.assert_array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
@@ -102,8 +115,8 @@ def test_ranks_share_one_global_batch(photo_dataset: ShardSet, backend: str, wor
 
 @both_backends
 def test_micro_batches_make_up_the_batch(photo_dataset: ShardSet, backend: str) -> None:
-    whole = load(photo_dataset, settings(backend), epochs=1)
-    micro = load(photo_dataset, settings(backend), epochs=1, accumulate=3)
+    whole = load(photo_dataset, settings(backend), span={"epochs": 1})
+    micro = load(photo_dataset, settings(backend), span={"epochs": 1, "accumulate": 3})
     assert [views.step for views in micro] == [step for step in range(4) for _ in range(3)]
     for step, views in enumerate(whole):
         parts = micro[3 * step : 3 * step + 3]
@@ -118,7 +131,8 @@ def test_a_resume_delivers_the_later_batches_bit_for_bit(
     photo_dataset: ShardSet, backend: str, epoch: int, step: int
 ) -> None:
     whole = load(photo_dataset, settings(backend))
-    assert_same(load(photo_dataset, settings(backend), start_epoch=epoch, start_step=step), whole[4 * epoch + step :])
+    rest = {"start_epoch": epoch, "start_step": step}
+    assert_same(load(photo_dataset, settings(backend), span=rest), whole[4 * epoch + step :])
 
 
 @both_backends
@@ -153,8 +167,7 @@ def test_narrow_types(photo_dataset: ShardSet, backend: str, dtype: torch.dtype)
 @both_backends
 def test_views_stay_as_they_were_while_later_ones_come(photo_dataset: ShardSet, backend: str) -> None:
     """A training step may keep its batch: memory that is lent again must not be among it."""
-    options = {"seed": 9, "global_batch": 4, "epochs": 1, "rank": 0, "world_size": 1, "local_world_size": 1}
-    with open_views(photo_dataset, RECIPE, settings(backend), device=CPU, **options) as batches:
+    with open_views(photo_dataset, RECIPE, settings(backend), Span(9, 4, epochs=1), ALONE) as batches:
         held = [next(batches) for _ in range(2)]
         copies = [(views.x1.clone(), views.x2.clone()) for views in held]
         for _ in batches:
@@ -174,7 +187,7 @@ def test_leaving_early_leaves_no_thread_behind(photo_dataset: ShardSet, backend:
 
 
 def test_fewer_samples_than_a_batch_are_no_batch(photo_dataset: ShardSet) -> None:
-    assert load(photo_dataset, settings("torchvision"), global_batch=49) == []
+    assert load(photo_dataset, settings("torchvision"), span={"global_batch": 49}) == []
 
 
 def test_a_machines_ranks_share_its_cores() -> None:
@@ -187,10 +200,9 @@ def pictures(dataset: ShardSet, backend: str, ids: list[int], batch: int = 10, *
         dataset,
         RECIPE,
         settings(backend),
+        ALONE,
         ids=np.array(ids, dtype=np.int64),
         batch=batch,
-        local_world_size=1,
-        device=CPU,
         **options,
     ) as batches:
         return list(batches)
@@ -220,8 +232,7 @@ def test_training_and_evaluation_may_run_at_once(photo_dataset: ShardSet, backen
     alone = load(photo_dataset, settings(backend))
     evaluated = pictures(photo_dataset, backend, list(range(48)))
     together = []
-    options = {"seed": 9, "global_batch": 12, "epochs": 2, "rank": 0, "world_size": 1, "local_world_size": 1}
-    with open_views(photo_dataset, RECIPE, settings(backend), device=CPU, **options) as batches:
+    with open_views(photo_dataset, RECIPE, settings(backend), Span(9, 12, epochs=2), ALONE) as batches:
         together.append(next(batches))
         again = pictures(photo_dataset, backend, list(range(48)))
         together.extend(batches)
@@ -302,10 +313,11 @@ def test_bad_samples_are_replaced_alike_after_a_resume_and_on_any_ranks(
     dataset, silent = request.getfixturevalue(kind), Reports()
     whole = load(dataset, settings(backend), on_bad_sample=silent.append)
     for epoch, step in ((0, 2), (1, 1)):
-        resumed = load(dataset, settings(backend), start_epoch=epoch, start_step=step, on_bad_sample=silent.append)
+        rest = {"start_epoch": epoch, "start_step": step}
+        resumed = load(dataset, settings(backend), span=rest, on_bad_sample=silent.append)
         assert_same(resumed, whole[4 * epoch + step :])
     ranks = [
-        load(dataset, settings(backend), rank=rank, world_size=3, on_bad_sample=silent.append) for rank in range(3)
+        load(dataset, settings(backend), process=part_of(rank, 3), on_bad_sample=silent.append) for rank in range(3)
     ]
     for views, *parts in zip(whole, *ranks, strict=True):
         np.testing.assert_array_equal(np.concatenate([part.sources for part in parts]), views.sources)
@@ -397,7 +409,7 @@ def test_all_bad_ends_with_an_error(
 
 
 def test_the_default_report_is_a_line_on_stderr(changed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
-    load(changed, settings("torchvision"), epochs=1)
+    load(changed, settings("torchvision"), span={"epochs": 1})
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()

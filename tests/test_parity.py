@@ -18,6 +18,7 @@ from pipeline.loader import open_pictures, open_views
 from pipeline.loader_config import LoaderConfig
 from pipeline.options import ShardingOptions
 from pipeline.shards import ShardSet
+from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe, centre_crops, draw_views
 from pipeline.writer import make_dataset
 
@@ -92,11 +93,10 @@ def real_dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 @pytest.mark.skipif(not Path(REAL).is_file(), reason="set SIAMSTREAM_IMAGENET_SAMPLE to a tar of JPEGs")
 def test_the_whole_recipe_on_real_pictures(real_dataset: ShardSet) -> None:
     """Mean difference at most 0.5 of 255 and 99 % of the values within 4, for views of 224 px and for evaluation."""
-    recipe, device = ViewRecipe(), torch.device("cpu")
+    recipe, alone = ViewRecipe(), Process.alone(torch.device("cpu"))
     std = torch.tensor(recipe.std)[:, None, None]
     apart = []
-    options = {"seed": 0, "global_batch": 16, "epochs": 1, "rank": 0, "world_size": 1, "local_world_size": 1}
-    with open_views(real_dataset, recipe, LoaderConfig(backend="dali"), device=device, **options) as batches:
+    with open_views(real_dataset, recipe, LoaderConfig(backend="dali"), Span(0, 16, epochs=1), alone) as batches:
         for views in batches:
             params = draw_views(recipe, 0, 0, views.ids, real_dataset.sizes(views.ids))
             for i, sample in enumerate(views.ids.tolist()):
@@ -110,9 +110,7 @@ def test_the_whole_recipe_on_real_pictures(real_dataset: ShardSet) -> None:
 
     ids = np.arange(len(real_dataset))
     crops, centres = centre_crops(recipe.image_size, real_dataset.sizes(ids)), []
-    with open_pictures(
-        real_dataset, recipe, LoaderConfig(backend="dali"), ids=ids, batch=16, local_world_size=1, device=device
-    ) as pictures:
+    with open_pictures(real_dataset, recipe, LoaderConfig(backend="dali"), alone, ids=ids, batch=16) as pictures:
         for x, part in pictures:
             for made, sample in zip(x, part.tolist(), strict=True):
                 centre = reference.centre_crop(reference.decode(real_dataset.read(sample)), crops, sample, 224)

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.loader import open_views
 from pipeline.loader_config import LoaderConfig
 from pipeline.shards import ShardSet
+from pipeline.span import Span
 from pipeline.views import ViewRecipe, draw_views
 from train import pretrain
 from train.config import parse_config
@@ -191,13 +192,10 @@ def test_a_disk_too_small_for_the_rows_is_told_before_the_first_step(tmp_path: P
 
 def test_two_pairs_are_the_same_samples_in_other_views(photo_dataset: ShardSet) -> None:
     recipe = ViewRecipe(image_size=16)
-    settings: dict[str, Any] = {
-        "seed": 0, "global_batch": 12, "epochs": 2, "rank": 0, "world_size": 1, "local_world_size": 1
-    }  # fmt: skip
-    loader, cpu = LoaderConfig(backend="torchvision", threads=1), torch.device("cpu")
-    with open_views(photo_dataset, recipe, loader, **settings, device=cpu) as batches:
+    span, loader = Span(0, 12, epochs=2), LoaderConfig(backend="torchvision", threads=1)
+    with open_views(photo_dataset, recipe, loader, span, alone()) as batches:
         single = list(batches)
-    with open_views(photo_dataset, recipe, loader, **settings, device=cpu, pairs=2) as batches:
+    with open_views(photo_dataset, recipe, loader, span, alone(), pairs=2) as batches:
         double = list(batches)
     assert [(b.epoch, b.step, b.pair) for b in double] == [(e, s, p) for e in (0, 1) for s in range(4) for p in (0, 1)]
     for plain, first, second in zip(single, double[::2], double[1::2], strict=True):

@@ -13,19 +13,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from pipeline.assemble import Assembler, BadSamples, Place
+from pipeline.assemble import Assembler, BadSamples
 from pipeline.backends import open_backend
 from pipeline.batch import Batch
 from pipeline.delivery import share_of_cores
 from pipeline.loader import Views, open_views, print_bad_sample
 from pipeline.loader_config import LoaderConfig
-from pipeline.order import OrderConfig, batch_positions, choose_order, steps_per_epoch
+from pipeline.order import OrderConfig, choose_order
 from pipeline.shards import ShardSet
+from pipeline.span import Place, Process, Span
 from pipeline.stages import Setup, Stages, decoded_batch
 from pipeline.stalls import Stalls
 from pipeline.views import ViewParams, ViewRecipe, draw_views
@@ -59,12 +60,15 @@ class Bench:
         """Threads of the loader."""
         return self.loader.threads or share_of_cores(self.ranks_per_machine)
 
+    @property
+    def span(self) -> Span:
+        """Steps without end."""
+        return Span(self.seed, self.batch, ENDLESS)
+
     def places(self) -> Iterator[Place]:
         """The order of a run of one rank, without end."""
-        sample_ids = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
-        for epoch in range(ENDLESS):
-            for step in range(steps_per_epoch(self.dataset.num_samples, self.batch)):
-                yield epoch, step, sample_ids(epoch, batch_positions(step, self.batch, 0, 1))
+        order = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
+        return self.span.places(self.dataset.num_samples, order, Process.alone(self.device))
 
     @contextmanager
     def views(self, stalls: Stalls | None = None) -> Iterator[Iterator[Views]]:
@@ -72,14 +76,9 @@ class Bench:
         with open_views(
             self.dataset,
             self.recipe,
-            self.loader,
-            seed=self.seed,
-            global_batch=self.batch,
-            epochs=ENDLESS,
-            rank=0,
-            world_size=1,
-            local_world_size=self.ranks_per_machine,
-            device=self.device,
+            replace(self.loader, threads=self.threads),
+            self.span,
+            Process.alone(self.device),
             dtype=self.dtype,
             order=self.order,
             stalls=stalls,

@@ -24,6 +24,7 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.location import Location
 from pipeline.reference import decode
 from pipeline.shards import ShardSet
+from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255; shown as they are, nobody would see them
@@ -94,14 +95,8 @@ def first_views(dataset: ShardSet, config: PreviewConfig, backend: Literal["dali
         dataset,
         config.recipe,
         LoaderConfig(backend=backend),
-        seed=config.seed,
-        global_batch=config.samples,
-        epochs=config.epoch + 1,
-        start_epoch=config.epoch,
-        rank=0,
-        world_size=1,
-        local_world_size=1,
-        device=device,
+        Span(config.seed, config.samples, config.epoch + 1, start_epoch=config.epoch),
+        Process.alone(device),
     ) as batches:
         return next(batches)
 

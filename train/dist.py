@@ -16,6 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.span import Process
 from train.activity import Activity
 
 T = TypeVar("T")
@@ -42,14 +43,9 @@ def told_once() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Dist:
-    """One process among ``world_size``; ``local_*`` count within this machine. Read from torchrun's variables once."""
+class Dist(Process):
+    """This process, and how it talks with the others. Read from torchrun's variables once."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    device: torch.device
     store: td.Store | None = field(default=None, compare=False, repr=False)  # where several processes leave notes
     activity: Activity = field(default_factory=Activity, compare=False, repr=False)  # what this process is doing
 

@@ -136,10 +136,9 @@ def extract_features(
             dataset,
             source.recipe,
             source.loader,
+            dist,
             ids=mine if len(mine) else ids[:1],  # a rank without pictures still learns how wide features are
             batch=PICTURES_PER_PASS,
-            local_world_size=dist.local_world_size,
-            device=dist.device,
             dtype=source.dtype,
             on_bad_sample=on_bad_sample,
         ) as batches,

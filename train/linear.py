@@ -36,6 +36,7 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.location import Location
 from pipeline.order import batch_positions, epoch_order, steps_per_epoch
 from pipeline.shards import ShardSet
+from pipeline.span import Span
 from train.dist import Dist, distributed, mean_over_ranks, say, together, told_once
 from train.features import (
     PICTURES_PER_PASS,
@@ -225,22 +226,14 @@ def batches(work: Work, first_epoch: int) -> Iterator[Iterator[Batch]]:
     recipe = replace(
         work.encoder.recipe, crop_scale=CROP_SCALE, jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0, solarize_prob=0.0
     )
-    dist = work.dist
-    passes = passes_of(work.rank_batch)
+    probe, passes = work.config.probe, passes_of(work.rank_batch)
     with open_crops(
         work.train.dataset,
         recipe,
         work.config.loader,
+        Span(work.config.encoder.seed, probe.global_batch, probe.epochs, first_epoch, accumulate=passes),
+        work.dist,
         ids=work.train.ids,
-        seed=work.config.encoder.seed,
-        global_batch=work.config.probe.global_batch,
-        epochs=work.config.probe.epochs,
-        rank=dist.rank,
-        world_size=dist.world_size,
-        local_world_size=dist.local_world_size,
-        device=dist.device,
-        start_epoch=first_epoch,
-        accumulate=passes,
         dtype=work.source.dtype,
     ) as crops:
 

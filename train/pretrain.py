@@ -29,6 +29,7 @@ from pipeline.errors import exit_on_user_error
 from pipeline.feeder import StarvedError
 from pipeline.loader import Views, open_views
 from pipeline.read_costs import ReadCosts
+from pipeline.span import Span
 from pipeline.stalls import Stalls
 from train.agreement import Agreement
 from train.bad_samples import BadSampleRecord
@@ -79,22 +80,15 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
         resume(run)
     knn, costs, stalls = open_knn(run, lambda: bool(stop)), ReadCosts(len(run.dataset.shards)), Stalls()
     claim_run_dir(run)
+    epoch, step = divmod(run.step, run.plan.steps_per_epoch)
     with (
         Reporter(dist, config, run.plan, run.step, stalls) as reporter,
         open_views(
             run.dataset,
             config.views,
             config.loader,
-            seed=config.seed,
-            global_batch=config.global_batch,
-            epochs=config.epochs,
-            rank=dist.rank,
-            world_size=dist.world_size,
-            local_world_size=dist.local_world_size,
-            device=dist.device,
-            start_epoch=run.step // run.plan.steps_per_epoch,
-            start_step=run.step % run.plan.steps_per_epoch,
-            accumulate=config.accumulate,
+            Span(config.seed, config.global_batch, config.epochs, epoch, step, config.accumulate),
+            dist,
             dtype=run.precision.view_dtype,
             order=config.order,
             on_bad_sample=BadSampleRecord(config.run_dir, run.dataset.num_samples, config.loader.max_bad_samples),

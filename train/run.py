@@ -115,8 +115,7 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
 
 def check_room(config: PretrainConfig, dataset: ShardSet, dist: Dist) -> None:
     """Raise UserError if the cache of a remote dataset is too small for the order."""
-    ranks = {"world_size": dist.world_size, "local_world_size": dist.local_world_size}
-    check_cache(dataset, config.order, config.loader, global_batch=config.global_batch, **ranks)
+    check_cache(dataset, config.order, config.loader, config.global_batch, dist)
 
 
 def check_same_dataset(dataset: ShardSet, of_main: str) -> None:
