@@ -10,9 +10,10 @@ import torch
 from toy_runs import TINY
 
 from pipeline.errors import UserError
+from train.build import prepare, start_weights
 from train.config import PretrainConfig, parse_config
 from train.dist import Dist
-from train.run import finish_checkpoint, prepare, start_weights
+from train.run import finish_checkpoint
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
 

@@ -27,12 +27,12 @@ from pipeline.options import ShardingOptions
 from pipeline.order import batch_ids
 from pipeline.writer import make_dataset
 from train import pretrain
+from train.build import prepare
 from train.config import parse_config
 from train.dist import Dist
 from train.metrics import read_lines
 from train.preemption import EXIT_PREEMPTED
 from train.report import Reporter, StepResult
-from train.run import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH = 2, 4, 12  # 48 samples

@@ -29,8 +29,9 @@ from tools.reproduce import PILOT_FILE, Sweep
 from tools.reproduce_report import compare, floor_of
 from tools.reproduce_scale import RECIPES, Recipe, choose_recipe, fitting
 from train import linear, pretrain
+from train.build import prepare
 from train.config import check_model, parse_config
-from train.run import claim_run_dir, prepare
+from train.run import claim_run_dir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Recipe(

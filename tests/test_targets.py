@@ -20,8 +20,8 @@ from pipeline.shards import ShardSet
 from pipeline.span import Span
 from pipeline.views import ViewRecipe, draw_views
 from train import pretrain
+from train.build import prepare
 from train.config import parse_config
-from train.run import prepare
 from train.targets import AveragedTargets, FrozenTargets
 
 TINY = SimSiamConfig("resnet_tiny", dim=8, projector_hidden=8)

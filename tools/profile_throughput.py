@@ -44,11 +44,12 @@ from tools.ladder_report import RungResult, Setting, as_json, describe, judge, t
 from tools.measuring import describe_machine, write_json
 from tools.tuning import tune
 from tools.turns import Climber, Turn
+from train.build import prepare
 from train.config import PretrainConfig
 from train.dist import Dist, distributed
 from train.optim import OptimConfig
 from train.precision import PrecisionName
-from train.run import Run, prepare
+from train.run import Run
 
 SYNTHETIC = "synthetic"
 RUNGS: tuple[RungName, ...] = ("read", "decode", "crops", "photometric", "loader", "model", "end_to_end")

@@ -33,6 +33,7 @@ from pipeline.span import Span
 from pipeline.stalls import Stalls
 from train.agreement import Agreement
 from train.bad_samples import BadSampleRecord
+from train.build import prepare
 from train.config import PretrainConfig, parse_config
 from train.dist import Dist, distributed, on_main, say, share_buffers, told_once
 from train.features import Abandoned
@@ -47,7 +48,6 @@ from train.run import (
     claim_run_dir,
     finish_checkpoint,
     open_knn,
-    prepare,
     resume,
     save,
     stop_if_collapsed,

@@ -1,9 +1,7 @@
-"""Owns a run's state (what a checkpoint holds) and its life: built, claimed, resumed, saved."""
+"""Owns a run's state (what a checkpoint holds) and its life after build.py: claimed, resumed, saved, stopped."""
 
 from __future__ import annotations
 
-import inspect
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,15 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from model.backbone import BACKBONES, has_imagenet_stem
 from model.simsiam import SimSiam
-from model.sync_bn import synchronise
-from pipeline.backends import choose_backend
 from pipeline.disk import disk_error, write_json
 from pipeline.errors import UserError
-from pipeline.loader import check_cache, open_dataset
 from pipeline.shards import ShardSet
 from train.background import CheckpointWriter, host_copy
 from train.checkpoint import (
@@ -31,20 +24,16 @@ from train.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from train.config import PretrainConfig, check_model
+from train.config import PretrainConfig
 from train.dist import Dist, SharedError, on_main, say, share_buffers, together
 from train.knn import OnlineKnn, PictureSource
-from train.loader_tuning import check_ranks
 from train.metrics import METRICS_FILE, cut_off
-from train.optim import build_optimizer
-from train.plan import RunPlan, make_plan
-from train.precision import Precision, choose_precision
+from train.plan import RunPlan
+from train.precision import Precision
 from train.step_guard import StepGuard, diagnosis
-from train.targets import Targets, make_targets
-from train.weights import initialise, read_weights
+from train.targets import Targets
 
 CONFIG_FILE, PLAN_FILE = "config.json", "plan.json"
-SMALL_VIEW = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
 
 
 @dataclass
@@ -65,100 +54,6 @@ class Run:
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
     midway: bool = False  # the next one has begun
-
-
-def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], None] = say) -> Run:
-    """Check everything that can be checked before the first step, build the model, print the plan.
-
-    ``announce`` hears the plan's lines. Raises SharedError for a user's mistake on any rank. A collective.
-    """
-    timer = together(dist, lambda: CheckpointTimer(config.checkpoint_every))
-    together(dist, lambda: check_model(config.model))
-    precision = together(dist, lambda: choose_precision(config.precision, dist.device))
-    together(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
-    dataset = together(dist, lambda: open_dataset(config.data, config.loader))
-    together(dist, lambda: check_room(config, dataset, dist))
-    of_main = on_main(dist, lambda: dataset.fingerprint)
-    together(dist, lambda: check_same_dataset(dataset, of_main))
-    plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
-    backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
-    torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True
-    model = SimSiam(config.model)
-    weights_from = together(dist, lambda: start_weights(config, model))
-    sync_bn = config.sync_bn and dist.world_size > 1
-    if sync_bn:
-        synchronise(model)
-    model = model.to(device=dist.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    targets = make_targets(model, plan.steps_per_epoch, dataset.num_samples, dist)
-    optimizer, implementation = together(
-        dist, lambda: build_optimizer(config.optim, model, plan.schedule.peak_lr, dist.device)
-    )
-    if config.views.image_size <= SMALL_VIEW and has_imagenet_stem(model.backbone):
-        hint = "--stem cifar (stride 1) or --stem small keeps more of the picture"
-        announce(
-            dist,
-            f"note: the ImageNet stem takes views of {config.views.image_size} px down to a quarter at once; {hint}",
-        )
-    weights = sum(p.numel() for p in model.backbone.parameters()) / 1e6
-    announce(dist, f"plan for {config.run_dir}\n{plan.describe()}")
-    side = config.views.image_size
-    announce(dist, f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {side} px")
-    announce(dist, f"  weights      {weights_from}")
-    announce(dist, f"  optimizer    {implementation}")
-    announce(dist, f"  loader       {backend} ({reason})")
-    announce(dist, f"  compute      {_machine(dist)}, {precision.name}, {_batch_norm(dist, sync_bn)}")
-    parallel = _parallel(model, config, dist)
-    guard = StepGuard(model, optimizer, dist.device)
-    return Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)
-
-
-def check_room(config: PretrainConfig, dataset: ShardSet, dist: Dist) -> None:
-    """Raise UserError if the cache of a remote dataset is too small for the order."""
-    check_cache(dataset, config.order, config.loader, config.global_batch, dist)
-
-
-def check_same_dataset(dataset: ShardSet, of_main: str) -> None:
-    """Raise UserError unless this process sees the dataset that rank 0 does: machines may hold copies of their own."""
-    if dataset.fingerprint != of_main:
-        raise UserError(f"--data {dataset.path} is another dataset here than on rank 0: copy it to all machines anew")
-
-
-def start_weights(config: PretrainConfig, model: SimSiam) -> str:
-    """Put the weights of --init into a new model; returns where they are from. A resumed run brings its own."""
-    if config.init is None:
-        return f"random, seed {config.seed}"
-    if config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None:
-        return "of the checkpoint"
-    name, stem = config.model.backbone, config.model.stem
-    stem = BACKBONES[name].default_stem if stem == "default" else stem
-    return initialise(model, read_weights(config.init, name, stem))
-
-
-def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
-    parallel: nn.Module = model
-    if dist.world_size > 1:
-        # BN statistics differ between ranks only where BN is local; share_buffers evens them out before they are used.
-        # torch 2.15 has a new name for the option.
-        known = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
-        parallel = DistributedDataParallel(model, **options)
-    return torch.compile(parallel) if config.compile else parallel  # type: ignore[return-value]
-
-
-def _machine(dist: Dist) -> str:
-    if dist.device.type == "cuda":
-        return f"{dist.world_size} x {torch.cuda.get_device_name(dist.device)}"
-    return f"{dist.world_size} x CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _batch_norm(dist: Dist, sync_bn: bool) -> str:
-    if dist.world_size == 1:
-        return "batch norm over the whole batch of a pass"
-    if sync_bn:
-        return "batch norm over all ranks (SyncBN)"
-    return "batch norm within each rank (--no-sync-bn; accuracy may suffer)"
 
 
 def check_run_dir(run: Run) -> None:
