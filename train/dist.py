@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as td
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
@@ -20,6 +21,8 @@ from pipeline.span import Process
 from train.activity import Activity
 
 T = TypeVar("T")
+
+SILENT_S = 10.0  # by which one process of a machine may be behind another before they first meet: imports
 
 
 class SharedError(UserError):
@@ -33,11 +36,15 @@ class SharedError(UserError):
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """Let a SharedError through on the rank that prints it; the others leave with its exit code in silence."""
+    """Let a SharedError through on the rank that prints it; the others leave with its exit code in silence.
+
+    They leave later: torchrun ends all processes once one has left, and the one that speaks may not have spoken yet.
+    """
     try:
         yield
     except SharedError as error:
         if not error.speaks:
+            time.sleep(SILENT_S)
             sys.exit(2)
         raise
 
@@ -84,8 +91,16 @@ def distributed(device: Literal["auto", "cuda", "cpu"], timeout: timedelta = tim
     try:
         yield replace(dist, store=store)
         td.barrier()  # torchrun ends the others as soon as one has left with an exit code of its own
-    finally:
+    except SharedError:  # of all ranks
         td.destroy_process_group()
+        raise
+    except BaseException:
+        # Of this rank, maybe alone. NCCL would wait for the others, which wait for this one in some other collective,
+        # and what went wrong would never be told.
+        if dist.device.type != "cuda":
+            td.destroy_process_group()
+        raise
+    td.destroy_process_group()
 
 
 def _fresh_store() -> td.Store:
@@ -165,12 +180,16 @@ def any_rank(dist: Dist, *flags: bool) -> tuple[bool, ...]:
         return tuple(bool(vote) for vote in votes.tolist())
 
 
-def mean_over_ranks(dist: Dist, values: Tensor) -> Tensor:
-    """The mean of ``values`` over the ranks, on the device."""
+def sum_over_ranks(dist: Dist, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """``values`` added up over the ranks, on the device. A collective."""
     if dist.world_size > 1:
         td.all_reduce(values)
-        values = values / dist.world_size
     return values
+
+
+def mean_over_ranks(dist: Dist, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The mean of ``values`` over the ranks, on the device. A collective."""
+    return sum_over_ranks(dist, values) / dist.world_size
 
 
 def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "total *rest"]:  # noqa: F821

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as td
 import tyro
 from jaxtyping import Int64
 from torch import nn
@@ -33,7 +32,7 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.location import Location
 from pipeline.order import epoch_order
 from pipeline.shards import ShardSet
-from train.dist import Dist, distributed, on_main, say, together, told_once
+from train.dist import Dist, distributed, on_main, say, sum_over_ranks, together, told_once
 from train.features import (
     NOT_SEEN,
     EncoderConfig,
@@ -102,18 +101,16 @@ def score_neighbours(
     neighbours = Neighbours(asked, min(max(ks), len(bank.ids)))
     counts = [len(part) for part in split_ids(bank.ids, dist.world_size)]
     parts = zip(each_rank(dist, mine, counts), each_rank(dist, my_labels, counts), strict=True)
-    for features, labels in parts:
-        seen = labels != NOT_SEEN
-        if not tolerant or bool(seen.all()):
-            neighbours.add(features, labels)
-        else:
-            neighbours.add(features[seen], labels[seen])
-    classes = len(bank.dataset.classes)
-    right = [(neighbours.vote(k, temperature, classes) == answers).sum() for k in ks]
-    counted = torch.stack([*right, (answers != NOT_SEEN).sum()])
-    if dist.world_size > 1:
-        td.all_reduce(counted)
-    *correct, total = counted.tolist()
+    with dist.activity.waiting("comparing with the features of all ranks"):
+        for features, labels in parts:
+            seen = labels != NOT_SEEN
+            if not tolerant or bool(seen.all()):
+                neighbours.add(features, labels)
+            else:
+                neighbours.add(features[seen], labels[seen])
+        classes = len(bank.dataset.classes)
+        right = [(neighbours.vote(k, temperature, classes) == answers).sum() for k in ks]
+        *correct, total = sum_over_ranks(dist, torch.stack([*right, (answers != NOT_SEEN).sum()])).tolist()
     return {k: Score(n, total) for k, n in zip(ks, correct, strict=True)}
 
 

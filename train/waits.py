@@ -9,7 +9,7 @@ import torch
 
 from pipeline.read_costs import ReadCosts
 from pipeline.shards import ShardSet
-from train.dist import Dist, mean_over_ranks
+from train.dist import Dist, sum_over_ranks
 
 RANKS_SHOWN = 8  # more than that are summed up in the progress line
 
@@ -62,7 +62,8 @@ class ShardCost:
 def costliest_shard(dist: Dist, dataset: ShardSet, costs: ReadCosts) -> ShardCost | None:
     """By the time that all ranks together spent on reading it; None if nothing was read. A collective."""
     both = torch.from_numpy(np.stack([costs.seconds, costs.reads.astype(np.float64)])).to(dist.device)
-    seconds, reads = (mean_over_ranks(dist, both) * dist.world_size).cpu().numpy()
+    with dist.activity.waiting("adding up what all ranks have read"):
+        seconds, reads = sum_over_ranks(dist, both).cpu().numpy()
     if not reads.any():
         return None
     worst = int(np.argmax(seconds))
