@@ -61,6 +61,19 @@ def test_one_side_averages_its_target_view_alone(tmp_path: Path) -> None:
     assert targets(1, output([[100.0]], [[4.0]]), seen).z2.item() == pytest.approx(3.0)
 
 
+def test_a_projection_that_is_no_number_is_not_remembered(tmp_path: Path) -> None:
+    """Or every later step with this picture would be skipped."""
+    targets = AveragedTargets(SimSiamConfig(dim=2, target_momentum=0.5), num_samples=2, dist=alone())
+    targets.claim(tmp_path)
+    seen = views(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+    seen.ids[:] = 0, 1
+    targets(0, output([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]]), seen)
+    broken = targets(1, output([[float("nan"), 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]), seen)
+    assert broken.z1[0].isnan().any()  # this step is to be skipped
+    after = targets(2, output([[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]), seen)
+    torch.testing.assert_close(after.z1, torch.tensor([[0.5, 1.0], [1.0, 1.0]]))
+
+
 def test_the_copy_is_renewed_every_k_steps_and_only_then() -> None:
     torch.manual_seed(0)
     model = SimSiam(TINY)

@@ -122,7 +122,8 @@ class AveragedTargets:
 
     ``eta_x <- m eta_x + (1 - m) F(T'(x))``, and the other view is drawn to it, with no predictor between. Where the
     loss is symmetric, each view has a target that its own projection is not part of, and eta becomes the mean of both.
-    A row of zeros has no past yet: its first target is F(T'(x)) itself.
+    A row of zeros has no past yet: its first target is F(T'(x)) itself. A projection that is not finite is not
+    remembered.
 
     Every rank keeps all rows, num_samples x dim x 4 bytes, since a picture comes to another rank in each epoch; what
     changed in a pass is gathered, 4 MiB at a batch of 512 and dim 2048.
@@ -141,7 +142,8 @@ class AveragedTargets:
         past = torch.from_numpy(self._rows[views.ids]).to(out.z1.device)
         momentum = self._momentum * past.ne(0).any(dim=1, keepdim=True)
         target1, target2 = (momentum * past + (1 - momentum) * z.detach().float() for z in (out.z1, out.z2))
-        self._write(views.ids, (target1 + target2) / 2 if self._symmetric else target2)
+        eta = (target1 + target2) / 2 if self._symmetric else target2
+        self._write(views.ids, torch.where(eta.isfinite().all(dim=1, keepdim=True), eta, past))
         return out._replace(z1=target1, z2=target2)
 
     def _write(self, ids: Int64[np.ndarray, " n"], eta: Float[Tensor, "n d"]) -> None:
