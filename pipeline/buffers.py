@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
@@ -30,6 +31,27 @@ class Buffers:
         lease = memory[:]  # the tensor keeps this array alive, and nobody else does
         weakref.finalize(lease, free.append, memory).atexit = False
         return torch.from_numpy(lease).view(shape)
+
+
+class HeldUntilRead:
+    """Keeps a GPU's memory that another library would use again at once, until the queued work that reads it is done.
+
+    torch's own tensors have ``record_stream`` for that; memory that came through DLPack is its owner's.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing yet."""
+        self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+
+    def keep(self, tensors: list[Tensor]) -> None:
+        """Hold ``tensors`` until the current stream has done all that it was given so far; let go of earlier ones."""
+        self._held.append((torch.cuda.current_stream().record_event(), tensors))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
+
+    def __len__(self) -> int:
+        """How many times something is held."""
+        return len(self._held)
 
 
 def on_device(values: NDArray, device: torch.device) -> Tensor:

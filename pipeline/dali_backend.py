@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pipeline.batch import Batch
+from pipeline.buffers import HeldUntilRead
 from pipeline.cut import CutSquares
 from pipeline.dali import DaliCrops, DaliPictures, DaliSquares, release_unused_memory
 from pipeline.photometric import Photometric
@@ -21,8 +22,16 @@ class DaliBackend:
 
     def views(self, setup: Setup, batches: Iterator[Batch]) -> Iterator[Delivered]:
         """Batches and their views; the iterator raises UndecodableBatchError, after which it may go on."""
-        finish = _photometric(setup)
-        return map(lambda item: (item[0], finish(item[1], item[0].windows)), cut_squares(setup, batches))
+        photometric, held = _photometric(setup), HeldUntilRead()
+
+        def finish(cut: tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]) -> Delivered:
+            batch, squares = cut
+            views = photometric(squares, batch.windows)
+            if setup.device.type == "cuda":
+                held.keep(squares)
+            return batch, views
+
+        return map(finish, cut_squares(setup, batches))  # no generator, which an error would end
 
     def stages(self, setup: Setup) -> Stages:
         """The stages as ``views`` sets them up."""

@@ -115,8 +115,11 @@ def _on_side_stream(
     """Work on a stream of the feeder's own, so that it overlaps with the model; an event tells when a batch is done."""
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.stream(stream):
-        for item in delivered:
-            yield item, stream.record_event()
+        try:
+            for item in delivered:
+                yield item, stream.record_event()
+        finally:
+            stream.synchronize()  # what makes the views goes after this, and its memory with it
 
 
 def _to_current_stream(
