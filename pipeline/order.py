@@ -223,13 +223,6 @@ def node_positions(
     return batch_positions(step, global_batch, rank // local_world_size, world_size // local_world_size)
 
 
-def rank_slice(ids: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
-    """One rank's contiguous part of a global batch: int64 ``[len(ids) / world_size]``."""
-    assert len(ids) % world_size == 0
-    rank_batch = len(ids) // world_size
-    return ids[rank * rank_batch : (rank + 1) * rank_batch]
-
-
 def _round_keys(seed: int, epoch: int, stream: int, numbers: NDArray[np.int64] = ONLY_ONE) -> NDArray[np.uint64]:
     """A 64-bit key for each Feistel round of permutations ``numbers`` of a stream: ``[FEISTEL_ROUNDS, numbers]``."""
     counters = np.zeros((FEISTEL_ROUNDS, len(numbers), 4), dtype=np.uint32)

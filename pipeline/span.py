@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from pipeline.order import Order, batch_positions, node_positions, rank_slice, steps_per_epoch
+from pipeline.order import Order, batch_positions, node_positions, steps_per_epoch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,19 +43,19 @@ class Span:
     epochs: int
     start_epoch: int = 0
     start_step: int = 0  # within its epoch
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches a step; where they cannot be equal, the last ones have a sample less
 
     def micro_batch(self, world_size: int) -> int:
-        """Samples of one process' micro-batch."""
-        assert self.global_batch % (world_size * self.accumulate) == 0
-        return self.global_batch // world_size // self.accumulate
+        """Samples of one process' largest micro-batch."""
+        assert self.global_batch % world_size == 0
+        return -(-self.global_batch // world_size // self.accumulate)
 
     def places(self, num_samples: int, order: Order, process: Process) -> Iterator[Place]:
-        """The micro-batches of one process, among ``num_samples`` that come in ``order``."""
+        """The micro-batches of one process, among ``num_samples`` samples that come in ``order``."""
         for epoch, step in self._steps(num_samples):
             ids = order(epoch, batch_positions(step, self.global_batch, process.rank, process.world_size))
-            for number in range(self.accumulate):
-                yield epoch, step, rank_slice(ids, number, self.accumulate)
+            for part in np.array_split(ids, self.accumulate):
+                yield epoch, step, part
 
     def of_machine(self, num_samples: int, order: Order, process: Process) -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
         """For each step, the samples of all processes on this one's machine."""

@@ -28,7 +28,7 @@ from pipeline.writer import make_dataset
 from train import linear
 from train.dist import Dist
 from train.features import EncoderConfig, check_same_classes, open_frozen
-from train.linear import LinearConfig, check_numbers, evaluate, passes_of
+from train.linear import LinearConfig, check_numbers, evaluate
 from train.linear_probe import LinearHeads, ProbeConfig, build_lars, count_correct, head_losses, set_rates
 from train.linear_run import Outcome
 from train.metrics import read_lines
@@ -161,11 +161,6 @@ def test_the_fraction_that_is_advised_is_enough(samples: int) -> None:
     advised = float(str(raised.value).split("take at least ")[1])
     assert (labels[stratified(labels, advised, ("a", "b"), seed=0)] == 1).sum() == 1
     assert advised < 1.15 * 0.5 / samples
-
-
-@pytest.mark.parametrize(("rank_batch", "passes"), [(1, 1), (256, 1), (512, 2), (4096, 16), (300, 2), (257, 257)])
-def test_passes(rank_batch: int, passes: int) -> None:
-    assert passes_of(rank_batch) == passes
 
 
 def counts(outcome: Outcome) -> list[tuple[int, int, int]]:

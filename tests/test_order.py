@@ -12,7 +12,7 @@ from chance import Z_LIMIT, chi_square_z, mean_z
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.order import batch_ids, epoch_order, rank_slice, steps_per_epoch
+from pipeline.order import batch_ids, batch_positions, epoch_order, steps_per_epoch
 
 SEED = st.integers(0, 2**64 - 1)
 EPOCH = st.integers(0, 2**32 - 1)
@@ -70,7 +70,8 @@ def test_a_global_batch_does_not_depend_on_the_ranks(
         ids = batch_ids(num_samples, seed, 2, step, global_batch)
         np.testing.assert_array_equal(ids, order[step * global_batch : (step + 1) * global_batch])
         for world_size in (1, factors[0], factors[1], factors[0] * factors[1]):
-            parts = [rank_slice(ids, rank, world_size) for rank in range(world_size)]
+            asked = [batch_positions(step, global_batch, rank, world_size) for rank in range(world_size)]
+            parts = [epoch_order(num_samples, seed, 2, positions) for positions in asked]
             assert {len(part) for part in parts} == {global_batch // world_size}
             np.testing.assert_array_equal(np.concatenate(parts), ids)
 

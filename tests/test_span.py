@@ -70,7 +70,15 @@ def test_a_later_start_leaves_out_what_came_before(epoch: int, step: int) -> Non
 
 def test_a_batch_that_the_processes_cannot_share_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError):
-        Span(0, 10, epochs=1, accumulate=2).micro_batch(world_size=2)
+        Span(0, 10, epochs=1).micro_batch(world_size=4)
+
+
+def test_micro_batches_that_cannot_be_equal_differ_by_one() -> None:
+    order, span, (first, second) = partial(epoch_order, 30, 0), Span(0, 22, epochs=1, accumulate=3), processes(2, 2)
+    assert span.micro_batch(2) == 4
+    parts = [*seen(span, 30, order, first)[0, 0], *seen(span, 30, order, second)[0, 0]]
+    assert [len(ids) for ids in parts] == [4, 4, 3, 4, 4, 3]
+    assert [sample for ids in parts for sample in ids] == batch_ids(30, 0, 0, 0, 22).tolist()
 
 
 def test_fewer_samples_than_a_batch_are_no_step() -> None:

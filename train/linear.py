@@ -24,12 +24,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as td
 import tyro
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.buffers import on_device
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import open_crops
 from pipeline.loader_config import LoaderConfig
@@ -37,7 +37,7 @@ from pipeline.location import Location
 from pipeline.order import batch_positions, epoch_order, steps_per_epoch
 from pipeline.shards import ShardSet
 from pipeline.span import Span
-from train.dist import Dist, distributed, mean_over_ranks, say, together, told_once
+from train.dist import Dist, distributed, mean_over_ranks, say, sum_over_ranks, together, told_once
 from train.features import (
     PICTURES_PER_PASS,
     EncoderConfig,
@@ -138,7 +138,7 @@ def evaluate(config: LinearConfig, dist: Dist) -> Outcome:
     with batches(work, first) as training:
         for epoch in range(first, config.probe.epochs):
             losses = train_epoch(work, parallel, optimizer, training, epoch)
-            correct = total_over_ranks(dist, count_correct(heads, *val)).tolist()
+            correct = sum_over_ranks(dist, count_correct(heads, *val)).tolist()
             outcome = run.epoch_done(epoch + 1, (epoch + 1) * work.steps, losses, correct, work.val.num_samples)
             left_s = (time.perf_counter() - start_s) / (epoch + 1 - first) * (config.probe.epochs - epoch - 1)
             say(dist, f"epoch {epoch + 1}/{config.probe.epochs}: {outcome.best.describe()}; left {duration(left_s)}")
@@ -226,7 +226,7 @@ def batches(work: Work, first_epoch: int) -> Iterator[Iterator[Batch]]:
     recipe = replace(
         work.encoder.recipe, crop_scale=CROP_SCALE, jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0, solarize_prob=0.0
     )
-    probe, passes = work.config.probe, passes_of(work.rank_batch)
+    probe, passes = work.config.probe, -(-work.rank_batch // PICTURES_PER_PASS)
     with open_crops(
         work.train.dataset,
         recipe,
@@ -252,8 +252,8 @@ def frozen_pass(work: Work, x: Float[Tensor, "n 3 s s"], sources: Int64[np.ndarr
     """Features of some pictures, and the labels of those that are seen: a bad picture stands with its substitute's."""
     with work.source.autocast():
         features = work.encoder.trunk(x)
-    labels = torch.from_numpy(work.train.dataset.labels(sources).astype(np.int64))
-    return features.float(), labels.to(work.dist.device)
+    labels = work.train.dataset.labels(sources).astype(np.int64)
+    return features.float(), on_device(labels, work.dist.device)
 
 
 def cached_batches(work: Work, first_epoch: int) -> Iterator[Batch]:
@@ -266,21 +266,8 @@ def cached_batches(work: Work, first_epoch: int) -> Iterator[Batch]:
     for epoch in range(first_epoch, probe.epochs):
         for step in range(work.steps):
             positions = batch_positions(step, probe.global_batch, dist.rank, dist.world_size)
-            rows = torch.from_numpy(epoch_order(len(features), work.config.encoder.seed, epoch, positions))
-            rows = rows.to(dist.device)
+            rows = on_device(epoch_order(len(features), work.config.encoder.seed, epoch, positions), dist.device)
             yield features[rows], labels[rows]
-
-
-def passes_of(rank_batch: int) -> int:
-    """In how many equal parts a rank's batch goes through the encoder. It is frozen, so this changes no number."""
-    return next(n for n in range(1, rank_batch + 1) if rank_batch % n == 0 and rank_batch // n <= PICTURES_PER_PASS)
-
-
-def total_over_ranks(dist: Dist, counts: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
-    """Whole numbers added up over the ranks."""
-    if dist.world_size > 1:
-        td.all_reduce(counts)
-    return counts
 
 
 if __name__ == "__main__":
