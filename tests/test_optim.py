@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 
 from model.simsiam import SimSiam, SimSiamConfig
 from pipeline.errors import UserError
+from train import optim
 from train.optim import OptimConfig, Schedule, build_optimizer, lr_at, make_schedule, parameter_groups, set_lr
 
 CPU = torch.device("cpu")
@@ -90,6 +93,18 @@ def test_choice_is_named_with_its_reason() -> None:
     assert "no GPU" in line
     with pytest.raises(UserError, match=r"--optimizer apex.*GPU.*auto"):
         build_optimizer(OptimConfig(optimizer="apex"), tiny(), 0.1, CPU)
+
+
+@pytest.mark.parametrize(("scaled", "kind"), [(False, "apex FusedSGD"), (True, "torch SGD, fused")])
+def test_a_loss_scaler_takes_torchs_own_fused_sgd(monkeypatch: pytest.MonkeyPatch, scaled: bool, kind: str) -> None:
+    """Where Apex is built, as these stand-ins for its modules say."""
+    monkeypatch.setattr(optim, "_why_no_apex", lambda device: None)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    stand_in = types.ModuleType("apex.optimizers")
+    stand_in.FusedSGD = torch.optim.SGD  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex.optimizers", stand_in)
+    _, line = build_optimizer(OptimConfig(), tiny(), 0.1, torch.device("cuda"), scaled)
+    assert line.startswith(kind)
 
 
 @pytest.mark.gpu

@@ -10,15 +10,15 @@ from train.precision import choose_precision
 
 
 @pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
-@pytest.mark.parametrize(("native", "name"), [(True, "bf16"), (False, "fp16")])
+@pytest.mark.parametrize(("native", "name", "dtype"), [(True, "bf16", torch.bfloat16), (False, "fp16", torch.float16)])
 def test_auto_takes_bf16_only_where_the_gpu_has_it_itself(
-    monkeypatch: pytest.MonkeyPatch, native: bool, name: str
+    monkeypatch: pytest.MonkeyPatch, native: bool, name: str, dtype: torch.dtype
 ) -> None:
     """torch says of GPUs that emulate bf16, too, that they support it, unless it is asked not to."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     precision = choose_precision("auto", torch.device("cuda"))
     assert precision.name == name
-    assert precision.view_dtype == torch.float16
+    assert precision.view_dtype == dtype
 
 
 def test_a_cpu_computes_in_fp32_and_has_no_fp16() -> None:

@@ -47,9 +47,8 @@ def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], 
     backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
     model, weights_from = build_model(config, dist)
     targets = make_targets(model, plan.steps_per_epoch, dataset.num_samples, dist)
-    optimizer, implementation = together(
-        dist, lambda: build_optimizer(config.optim, model, plan.schedule.peak_lr, dist.device)
-    )
+    lr, scaled = plan.schedule.peak_lr, precision.scaler.is_enabled()
+    optimizer, implementation = together(dist, lambda: build_optimizer(config.optim, model, lr, dist.device, scaled))
     parallel, guard = _parallel(model, config, dist), StepGuard(model, optimizer, dist.device)
     run = Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)
     for line in _description(run, weights_from, implementation, f"{backend} ({reason})"):

@@ -30,7 +30,7 @@ class OptimConfig:
     # How often the rate moves. The official code moves it once an epoch; "step" follows the same curve, and a run of
     # few epochs neither falls in stairs nor stays on one rate for a whole epoch of warm-up
     schedule_unit: Literal["step", "epoch"] = "step"
-    # auto: Apex's FusedSGD where it is built, else torch's fused SGD; foreach on a CPU
+    # auto: Apex's FusedSGD where it is built (but with fp16), else torch's fused SGD; foreach on a CPU
     optimizer: Literal["auto", "apex", "fused", "foreach"] = "auto"
 
 
@@ -87,13 +87,13 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> f
 
 
 def build_optimizer(
-    config: OptimConfig, model: nn.Module, peak_lr: float, device: torch.device
+    config: OptimConfig, model: nn.Module, peak_lr: float, device: torch.device, scaled: bool = False
 ) -> tuple[torch.optim.Optimizer, str]:
     """The optimizer, and one line that says which implementation it is and why.
 
-    Raises UserError if an implementation is asked for that this machine lacks.
+    ``scaled``: by a GradScaler. Raises UserError if an implementation is asked for that this machine lacks.
     """
-    kind, reason = _choose(config.optimizer, device)
+    kind, reason = _choose(config.optimizer, device, scaled)
     groups = parameter_groups(config, model)
     options: dict[str, Any] = {"lr": peak_lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     match kind:
@@ -114,7 +114,7 @@ def build_optimizer(
 
 
 def _choose(
-    choice: Literal["auto", "apex", "fused", "foreach"], device: torch.device
+    choice: Literal["auto", "apex", "fused", "foreach"], device: torch.device, scaled: bool
 ) -> tuple[Literal["apex", "fused", "foreach"], str]:
     if choice == "foreach" or choice == "fused":
         return choice, "as asked"
@@ -127,6 +127,8 @@ def _choose(
         return "foreach", "auto: no GPU"
     if missing is not None:
         return "fused", f"auto: {missing}"
+    if scaled:
+        return "fused", "auto: torch's loss scaler of fp16 makes the host wait at each step of Apex's"
     return "apex", "auto: Apex is built here"
 
 

@@ -1,7 +1,8 @@
 """Owns steps whose gradients are not finite: such a step changes nothing, is counted, and many in a row end the run.
 
 All of it happens on the device, without the host waiting for it every step; the host hears of it with the log lines,
-which wait for the device anyway. Gradients are means over the ranks, so that every rank skips the same steps.
+which wait for the device anyway. (torch's GradScaler lets the host wait at optimizers that are not torch's fused
+ones, so with fp16 ``auto`` takes that.) Gradients are means over the ranks, so that every rank skips the same steps.
 """
 
 from __future__ import annotations
