@@ -182,6 +182,20 @@ def test_knn_that_falls_is_a_sign() -> None:
     assert "kNN accuracy has fallen from 30.0 to 17.0 %" in str(told[-1])
 
 
+def test_a_resumed_run_remembers_how_good_it_was() -> None:
+    watching = guard()
+    for top1 in (20.0, 30.0, 17.0):
+        watching.recall(top1)
+    told = [watching.check_knn(100, 17.0) for _ in range(KNN_PATIENCE - 1)]
+    assert told[:-1] == [None] * (KNN_PATIENCE - 2)
+    assert "kNN accuracy has fallen from 30.0 to 17.0 %" in str(told[-1])
+    fallen = guard()
+    for top1 in (30.0, *[17.0] * KNN_PATIENCE):
+        fallen.recall(top1)
+    assert fallen.check_knn(100, 17.0) is not None  # the session that resumes says it as well
+    assert fallen.check_knn(200, 17.0) is None
+
+
 def test_what_is_unlike_the_recipe_is_named_first() -> None:
     model = SimSiamConfig(projector_bn="none", predictor="fixed-random")
     told = str(guard(model, ViewRecipe(jitter_prob=0.0)).check(1, reading(0.0)))

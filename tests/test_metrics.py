@@ -43,8 +43,7 @@ def test_lines_survive_and_resuming_cuts_off_what_comes_again(tmp_path: Path) ->
     with path.open("a") as file:
         file.write('{"epoch": 1, "st')  # a line that a killed run left half-written
     log = MetricsLog(tmp_path, 3)
-    assert log.has_knn(0)
-    assert not log.has_knn(5)
+    assert log.knn == {0: 10.0}
     assert log.newest() == {"loss": -0.1 * 3, "z_std": 0.02, "knn_top1": 10.0, "knn_top1_untrained": 10.0}
     log.write(0, 4, loss=-7.0)
     log.close()

@@ -107,9 +107,13 @@ class CollapseGuard:
 
     def check_knn(self, step: int, top1: float) -> str | None:
         """The same after a kNN evaluation; ``top1`` in percent."""
+        self.recall(top1)
+        return self._verdict(step)
+
+    def recall(self, top1: float) -> None:
+        """Take up a kNN accuracy of a former session: nothing is said of it, but later ones are compared with it."""
         self._knn, self._best_knn = top1, max(self._best_knn, top1)
         self._knn_evaluations = (self._knn_evaluations + 1) * (top1 < KNN_SHARE * self._best_knn)
-        return self._verdict(step)
 
     def _lowest_share(self, reading: Reading) -> float:
         floor = least_share(reading.rows) if self._model.projector_bn == "all" else 0.0

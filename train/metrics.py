@@ -50,9 +50,10 @@ class MetricsLog:
             self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
-    def has_knn(self, step: int) -> bool:
-        """Whether a kNN line of this step is written."""
-        return step in self._knn
+    @property
+    def knn(self) -> dict[int, float]:
+        """The kNN accuracies in percent that are written, by step."""
+        return dict(self._knn)
 
     def newest(self) -> dict[str, float]:
         """For the summary: the values of the last step's line, the last kNN accuracy, the untrained encoder's."""

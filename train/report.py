@@ -58,6 +58,9 @@ class Reporter:
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
         self._guard = CollapseGuard(config.model, config.views, plan.schedule.peak_lr)
+        self._former_knn = on_main(dist, lambda: self._metrics.knn if self._metrics is not None else {})
+        for step in sorted(self._former_knn):
+            self._guard.recall(self._former_knn[step])
         self.collapse: str | None = None  # what the guard said last, the same on every rank
         self._prediction_start_s = self._start_s = time.perf_counter()
         self._paused_s = 0.0
@@ -135,8 +138,8 @@ class Reporter:
             )
 
     def has_knn(self, step: int) -> bool:
-        """Whether the kNN accuracy after ``step`` steps is written already, by a former session. A collective."""
-        return on_main(self._dist, lambda: self._metrics is not None and self._metrics.has_knn(step))
+        """Whether the kNN accuracy after ``step`` steps is written already, by a former session."""
+        return step in self._former_knn
 
     def knn(self, epoch: int, step: int, top1: float) -> None:
         """Write a kNN line: ``epoch`` epochs and ``step`` steps done, ``top1`` in percent."""
