@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.backends import choose_backend
+from pipeline.delivery import PAIR_EPOCHS
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import Views, open_views
 from pipeline.loader_config import LoaderConfig
@@ -26,6 +27,7 @@ from pipeline.reference import decode
 from pipeline.shards import ShardSet
 from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe
+from train.rules import check_seed, require
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255; shown as they are, nobody would see them
 CELL_INCHES = 1.5
@@ -68,6 +70,8 @@ def main() -> None:
 
 def check(config: PreviewConfig, dataset: ShardSet) -> None:
     """Raise UserError for what cannot be shown."""
+    check_seed(config.seed)
+    require("--epoch", config.epoch, 0 <= config.epoch < PAIR_EPOCHS, f"epochs are numbered 0 .. {PAIR_EPOCHS - 1}")
     if not 1 <= config.samples <= dataset.num_samples:
         raise UserError(f"--samples {config.samples}: {config.data} has {dataset.num_samples}; choose 1 up to that")
     if config.out.suffix.lower() != ".png":

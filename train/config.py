@@ -82,6 +82,8 @@ class PretrainConfig:
 
         The number of processes, the loader, the precision and the optimizer's implementation are free to change: they
         decide no batch and no draw, only how sums, and with --backend and some of --dali.* also pixels, are rounded.
+        Nor is --accumulate held fast, by which a run may go on on fewer GPUs: over how many pictures batch norm takes
+        its statistics may then be another number, which resuming says.
         """
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
         parts: dict[str, Any] = {"model": self.model, "views": self.views, "optim": self.optim}

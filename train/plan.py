@@ -22,6 +22,7 @@ class RunPlan:
     rank_batch: int  # of them on one rank
     micro_batch: int  # of them in one forward pass
     accumulate: int  # forward passes of an optimizer step
+    bn_batch: int  # source images over which batch norm takes its statistics
     epochs: int
     steps_per_epoch: int
     total_steps: int
@@ -84,6 +85,7 @@ def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunP
         rank_batch=config.global_batch // world_size,
         micro_batch=micro_batch,
         accumulate=config.accumulate,
+        bn_batch=micro_batch * (world_size if config.sync_bn else 1),
         epochs=config.epochs,
         steps_per_epoch=steps,
         total_steps=total,

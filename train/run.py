@@ -96,14 +96,18 @@ def resume(run: Run) -> None:
         say(run.dist, f"--resume: no checkpoint in {folder}; starting at step 0")
     else:
         path = found.path
-        together(run.dist, lambda: _load(run, path))
+        former_bn_batch = together(run.dist, lambda: _load(run, path))
         run.checkpoints.saved(run.step)
         run.writer.newest = path
         say(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
+        if former_bn_batch != run.plan.bn_batch:
+            now = f"over {run.plan.bn_batch:,} pictures at a time from here on, {former_bn_batch:,} before"
+            say(run.dist, f"note: batch norm takes its statistics {now} (--accumulate, --no-sync-bn, processes)")
     on_main(run.dist, lambda: _cut_off(run))
 
 
-def _load(run: Run, path: Path) -> None:
+def _load(run: Run, path: Path) -> int:
+    """Take up a checkpoint; returns the former session's plan.bn_batch."""
     state = load_checkpoint(path)
     check_same_run(state["identity"], run.config.identity(run.dataset.fingerprint), path)
     run.model.load_state_dict(state["model"])
@@ -113,6 +117,7 @@ def _load(run: Run, path: Path) -> None:
     run.targets.claim(run.config.run_dir)
     run.targets.load(state.get("targets", {}), path.parent)
     run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
+    return int(state.get("bn_batch", run.plan.bn_batch))  # older checkpoints do not say
 
 
 def _cut_off(run: Run) -> None:
@@ -141,6 +146,7 @@ def _start_write(run: Run) -> None:
     numbers: dict[str, Any] = {
         "epoch": epoch,  # the next step to do is step ``step`` of epoch ``epoch``
         "step": step,
+        "bn_batch": run.plan.bn_batch,
         "scaler": run.precision.scaler.state_dict(),
         "config": run.config.as_json(),
         "identity": run.config.identity(run.dataset.fingerprint),
