@@ -205,6 +205,22 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     assert losses(tmp_path / "run") == losses(undisturbed)
 
 
+def test_other_batch_statistics_after_a_resume_are_told(
+    undisturbed: Path, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As on fewer GPUs: the batches stay, the losses cannot."""
+    arguments = flags(photo_dataset_path, tmp_path / "run")
+    assert run_here(monkeypatch, [*arguments, "--max-steps", "3"]) == 0
+    assert run_here(monkeypatch, [*arguments, "--max-steps", "5", "--resume", "--accumulate", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "batch norm takes its statistics over 4 pictures at a time from here on, 12 before" in out
+    assert run_here(monkeypatch, [*arguments, "--max-steps", "6", "--resume", "--accumulate", "3"]) == 0
+    assert "batch norm takes its statistics" not in capsys.readouterr().out
+    assert global_batches(tmp_path / "run", 1) == global_batches(undisturbed, 1)[:6]
+    assert losses(tmp_path / "run")[3] == losses(undisturbed)[3]
+    assert losses(tmp_path / "run")[4] != losses(undisturbed)[4]
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_sees_the_same_batches(
     undisturbed: Path, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int

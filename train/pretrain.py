@@ -160,9 +160,10 @@ def leave_starved(run: Run, stop: StopRequest) -> bool:
 
 
 def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
-    """Forward and backward over the step's micro-batches, then one optimizer step. Nothing waits for the device.
+    """Forward and backward over the step's micro-batches, then one optimizer step.
 
-    A step whose gradients are not finite changes nothing but the count of such steps.
+    Nothing waits for the device, but for targets that live in the host's memory. A step whose gradients are not finite
+    changes no weight and no statistic, and is counted.
     """
     config, scaler = run.config, run.precision.scaler
     lr = set_lr(run.optimizer, run.plan.schedule, run.step)
