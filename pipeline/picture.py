@@ -7,6 +7,7 @@ are those that DALI decodes too: a picture that passes here must not stop a batc
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +37,7 @@ _TIFF_MODES = frozenset({"RGB", "L", "P", "RGBA", "CMYK", "YCbCr", "I;16"})
 MAX_SIDE = 65535  # samples.npy keeps height and width as uint16
 _KNOWN_MAGIC = ((b"GIF8", "GIF"), (b"%PDF", "PDF"), (b"<svg", "SVG"), (b"8BPS", "Photoshop"), (b"\xff\x0a", "JPEG XL"))
 _KNOWN_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+_SEGMENT = re.compile(rb"\xff+(?P<marker>[^\x00\xff])(?P<length>..)", re.DOTALL)  # any number of fill bytes before
 
 # PIL's own limit warns at 89 million pixels and stops at twice that; ours is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -106,6 +108,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _check_variant(image: Image.Image, data: bytes) -> None:
     """Refuse the variants that PIL reads but DALI 2.4 does not, or not alike (measured)."""
+    if _format(image) == "JPEG":
+        _check_segments(data)
     if image.format == "PNG" and b"IEND" not in data:
         raise BadPictureError("truncated")
     if image.format == "WEBP" and "exif" in image.info and b"VP8L" in data:
@@ -120,6 +124,23 @@ def _check_variant(image: Image.Image, data: bytes) -> None:
             raise BadPictureError(f"TIFF with {compression} compression is not supported")
         if image.mode not in _TIFF_MODES and not (image.mode == "1" and compression in ("group3", "group4")):
             raise BadPictureError(f"TIFF with {image.mode} pixels is not supported")
+
+
+def _check_segments(data: bytes) -> None:
+    """Refuse a JPEG unless each segment up to the scan begins where the one before ends (ITU-T T.81, B.1.1).
+
+    DALI demands it; PIL skips what it does not know. tests/test_hostile_input.py compares with DALI's decoder.
+    """
+    at = 2  # behind the marker of the start
+    while at < len(data):
+        segment = _SEGMENT.match(data, at)
+        if segment is not None and segment["marker"] == b"\xda":
+            return
+        length = 0 if segment is None else int.from_bytes(segment["length"], "big")
+        if segment is None or length < 2:  # the two bytes of the length are counted in
+            raise BadPictureError("damaged header: its JPEG segments do not follow each other")
+        at = segment.start("length") + length
+    raise BadPictureError("truncated")
 
 
 def _decode(image: Image.Image) -> Image.Image:
