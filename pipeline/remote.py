@@ -32,6 +32,7 @@ _POLL_S = 0.2  # how soon a waiting thread hears that nobody needs its piece any
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 _TRANSIENT_4XX = frozenset({408, 425, 429})
 _CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError", "TokenRetrievalError"})
+_CERTIFICATES = frozenset({"SSLCertVerificationError", "ClientConnectorCertificateError"})
 _OURS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError, LookupError)
 
 
@@ -62,6 +63,10 @@ class RemoteFolder:
             extra = _EXTRAS.get(url.scheme)
             remedy = f"pip install -e .[{extra}]" if extra else f"pip install what provides {error.name or url.scheme}"
             raise UserError(f"{url} needs a package that is not installed: {remedy}") from None
+        except TypeError:
+            raise UserError(
+                f"{url}: {url.scheme}:// wants more than a URL says; s3, gs, https and hf can be read"
+            ) from None
         except ValueError:
             raise UserError(
                 f"{url}: nothing is known of {url.scheme}://; s3, gs, https, http and hf are, and what fsspec knows"
@@ -152,9 +157,18 @@ def is_hopeless(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in _TRANSIENT_4XX
-    names = {base.__name__ for base in type(error).__mro__}
     kinds = (FileNotFoundError, PermissionError, _ShortError, _LongError)
-    return isinstance(error, kinds) or bool(names & _CREDENTIALS)
+    return isinstance(error, kinds) or _is_one_of(error, _CREDENTIALS | _CERTIFICATES)
+
+
+def _is_one_of(error: BaseException, names: frozenset[str]) -> bool:
+    """Whether it, or what it came from, is of a class with one of these names: of packages that need not be there."""
+    while True:
+        if names & {base.__name__ for base in type(error).__mro__}:
+            return True
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
 
 
 def describe(error: Exception) -> str:
@@ -170,6 +184,8 @@ def describe(error: Exception) -> str:
             return "the server ignores range requests, which fetching is made of"
         case TimeoutError() | asyncio.TimeoutError() | NotYetError():
             return "time-out"
+    if _is_one_of(error, _CERTIFICATES):
+        return "its certificate is not trusted here (SSL_CERT_FILE, or AWS_CA_BUNDLE for s3, names those that are)"
     status = _status(error)
     return f"HTTP status {status}" if status is not None else type(error).__name__
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import urllib.error
 import urllib.request
@@ -35,7 +36,7 @@ http {{
   default_type application/octet-stream;
   {ranges}
   server {{
-    listen 127.0.0.1:{port};
+    listen 127.0.0.1:{port}{tls};
     location = /-flushed- {{ access_log off; return 204; }}
     location / {{
       {password}
@@ -71,16 +72,18 @@ class Nginx:
     port: int
     folder: Path  # what it serves
     work: Path  # configuration and logs
+    certificate: Path | None = None  # which nobody trusts but those who are told to
 
     @property
     def url(self) -> str:
         """Without a slash at its end."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'http' if self.certificate is None else 'https'}://127.0.0.1:{self.port}"
 
     def requests(self) -> list[Request]:
         """All requests that ended so far, in the order in which they ended."""
         # nginx logs a request before it looks at the next one, and only one process does everything.
-        with urllib.request.urlopen(f"{self.url}/-flushed-", timeout=30):
+        trust = None if self.certificate is None else ssl.create_default_context(cafile=str(self.certificate))
+        with urllib.request.urlopen(f"{self.url}/-flushed-", timeout=30, context=trust):
             pass
         return [Request(**json.loads(line)) for line in (self.work / "requests.log").read_text().splitlines()]
 
@@ -94,16 +97,20 @@ class Nginx:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, work: Path, *, ranges: bool = True, password: str = "", signature: str = "") -> Iterator[Nginx]:
+def nginx(
+    folder: Path, work: Path, *, ranges: bool = True, password: str = "", signature: str = "", tls: bool = False
+) -> Iterator[Nginx]:
     """Serve ``folder``; ``work`` holds configuration and logs. Skips the test where nginx is not installed.
 
     ``ranges=False``: always the whole file. ``password``: "USER:PASSWORD" that requests must bring (no further colon),
-    ``signature``: what they must have behind ?signature=; others are answered by 401 and 403.
+    ``signature``: what they must have behind ?signature=; others are answered by 401 and 403. ``tls``: https, with a
+    certificate of its own.
     """
     program = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
     if program is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
     work.mkdir(parents=True, exist_ok=True)
+    certificate = self_signed(work) if tls else None
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     (work / "passwords").write_text(password.replace(":", ":{PLAIN}", 1))
     for _ in range(5):  # somebody else may take the port before nginx does
@@ -113,6 +120,7 @@ def nginx(folder: Path, work: Path, *, ranges: bool = True, password: str = "", 
                 temporary=" ".join(f"{kind}_temp_path {work}/{kind};" for kind in kinds),
                 ranges="" if ranges else "max_ranges 0;",
                 port=port,
+                tls=f" ssl; ssl_certificate {certificate}; ssl_certificate_key {work}/key.pem" if tls else "",
                 password=f"auth_basic all; auth_basic_user_file {work}/passwords;" if password else "",
                 signature=f'if ($arg_signature != "{signature}") {{ return 403; }}' if signature else "",
                 folder=folder,
@@ -122,12 +130,25 @@ def nginx(folder: Path, work: Path, *, ranges: bool = True, password: str = "", 
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
             if _listens(process, port):
-                yield Nginx(port, folder, work)
+                yield Nginx(port, folder, work, certificate)
                 return
         finally:
             process.terminate()
             process.wait(timeout=30)
     raise RuntimeError(f"nginx does not start: {(work / 'error.log').read_text()}")
+
+
+def self_signed(work: Path) -> Path:
+    """A certificate for 127.0.0.1, with its key in key.pem beside it. Skips the test where openssl is not installed."""
+    program = shutil.which("openssl")
+    if program is None:
+        pytest.skip("openssl is not installed: apt-get install openssl")
+    names = ["-subj", "/CN=siamstream tests", "-addext", "subjectAltName=IP:127.0.0.1"]
+    uses = ["-addext", "keyUsage=critical,digitalSignature,keyCertSign"]
+    files = ["-keyout", str(work / "key.pem"), "-out", str(work / "certificate.pem")]
+    command = [program, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names, *uses, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return work / "certificate.pem"
 
 
 def _listens(process: subprocess.Popen[bytes], port: int) -> bool:

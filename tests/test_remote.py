@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -13,10 +15,11 @@ import numpy as np
 import pytest
 from fault_proxy import FAULTS, FaultProxy, Faults
 from servers import BUCKET, S3_KEYS, Nginx, free_port, nginx, s3_environment, s3_server
+from sessions import ROOT
 
 from pipeline import remote
 from pipeline.errors import UserError
-from pipeline.location import Url, location
+from pipeline.location import Url, local_path, location
 from pipeline.remote import FetchCancelledError, RemoteFolder
 
 NAME, SIZE = "shard-000001.tar", 5300
@@ -105,6 +108,40 @@ def test_what_waiting_does_not_help_ends_after_a_few_attempts(
     assert len(requests) == remote.HOPELESS_ATTEMPTS
 
 
+READ_ALL = """
+import sys, threading
+from pipeline import remote
+from pipeline.location import Url
+remote.FIRST_DELAY_S = 0.01
+name, size = sys.argv[2], int(sys.argv[3])
+for piece in remote.RemoteFolder(Url(sys.argv[1]), 60).pieces(name, size, 0, threading.Event()):
+    sys.stdout.buffer.write(piece)
+"""
+
+
+def read_apart(url: str, environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+    """In a process of its own: certificates are looked for when aiohttp is imported."""
+    command = [sys.executable, "-c", READ_ALL, url, NAME, str(SIZE)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SSL_CERT")}
+    return subprocess.run(
+        command, cwd=ROOT, env={**clean, **environment}, capture_output=True, timeout=120, check=False
+    )
+
+
+def test_https_is_read_where_its_certificate_is_trusted_and_nowhere_else(folder: Path, tmp_path: Path) -> None:
+    with nginx(folder, tmp_path / "nginx", tls=True) as server:
+        trusting = read_apart(server.url, {"SSL_CERT_FILE": str(server.certificate)})
+        assert trusting.stdout == CONTENT, trusting.stderr
+        asked = len(server.requests())
+        careful = read_apart(server.url, {})
+        assert careful.returncode == 1
+        assert careful.stdout == b""
+        said = careful.stderr.decode()
+        assert "its certificate is not trusted here (SSL_CERT_FILE" in said
+        assert f"{remote.HOPELESS_ATTEMPTS} times in" in said
+        assert len(server.requests()) == asked
+
+
 def everything_about(error: BaseException) -> str:
     """What a person sees: the message; its causes are shown only by tracebacks, which a UserError has none of."""
     return f"{error} {error!r}"
@@ -188,6 +225,12 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         RemoteFolder(Url("gopher://host/photos"), 1)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # fsspec's, of a file system half made
+def test_a_file_system_that_a_url_alone_does_not_open() -> None:
+    with pytest.raises(UserError, match=r"ftp:// wants more than a URL says; s3, gs, https and hf can be read"):
+        RemoteFolder(Url("ftp://host/photos"), 1)
+
+
 # How a dataset is named.
 
 
@@ -222,3 +265,10 @@ def test_other_names_are_folders() -> None:
     assert location("/a/http/b:c") == Path("/a/http/b:c")
     with pytest.raises(UserError, match="names no host or bucket"):
         location("s3:///photos")
+
+
+def test_results_go_to_a_path_and_no_url() -> None:
+    """Path would make ``s3:/bucket/run`` of it, a folder here."""
+    assert local_path("runs/a:b") == Path("runs/a:b")
+    with pytest.raises(UserError, match="s3://bucket/run: results are written to a folder"):
+        local_path("s3://bucket/run")
