@@ -80,6 +80,8 @@ def read_dataset_file(path: Path, *, check_files: bool = True) -> dict[str, Any]
     ``check_files``: compare its counts and the sizes of the tars as well.
     """
     file = path / DATASET_FILE
+    if path.is_file():
+        raise UserError(f"no dataset at {path}: it is a file: give the folder that tools/make_shards.py wrote")
     if not path.is_dir():
         raise UserError(f"no dataset at {path}: the folder does not exist; write one with tools/make_shards.py")
     if not file.exists():
@@ -97,7 +99,7 @@ def read_dataset_file(path: Path, *, check_files: bool = True) -> dict[str, Any]
 
 def parse_dataset_file(data: bytes, name: str) -> dict[str, Any]:
     """dataset.json from its bytes, checked by itself; ``name`` is for messages. Raises DamagedError or UserError."""
-    damaged = DamagedError(f"{name} is damaged: write the dataset again with --overwrite")
+    damaged = DamagedError(f"{name} is damaged: tools/check_shards.py --repair makes it again from the tars")
     try:
         info = json.loads(data)
         version = info["format_version"]

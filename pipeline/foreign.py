@@ -110,8 +110,8 @@ class IndexJob(Job):
 
     def _place(self, tar: Path) -> str:
         """Relative where the tar lies below OUT, so that the whole folder can be moved."""
-        out = Path(os.path.abspath(self.out))
-        return tar.relative_to(out).as_posix() if tar.is_relative_to(out) else str(tar)
+        out, there = (Path(os.path.abspath(path)) for path in (self.out, tar))
+        return there.relative_to(out).as_posix() if there.is_relative_to(out) else str(there)
 
 
 def tar_samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list[Member]]]:

@@ -404,10 +404,25 @@ def test_the_command_repairs(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert part in said
 
 
+def test_a_dataset_named_from_where_one_stands_is_repaired_too(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    before = (copy / "dataset.json").read_bytes()
+    for name in ("samples.npy", "shard-000001.idx"):
+        (copy / name).unlink()
+    assert command(monkeypatch, copy.name, "--repair", "--workers", 1) == 0
+    assert (copy / "dataset.json").read_bytes() == before
+    (copy / "dataset.json").unlink()
+    assert command(monkeypatch, f"./{copy.name}", "--repair", "--workers", 1) == 0
+    assert [shard["name"] for shard in json.loads((copy / "dataset.json").read_text())["shards"]] == [
+        shard["name"] for shard in json.loads(before)["shards"]
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["/nowhere"], "does not exist"),
+        (["{copy}/dataset.json"], "is a file: give the folder"),
         (["{empty}"], "is no dataset"),
         (["{empty}", "--repair"], "has neither a readable dataset.json nor tars"),
         (["{half}"], "half-written"),
@@ -415,7 +430,7 @@ def test_the_command_repairs(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys
         (["{copy}", "--workers", "-1"], "--workers -1"),
         (["{copy}", "--decode-per-shard", "0"], "--decode-per-shard 0"),
         (["{copy}", "--global-batch", "0"], "--global-batch 0"),
-        (["{copy}", "--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written"),
+        (["{copy}", "--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written: No such file"),
     ],
 )
 def test_mistakes(

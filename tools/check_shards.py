@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.disk import disk_error, write_json
+from pipeline.disk import check_writable, disk_errors, write_json
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.inspection import Duplicates, Inspection, inspect_dataset
 from pipeline.repair import repair_dataset
@@ -51,6 +51,8 @@ def main() -> None:
     command = tyro.cli(Command, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     if command.global_batch < 1:
         raise UserError(f"--global-batch {command.global_batch}: must be at least 1")
+    if command.json is not None:
+        check_writable("--json", command.json)
     try:
         if command.repair:
             _repair(command)
@@ -60,12 +62,8 @@ def main() -> None:
         sys.exit(130)  # the shell's code for Ctrl-C
     print(describe(inspection, command.global_batch))
     if command.json is not None:
-        try:
+        with disk_errors(f"writing {command.json}", f"--json {command.json} cannot be written", "name another file"):
             write_json(command.json, inspection.as_json())
-        except OSError as error:
-            raise disk_error(error, f"writing {command.json}") or UserError(
-                f"--json {command.json} cannot be written: {error.strerror}; name another file"
-            ) from error
     if not inspection.fine:
         sys.exit(1)
 
