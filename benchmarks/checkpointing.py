@@ -20,7 +20,7 @@ import tyro
 
 from model.simsiam import SimSiam, SimSiamConfig, simsiam_loss
 from pipeline.errors import exit_on_user_error
-from tools.measuring import Run, Spread, alternate, describe_machine, write_json
+from tools.measuring import Run, Spread, alternate, describe_machine, write_results
 from train.background import CheckpointWriter, host_copy
 from train.checkpoint import save_checkpoint
 
@@ -139,7 +139,7 @@ def main() -> None:
     for name, spread in results.items():
         print(f"{name:20} {spread}")
     if config.json:
-        write_json(config.json, {"checkpoint_mb": size_mb, "steps": bench.count, "stretch_s": stretch, **results})
+        write_results(config.json, {"checkpoint_mb": size_mb, "steps": bench.count, "stretch_s": stretch, **results})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pipeline.row_check import compare_rows
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe
 from tools.ladder import Advance, Bench, read_bytes, whole_loader
-from tools.measuring import Spread, alternate, describe_machine, ratio, write_json
+from tools.measuring import Spread, alternate, describe_machine, ratio, write_results
 
 GPU_RATE = 4000  # images/s of one rank; a fast GPU with a small backbone
 CRC_SECONDS = 1.0  # of CPU; how long the checksum alone is measured, each time
@@ -91,7 +91,7 @@ def main() -> None:
         results[rung] = {"wall_ratio": wall, "cpu_ratio": cpu, "img_per_s": rate}
     if config.json is not None:
         speeds = {"gb_per_s": speed, "rows_gb_per_s": rows, "mean_bytes": mean, "ms_per_image": cost_ms}
-        write_json(config.json, {**speeds, "rungs": results})
+        write_results(config.json, {**speeds, "rungs": results})
 
 
 def crc_speed(dataset: ShardSet, repeats: int) -> Spread:

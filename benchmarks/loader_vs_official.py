@@ -28,7 +28,7 @@ from pipeline.loader_config import LoaderConfig
 from pipeline.shards import ShardSet
 from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe
-from tools.measuring import Spread, alternate, describe_machine, ratio, write_json
+from tools.measuring import Spread, alternate, describe_machine, ratio, write_results
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def main() -> None:
         print(f"{name:12} {rates[name]!s:>24} {cpu_ms[name]!s:>24}")
     print(f"siamstream is {faster} times as fast, and {cheaper} times as cheap in CPU time")
     if config.json:
-        write_json(config.json, {"images_per_s": rates, "cpu_ms_per_image": cpu_ms, "speed_ratio": faster})
+        write_results(config.json, {"images_per_s": rates, "cpu_ms_per_image": cpu_ms, "speed_ratio": faster})
 
 
 if __name__ == "__main__":

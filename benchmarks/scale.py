@@ -32,7 +32,7 @@ from pipeline.errors import UserError, exit_on_user_error
 from pipeline.order import Order, OrderConfig, batch_positions, choose_order, node_positions, steps_per_epoch
 from pipeline.shards import ShardSet
 from pipeline.views import ViewRecipe, draw_views
-from tools.measuring import Spread, describe_machine, write_json
+from tools.measuring import Spread, describe_machine, write_results
 
 ONE_RANK = "one-rank"  # first word of the command line of a process that is one rank
 STREAMS = 8
@@ -84,7 +84,7 @@ def main() -> None:
     print("pairs that meet again: pairs of one batch that share a batch in the next epoch too, against chance")
     print(f"read by a machine: the part of the shards that one of {STREAMS} machines reads in an epoch")
     if config.json is not None:
-        write_json(config.json, {"cases": results, "quality": quality})
+        write_results(config.json, {"cases": results, "quality": quality})
     if config.plot is not None:
         from plots import draw_scale  # here: what is a rank would wait for matplotlib
 

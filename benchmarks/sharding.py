@@ -31,7 +31,7 @@ from pipeline.errors import UserError, exit_on_user_error
 from pipeline.options import ShardingOptions
 from pipeline.shards import ShardSet
 from pipeline.writer import make_dataset
-from tools.measuring import Run, Spread, alternate, describe_machine, write_json
+from tools.measuring import Run, Spread, alternate, describe_machine, write_results
 
 Verify = Literal["full", "header", "none"]
 
@@ -95,7 +95,7 @@ def main() -> None:
         shutil.rmtree(folder)
     results = report(named, runs)
     if config.json is not None:
-        write_json(config.json, {"contestants": results})
+        write_results(config.json, {"contestants": results})
     if config.plot is not None:
         from plots import (
             draw_sharding,

@@ -27,7 +27,7 @@ from pipeline.errors import UserError, exit_on_user_error
 from pipeline.options import ShardingOptions
 from pipeline.shards import ShardSet
 from pipeline.writer import make_dataset
-from tools.measuring import describe_machine, write_json
+from tools.measuring import describe_machine, write_results
 from train.bad_samples import BAD_SAMPLES_FILE
 from train.metrics import METRICS_FILE, read_lines
 from train.preemption import EXIT_PREEMPTED
@@ -135,7 +135,7 @@ def main() -> None:
     print(told)
     print(table(samples, growths))
     draw(samples, told).savefig(config.out / "soak.png", dpi=110)
-    write_json(config.out / "soak.json", {"told": told, "samples": [asdict(s) for s in samples]})
+    write_results(config.out / "soak.json", {"told": told, "samples": [asdict(s) for s in samples]})
     if any(growth.grew for growth in growths) or bad != config.bad:
         print("something grew, or a bad sample was not found")
         sys.exit(1)

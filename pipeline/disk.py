@@ -45,6 +45,35 @@ def disk_error(error: OSError, doing: str) -> UserError | None:
 
 
 @contextmanager
+def disk_errors(doing: str, failed: str | None = None, remedy: str = "") -> Iterator[None]:
+    """Let a full disk, a quota or a missing permission met in ``doing`` be a UserError.
+
+    Any other OSError stays as it is, or becomes "``failed``: its reason; ``remedy``", a UserError too.
+    """
+    try:
+        yield
+    except OSError as error:
+        mended = disk_error(error, doing)
+        if mended is None and failed is not None:
+            mended = UserError("; ".join(filter(None, (f"{failed}: {error.strerror}", remedy))))
+        if mended is None:
+            raise
+        raise mended from error
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raise UserError unless a file can be written at ``path``: before the work whose results it is to hold."""
+    there = path.exists()
+    try:
+        with open(path, "ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another place") from error
+
+
+@contextmanager
 def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a file that appears under ``path`` only when the block ends without an error, synced to disk.
 

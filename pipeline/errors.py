@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
     """A user's mistake. The message names the value, the rule and the remedy; no traceback is shown."""
 
 
+def require(flag: str, value: object, holds: bool, rule: str) -> None:
+    """Raise UserError with the rule unless it holds for the value of ``flag``."""
+    if not holds:
+        raise UserError(f"{flag} {value}: {rule}")
+
+
+def check_one_copy(script: Path, imported: Path) -> None:
+    """Raise UserError if ``script`` lies in one checkout of this project, and Python imports from another one.
+
+    As with one environment for two worktrees. A copy that was installed whole is as its installer wanted it.
+    """
+    own = script.resolve().parents[1] if len(script.resolve().parents) > 1 else imported
+    checkouts = all((folder / "setup.py").is_file() for folder in (own, imported))
+    if checkouts and own != imported.resolve() and (own / "pipeline" / "errors.py").is_file():
+        raise UserError(
+            f"{script} is not of the copy of siamstream that is installed, which is {imported}: run that one's script, "
+            f"or install this one with `pip install -e {own}`"
+        )
+
+
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2."""
     try:
+        check_one_copy(Path(str(getattr(sys.modules["__main__"], "__file__", ""))), Path(__file__).parents[1])
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

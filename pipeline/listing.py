@@ -114,7 +114,10 @@ class ListingBuilder:
                 if self.rejected
                 else ""
             )
-            raise UserError(f"no pictures in {self.source}{seen}. Check the path and --subtree")
+            raise UserError(
+                f"no pictures in {self.source}{seen}. Check the path, --subtree, and that they are named as "
+                "pictures are: --help lists the endings"
+            )
         order = self._sorted_unique()
         names = [self.names[i] for i in order]
         starts = np.zeros(len(order) + 1, np.int64)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.errors import UserError
+from pipeline.errors import require
 from pipeline.shard_cache import CacheConfig
 
 
@@ -28,9 +28,11 @@ class DaliConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers that DALI cannot work with."""
-        _check("--dali.hw-decoder-load", self.hw_decoder_load, 0 <= self.hw_decoder_load <= 1, "a share lies in 0 .. 1")
-        _check("--dali.preallocate-side", self.preallocate_side, self.preallocate_side >= 0, "it is 0 px or more")
-        _check("--dali.prefetch", self.prefetch, self.prefetch >= 1, "DALI's queue holds at least 1 batch")
+        require(
+            "--dali.hw-decoder-load", self.hw_decoder_load, 0 <= self.hw_decoder_load <= 1, "a share lies in 0 .. 1"
+        )
+        require("--dali.preallocate-side", self.preallocate_side, self.preallocate_side >= 0, "it is 0 px or more")
+        require("--dali.prefetch", self.prefetch, self.prefetch >= 1, "DALI's queue holds at least 1 batch")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers with which no batch would ever come, or all at once."""
-        _check("--threads", self.threads, self.threads >= 0, "it is 0 (all cores) or a number of threads")
-        _check("--prefetch", self.prefetch, self.prefetch >= 1, "at least 1 finished batch must find room")
-        _check("--read-ahead", self.read_ahead, self.read_ahead >= 1, "at least 1 batch must be read")
-        _check("--max-bad-samples", self.max_bad_samples, self.max_bad_samples >= 0, "it is 0 or more")
-
-
-def _check(flag: str, value: object, holds: bool, rule: str) -> None:
-    if not holds:
-        raise UserError(f"{flag} {value}: {rule}")
+        require("--threads", self.threads, self.threads >= 0, "it is 0 (all cores) or a number of threads")
+        require("--prefetch", self.prefetch, self.prefetch >= 1, "at least 1 finished batch must find room")
+        require("--read-ahead", self.read_ahead, self.read_ahead >= 1, "at least 1 batch must be read")
+        require("--max-bad-samples", self.max_bad_samples, self.max_bad_samples >= 0, "it is 0 or more")

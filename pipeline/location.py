@@ -82,7 +82,14 @@ def _check_secret(text: str) -> None:
         )
 
 
-# A field of a command's configuration.
+def local_path(text: str) -> Path:
+    """What ``text`` names, for results. Raises UserError for a URL, of which Path would make a folder ``s3:``."""
+    if _SCHEME.match(text):
+        raise UserError(f"{text}: results are written to a folder or file of this machine, or one that it has mounted")
+    return Path(text)
+
+
+# Fields of a command's configuration: a dataset to read, and a place to write to.
 Location: TypeAlias = Annotated[
     Path | Url,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -90,6 +97,16 @@ Location: TypeAlias = Annotated[
         metavar="DIR|URL",
         instance_from_str=lambda words: location(words[0]),
         is_instance=lambda value: isinstance(value, Path | Url),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+LocalPath: TypeAlias = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: local_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     ),
 ]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 from pipeline.picture import Verify
 
 _HOW = ("workers", "part", "overwrite")  # how the work is done; everything else decides the result
@@ -53,14 +53,10 @@ class ShardingOptions:
         """Raise UserError for values that make no sense."""
         for name in ("samples_per_shard", "max_pixels", "shorter_side", "limit"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per CPU core")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must not be negative")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise UserError(f"--jpeg-quality {self.jpeg_quality}: must be 1 to 100")
+            require(f"--{name.replace('_', '-')}", value, value is None or value >= 1, "must be at least 1")
+        require("--workers", self.workers, self.workers >= 0, "must be at least 1, or 0 for one per CPU core")
+        require("--seed", self.seed, self.seed >= 0, "must not be negative")
+        require("--jpeg-quality", self.jpeg_quality, 1 <= self.jpeg_quality <= 100, "must be 1 to 100")
         self.part_of()
 
     def part_of(self) -> tuple[int, int]:

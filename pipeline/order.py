@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from typing_extensions import assert_never
 
 from pipeline.counter_rng import philox4x32, seed_key, splitmix64
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 
 FEISTEL_ROUNDS = 12  # six per half; four in all are proven enough for large halves (Luby & Rackoff 1988)
 ORDER_STREAM = 0x0D0E  # keeps the order's counters apart from those of the views
@@ -47,10 +47,8 @@ class OrderConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for a group without shards, and for streams that do not exist."""
-        if self.block_shards < 1:
-            raise UserError(f"--block-shards {self.block_shards}: a group has at least 1 shard")
-        if self.block_streams < 1:
-            raise UserError(f"--block-streams {self.block_streams}: a batch has at least 1 part")
+        require("--block-shards", self.block_shards, self.block_shards >= 1, "a group has at least 1 shard")
+        require("--block-streams", self.block_streams, self.block_streams >= 1, "a batch has at least 1 part")
         if self.block_streams > 1 and self.epoch_order != "blocks":
             raise UserError(
                 f"--block-streams {self.block_streams} with --epoch-order {self.epoch_order}: streams divide the order "

@@ -48,7 +48,7 @@ def spool_parquet(path: Path, subtree: str, labels: str, spool: Path, quiet: boo
     check_room(spool, sum(file.stat().st_size for file in files), f"copying the pictures of {path}")
     reader = _ParquetReader(files, labels)
     builder = ListingBuilder(str(path))
-    text = f"copying pictures of {path.name} once into {spool.name} (removed at the end)"
+    text = f"copying pictures of {path.name} once into {spool.name} (removed when the dataset is complete)"
     with atomic_file(container) as out, progress(quiet, total=reader.rows, unit=" pictures", desc=text) as bar:
         for name, data, label in reader.pictures():
             _copy(out, builder, name, data, label)

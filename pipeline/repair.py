@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.completion import complete
 from pipeline.dataset_file import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, file_sha256, read_dataset_file
-from pipeline.disk import disk_error, exclusive_lock
+from pipeline.disk import disk_errors, exclusive_lock
 from pipeline.errors import UserError
 from pipeline.foreign import IndexJob
 from pipeline.inspection import read_rejected
@@ -56,7 +56,7 @@ def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process:
     info = _readable_record(path)
     job = _lost_job(path, workers) if info is None else _known_job(path, info, workers)
     partial = path / PARTIAL_DIR
-    try:
+    with disk_errors(f"repairing {path}"):
         partial.mkdir(exist_ok=True)
         with exclusive_lock(partial / "lock", shared=False):
             try:
@@ -68,8 +68,6 @@ def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)  # nothing that was there before is lost with it
         after = _contents(path, job)
-    except OSError as error:
-        raise disk_error(error, f"repairing {path}") or error from error
     return Repaired(tuple(name for name in after if after[name] != before[name]), tuple(lost))
 
 

@@ -15,13 +15,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from pipeline.disk import disk_error
-from pipeline.errors import UserError
+from pipeline.disk import disk_errors
+from pipeline.errors import UserError, require
+from pipeline.location import LocalPath
 from pipeline.remote import FetchCancelledError, RemoteFolder
 
 LEASE_S = 600.0  # how long a file that somebody used or announced is kept from those who do not know its future
@@ -44,7 +45,7 @@ NeededAs = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (
 class CacheConfig:
     """The local cache of remote datasets; local ones have no use for it."""
 
-    cache_dir: Path | None = None  # on a disk of this machine; None: siamstream in the user's cache folder
+    cache_dir: LocalPath | None = None  # on a disk of this machine; None: siamstream in the user's cache folder
     cache_size: str = "200GB"  # never more than this on the disk; 500MB, 1.5TB
     fetch_threads: int = 8  # shards fetched at a time by one machine
     retry_minutes: float = 30.0  # of failures in a row before a run gives up
@@ -52,10 +53,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Raise UserError for what is no size, no number of threads, or no time."""
         _ = self.limit
-        if self.fetch_threads < 1:
-            raise UserError(f"--fetch-threads {self.fetch_threads}: at least 1 shard is fetched at a time")
-        if not self.retry_minutes >= 0:
-            raise UserError(f"--retry-minutes {self.retry_minutes}: it is 0 minutes or more")
+        require("--fetch-threads", self.fetch_threads, self.fetch_threads >= 1, "at least 1 shard is fetched at a time")
+        require("--retry-minutes", self.retry_minutes, self.retry_minutes >= 0, "it is 0 minutes or more")
 
     @property
     def limit(self) -> int:
@@ -237,17 +236,11 @@ class ShardCache:
             used -= size
         return used <= self.limit
 
-    @contextmanager
-    def _disk_trouble(self) -> Iterator[None]:
+    def _disk_trouble(self) -> AbstractContextManager[None]:
         """What the cache's disk does is no fault of a picture, which an OSError would be taken for."""
-        try:
-            yield
-        except OSError as error:
-            doing = f"using --cache-dir {self.folder}"
-            raise disk_error(error, doing) or UserError(
-                f"{doing} failed: {error.strerror}; see to the disk or name another folder, then run the same command "
-                "again (pretrain.py with --resume)"
-            ) from error
+        doing = f"using --cache-dir {self.folder}"
+        again = "then run the same command again (pretrain.py with --resume)"
+        return disk_errors(doing, f"{doing} failed", f"see to the disk or name another folder, {again}")
 
     @contextmanager
     def _room_locked(self) -> Iterator[None]:

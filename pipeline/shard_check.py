@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.dataset_file import file_sha256
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 from pipeline.foreign import components, picture_member, read_label, tar_samples
 from pipeline.listing import Rejected
 from pipeline.options import ShardingOptions
@@ -36,10 +36,8 @@ class CheckOptions:
 
     def check(self) -> None:
         """Raise UserError for numbers that make no sense."""
-        if self.decode_per_shard < 1:
-            raise UserError(f"--decode-per-shard {self.decode_per_shard}: must be at least 1")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: must be at least 1, or 0 for one per CPU core")
+        require("--decode-per-shard", self.decode_per_shard, self.decode_per_shard >= 1, "must be at least 1")
+        require("--workers", self.workers, self.workers >= 0, "must be at least 1, or 0 for one per CPU core")
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def unpack_tar(path: Path, spool: Path, quiet: bool) -> Path:
 def _decompress(path: Path, plain: Path, quiet: bool) -> None:
     module = compression(path)
     assert module is not None
-    text = f"unpacking {path.name} once into {plain.parent.name} (removed at the end)"
+    text = f"unpacking {path.name} once into {plain.parent.name} (removed when the dataset is complete)"
     with (
         open(path, "rb") as packed,
         progress(quiet, total=path.stat().st_size, unit="B", unit_scale=True, desc=text) as bar,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.augmentations import DRAWS, Augmentations
 from pipeline.counter_rng import philox4x32, seed_key, uniforms
-from pipeline.errors import UserError
+from pipeline.errors import require
 
 VIEWS = 2
 CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop.get_params
@@ -66,33 +66,28 @@ class ViewRecipe:
 
     def __post_init__(self) -> None:
         """Raise UserError for a recipe that no picture can follow."""
-        _check("--image-size", self.image_size, self.image_size >= 2, "a view has at least 2 px a side")
+        require("--image-size", self.image_size, self.image_size >= 2, "a view has at least 2 px a side")
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             probability = getattr(self, f"{name}_prob")
-            _check(f"--{name}-prob", probability, 0 <= probability <= 1, "a probability lies in 0 .. 1")
+            require(f"--{name}-prob", probability, 0 <= probability <= 1, "a probability lies in 0 .. 1")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
             rule = "it takes two numbers, 0 < low <= high"
-            _check(f"--{name.replace('_', '-')}", (low, high), 0 < low <= high < math.inf, rule)
-        _check("--crop-scale", self.crop_scale, self.crop_scale[1] <= 1, "a crop is no larger than its picture")
+            require(f"--{name.replace('_', '-')}", (low, high), 0 < low <= high < math.inf, rule)
+        require("--crop-scale", self.crop_scale, self.crop_scale[1] <= 1, "a crop is no larger than its picture")
         for name in ("brightness", "contrast", "saturation"):
-            _check(f"--{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "it lies in 0 .. 1")
-        _check("--hue", self.hue, 0 <= self.hue <= 0.5, "it lies in 0 .. 0.5 turns of the colour circle")
-        _check("--blur-radius", self.blur_radius, self.blur_radius >= 1, "the window reaches at least 1 px")
+            require(f"--{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "it lies in 0 .. 1")
+        require("--hue", self.hue, 0 <= self.hue <= 0.5, "it lies in 0 .. 0.5 turns of the colour circle")
+        require("--blur-radius", self.blur_radius, self.blur_radius >= 1, "the window reaches at least 1 px")
         threshold = self.solarize_threshold
-        _check("--solarize-threshold", threshold, 0 <= threshold <= 256, "it lies in 0 (all) .. 256 (none)")
-        _check("--mean", self.mean, all(map(math.isfinite, self.mean)), "it takes three numbers")
-        _check("--std", self.std, all(0 < std < math.inf for std in self.std), "a standard deviation is above 0")
+        require("--solarize-threshold", threshold, 0 <= threshold <= 256, "it lies in 0 (all) .. 256 (none)")
+        require("--mean", self.mean, all(map(math.isfinite, self.mean)), "it takes three numbers")
+        require("--std", self.std, all(0 < std < math.inf for std in self.std), "a standard deviation is above 0")
 
     @property
     def blur_window(self) -> int:
         """Width of the blur's window in px, odd; reflection at the border allows no more than the view's side."""
         return 2 * min(self.blur_radius, self.image_size - 1) + 1
-
-
-def _check(flag: str, value: object, holds: bool, rule: str) -> None:
-    if not holds:
-        raise UserError(f"{flag} {value}: {rule}")
 
 
 @dataclass(frozen=True)

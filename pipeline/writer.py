@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.completion import complete
 from pipeline.dataset_file import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
-from pipeline.disk import atomic_file, disk_error, exclusive_lock, make_exclusive, write_json
+from pipeline.disk import atomic_file, disk_errors, exclusive_lock, make_exclusive, write_json
 from pipeline.errors import UserError
 from pipeline.foreign import IndexJob, listing_fingerprint, open_tars
 from pipeline.label_file import dataset_classes
@@ -42,6 +42,7 @@ class Summary:
     rejected: dict[str, int]  # reason -> count
     bytes: int  # of all tars
     classes: int
+    labelled: bool  # whether each picture has a label
     seconds: float
     already_there: bool = False  # the dataset was complete before the call
 
@@ -63,23 +64,19 @@ def make_dataset(
     options = options or ShardingOptions()
     options.check()
     out, started = Path(out), time.monotonic()
-    try:
+    with disk_errors(f"making the dataset in {out}"):
         _check_place(source, out)
         if options.overwrite:
             remove_dataset(out)
         if (out / DATASET_FILE).exists():
             return _already_complete(source, out, options, started)
-        (out / PARTIAL_DIR).mkdir(parents=True, exist_ok=True)
+        with disk_errors(f"making {out}", f"OUT {out} cannot be made", "name another folder"):
+            (out / PARTIAL_DIR).mkdir(parents=True, exist_ok=True)
         with exclusive_lock(out / PARTIAL_DIR / "lock", shared=options.part is not None) as lock:
             info = _make(source, out, options, lock, quiet, in_process)
             if info is None:
                 return _already_complete(source, out, options, started)
             return _summary(out, info, started)
-    except OSError as error:
-        mended = disk_error(error, f"making the dataset in {out}")
-        if mended is None:
-            raise
-        raise mended from error
 
 
 def _make(
@@ -253,6 +250,7 @@ def _summary(out: Path, info: dict[str, Any], started: float, already_there: boo
         rejected=info["rejected"],
         bytes=sum(shard["bytes"] for shard in info["shards"]),
         classes=len(info["classes"]),
+        labelled=info.get("has_labels", True),  # of unfinished ones nothing is known
         seconds=time.monotonic() - started,
         already_there=already_there,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,32 @@ def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         exit_on_user_error(fail)
     assert (ended.value.code, capsys.readouterr().err) == (2, "error: value, rule, remedy\n")
+
+
+@pytest.mark.parametrize(("labelled", "told"), [(3, False), (2, True), (0, False)])
+def test_a_dataset_of_which_a_part_is_labelled_is_one_without_labels_and_that_is_told(
+    labelled: int,
+    told: bool,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pictures = sorted(photo_folder.rglob("*.png"))[:3]
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for number, picture in enumerate(pictures):
+            tar.add(picture, f"{number}.png")
+            if number < labelled:
+                (tmp_path / "label").write_text("0")
+                tar.add(tmp_path / "label", f"{number}.cls")
+    run(monkeypatch, f"wds:{tmp_path / 'in.tar'}", tmp_path / "out", "--workers", 1)
+    assert ("some pictures have no label" in capsys.readouterr().out) == told
+    assert ShardSet.open(tmp_path / "out").has_labels == (labelled == 3)
+
+
+def test_a_place_where_no_folder_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"OUT .* cannot be made: Not a directory; name another folder"):
+        run(monkeypatch, "synthetic:4", tmp_path / "file" / "out")

@@ -322,6 +322,17 @@ def test_a_run_folder_is_not_overwritten_and_not_mixed_up(
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()} == before
 
 
+def test_results_are_not_put_among_pictures_or_into_a_bucket(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    before = sorted(photo_dataset_path.iterdir())
+    assert run_here(monkeypatch, flags(photo_dataset_path, photo_dataset_path)) == 2
+    assert f"--run-dir {photo_dataset_path} is a dataset: name another folder" in capsys.readouterr().err
+    assert sorted(photo_dataset_path.iterdir()) == before
+    assert run_here(monkeypatch, flags(photo_dataset_path, Path("x"), "--run-dir", "s3://bucket/run")) == 2
+    assert "s3://bucket/run: results are written to a folder" in " ".join(capsys.readouterr().err.split())
+
+
 def test_resume_without_a_checkpoint_starts_and_says_so(
     undisturbed: Path, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

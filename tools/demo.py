@@ -21,6 +21,7 @@ from pathlib import Path
 import tyro
 
 from pipeline.errors import UserError, exit_on_user_error
+from pipeline.location import LocalPath
 from pipeline.shards import ShardSet
 from pipeline.sources import WDS
 
@@ -40,7 +41,7 @@ class DemoConfig:
 
     images: str = ""
     """Your pictures, as tools/make_shards.py takes them: a folder, a tar, parquet files. Empty: synthetic ones."""
-    out: Path = Path("demo")
+    out: LocalPath = Path("demo")
     """Folder for everything that is made; what a former demo left there is written again."""
     subtree: str = ""
     """Folder inside --images to train on. Empty: train/ where there are train/ and test/ or val/, else all."""

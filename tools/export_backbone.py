@@ -26,8 +26,9 @@ import tyro
 from typing_extensions import assert_never
 
 from model.backbone import Stem
-from pipeline.disk import atomic_file, disk_error
+from pipeline.disk import atomic_file, disk_errors
 from pipeline.errors import UserError, exit_on_user_error
+from pipeline.location import LocalPath
 from train.layouts import State, to_detectron2, to_official
 from train.weights import METADATA, Pixels, Weights, read_weights
 
@@ -40,7 +41,7 @@ class ExportConfig:
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """File with an encoder, or the folder of a run."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[LocalPath, tyro.conf.Positional]
     """File to write."""
     format: FormatName = "torchvision"
     """Whose names the weights get."""
@@ -59,13 +60,9 @@ def main() -> None:
     weights = read_weights(config.checkpoint, config.backbone, config.stem)
     if weights.stem == "default" and config.format in ("detectron2", "official"):
         raise UserError(f"--format {config.format} has names for ResNets only, and this is {weights.backbone}")
-    try:
+    with disk_errors(f"writing {config.out}", f"cannot write {config.out}", "name another file"):
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write(config.out, config.format, weights)
-    except OSError as error:
-        raise disk_error(error, f"writing {config.out}") or UserError(
-            f"cannot write {config.out}: {error.strerror}; name another file"
-        ) from error
     print(f"wrote {config.out}: {weights.describe()}\n{how_to_load(config.out, config.format, weights)}")
 
 

@@ -11,18 +11,21 @@
 SOURCE is a folder of pictures (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz, or a tar of class
 tars), a parquet file or a folder of them, synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are
 and are only indexed. Killed and started again it goes on with the shards that are missing.
+
+Pictures are JPEG, PNG, WebP, BMP, TIFF or PPM, and are known by their names, in small or capital letters: .jpg .jpeg
+.jpe .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from pipeline.errors import exit_on_user_error
+from pipeline.location import LocalPath
 from pipeline.options import ShardingOptions
 from pipeline.writer import Summary, make_dataset
 
@@ -33,7 +36,7 @@ class Command:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A folder of pictures, a tar, parquet files, synthetic:N or wds:PATTERN."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the dataset; made if it is not there."""
     sharding: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
 
@@ -64,6 +67,10 @@ def describe(summary: Summary) -> str:
     if summary.missing:
         lines.append(
             f"{summary.missing} shards of other parts are missing: the dataset is complete when they are built"
+        )
+    if summary.classes and not summary.labelled:
+        lines.append(
+            "some pictures have no label, and so the dataset counts as one without: no kNN, no train/linear.py"
         )
     return "\n".join(lines)
 

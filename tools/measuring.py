@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.disk import atomic_file
 from pipeline.workers import cores
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "webdataset")
@@ -94,9 +95,10 @@ def describe_machine() -> str:
     return "\n".join(f"{name}: {value}" for name, value in machine().items())
 
 
-def write_json(path: Path, results: Mapping[str, object]) -> None:
-    """Write results beside the machine's description."""
-    path.write_text(json.dumps({"machine": machine(), **results}, indent=2, default=asdict) + "\n")
+def write_results(path: Path, results: Mapping[str, object]) -> None:
+    """Write results beside the machine's description, as JSON."""
+    with atomic_file(path) as file:
+        file.write((json.dumps({"machine": machine(), **results}, indent=2, default=asdict) + "\n").encode())
 
 
 def _cpu_seconds() -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.backends import choose_backend
 from pipeline.delivery import PAIR_EPOCHS
-from pipeline.errors import UserError, exit_on_user_error
+from pipeline.errors import UserError, exit_on_user_error, require
 from pipeline.loader import Views, open_views
 from pipeline.loader_config import LoaderConfig
 from pipeline.location import Location
@@ -27,7 +27,7 @@ from pipeline.reference import decode
 from pipeline.shards import ShardSet
 from pipeline.span import Process, Span
 from pipeline.views import ViewRecipe
-from train.rules import check_seed, require
+from train.rules import check_seed
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255; shown as they are, nobody would see them
 CELL_INCHES = 1.5

@@ -29,6 +29,7 @@ import tyro
 from model.simsiam import SimSiamConfig
 from pipeline.backends import choose_backend
 from pipeline.delivery import share_of_cores
+from pipeline.disk import check_writable
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import open_dataset
 from pipeline.loader_config import LoaderConfig
@@ -41,7 +42,7 @@ from tools.imagenet_like import dataset_folder
 from tools.ladder import Bench, Rung, RungName, make_ladder
 from tools.ladder_plot import draw_ladder
 from tools.ladder_report import RungResult, Setting, as_json, describe, judge, table
-from tools.measuring import describe_machine, write_json
+from tools.measuring import describe_machine, write_results
 from tools.tuning import tune
 from tools.turns import Climber, Turn
 from train.build import prepare
@@ -140,18 +141,6 @@ def check(config: ProfileConfig) -> None:
             check_writable(flag, path)
 
 
-def check_writable(flag: str, path: Path) -> None:
-    """Raise UserError unless a file can be written at ``path``."""
-    there = path.exists()
-    try:
-        with open(path, "ab"):
-            pass
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another place") from error
-
-
 @contextmanager
 def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
     """The dataset to measure with, or one drawn for the purpose."""
@@ -219,7 +208,7 @@ def profile(config: ProfileConfig, bench: Bench, run: Run) -> None:
     print(table(results))
     print(describe(verdict))
     if config.json is not None:
-        write_json(config.json, {"config": _plain(config), **as_json(results, verdict)})
+        write_results(config.json, {"config": _plain(config), **as_json(results, verdict)})
         print(f"numbers: {config.json}")
     if config.plot is not None:
         draw_ladder(results, verdict, subtitle(bench, run)).savefig(config.plot, dpi=130)

@@ -25,8 +25,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.disk import disk_error, write_json
+from pipeline.disk import disk_errors, write_json
 from pipeline.errors import UserError, exit_on_user_error
+from pipeline.location import LocalPath
 from pipeline.shards import ShardSet
 from tools.paper_tables import TABLES, PaperTable, Variant
 from tools.reproduce_report import write_report
@@ -64,9 +65,9 @@ class ReproduceConfig:
     """Labelled dataset to measure on, of the same classes."""
     budget: float
     """Minutes for the whole sweep."""
-    out: Path | None = None
+    out: LocalPath | None = None
     """Folder of the runs; default: runs/reproduce/TABLE. A sweep that is there goes on."""
-    docs: Path | None = None
+    docs: LocalPath | None = None
     """Folder for TABLE.md and TABLE.png; default: that of the runs."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPUs if there are any."""
@@ -257,13 +258,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    try:
+    with disk_errors(f"writing {path}", f"cannot write {path}", "name another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, values)
-    except OSError as error:
-        raise disk_error(error, f"writing {path}") or UserError(
-            f"cannot write {path}: {error.strerror}; name another --out"
-        ) from error
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.disk import atomic_file, disk_error
-from pipeline.errors import UserError
+from pipeline.disk import atomic_file, disk_errors
 from tools.paper_tables import PAPER_SCALE, PaperTable, Variant
 from tools.plot_run import INK, QUIET, RunHistory, read_run
 from train.collapse import least_share
@@ -59,15 +58,11 @@ def write_report(
     plan = json.loads((folders[variants[0].name] / "plan.json").read_text(encoding="utf-8"))
     page = folder / f"{name}.md"
     text = describe(table, results, name=name, recipe=recipe, plan=plan, val_samples=val_samples, command=command)
-    try:
+    with disk_errors(f"writing {page}", f"cannot write {page}", "name another folder with --docs"):
         folder.mkdir(parents=True, exist_ok=True)
         draw(table, results, recipe, floor_of(results, plan)).savefig(page.with_suffix(".png"), dpi=120)
         with atomic_file(page) as file:
             file.write(text.encode())
-    except OSError as error:
-        raise disk_error(error, f"writing {page}") or UserError(
-            f"cannot write {page}: {error.strerror}; name another folder with --docs"
-        ) from error
     return page
 
 

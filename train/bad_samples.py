@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.assemble import too_many_bad_samples
-from pipeline.disk import disk_error, make_exclusive
+from pipeline.disk import disk_errors, make_exclusive
 from pipeline.loader import print_bad_sample
 from pipeline.shards import BadSampleError
 
@@ -37,11 +37,8 @@ class BadSampleRecord:
             "reason": error.reason,
             "replacement": (error.sample_id + 1) % self._num_samples,
         }
-        try:
-            with open(self._path, "a+b") as file:
-                lines = _add(file, line)
-        except OSError as failure:
-            raise disk_error(failure, f"writing {self._path}") or failure from failure
+        with disk_errors(f"writing {self._path}"), open(self._path, "a+b") as file:
+            lines = _add(file, line)
         if len(lines) > self._limit:
             found = [BadSampleError(bad["sample"], bad["shard"], bad["key"], bad["reason"]) for bad in lines]
             raise too_many_bad_samples(found, self._limit)

@@ -30,7 +30,7 @@ from train.step_guard import StepGuard
 from train.targets import make_targets
 from train.weights import initialise, read_weights
 
-SMALL_VIEW = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
+STEM_TOO_COARSE = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
 
 
 def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], None] = say) -> Run:
@@ -107,7 +107,7 @@ def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
 
 def _description(run: Run, weights_from: str, optimizer: str, loader: str) -> Iterator[str]:
     config, side = run.config, run.config.views.image_size
-    if side <= SMALL_VIEW and has_imagenet_stem(run.model.backbone):
+    if side <= STEM_TOO_COARSE and has_imagenet_stem(run.model.backbone):
         hint = "--stem cifar (stride 1) or --stem small keeps more of the picture"
         yield f"note: the ImageNet stem takes views of {side} px down to a quarter at once; {hint}"
     weights = sum(p.numel() for p in run.model.backbone.parameters()) / 1e6

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pipeline.dataset_file import file_sha256
-from pipeline.disk import atomic_file, disk_error
+from pipeline.disk import atomic_file, disk_errors
 from pipeline.errors import UserError
 
 CHECKPOINTS = "checkpoints"  # their folder in that of a run
@@ -39,10 +39,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int) -
     torch.save({"format": FORMAT, **state}, buffer)
     with buffer.getbuffer() as data:  # released here: left to the garbage collector it can crash Python 3.12.1
         path = folder / f"step-{step:09d}-{hashlib.sha256(data).hexdigest()[:HASH_DIGITS]}.pt"
-        try:
+        with disk_errors(f"writing the checkpoint {path}"):
             _write(path, data, step, keep)
-        except OSError as error:
-            raise disk_error(error, f"writing the checkpoint {path}") or error from error
     return path
 
 

@@ -13,7 +13,7 @@ from model.backbone import BACKBONES
 from model.simsiam import SimSiamConfig
 from pipeline.errors import UserError
 from pipeline.loader_config import LoaderConfig
-from pipeline.location import Location, Url
+from pipeline.location import LocalPath, Location, Url
 from pipeline.order import OrderConfig
 from pipeline.views import ViewRecipe
 from train.knn import KnnConfig
@@ -23,6 +23,7 @@ from train.precision import PrecisionName
 
 # Fields of SimSiamConfig that the first checkpoints lack; at their defaults they change nothing for them.
 NEWER_SWITCHES = ("pairs", "targets", "target_steps", "target_momentum")
+# Those of train/recipes.py; the tests compare them
 RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"]
 
 
@@ -32,7 +33,7 @@ class PretrainConfig:
 
     # Dataset folder; or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into --cache-dir
     data: Location
-    run_dir: Path  # where checkpoints, metrics and the plan go; on a file system that all machines share
+    run_dir: LocalPath  # where checkpoints, metrics and the plan go; on a file system that all machines share
     recipe: RecipeName | None = None  # take the defaults from train/recipes.py; with --help it shows them
     # Start from these weights: a checkpoint or run folder of ours, an official SimSiam checkpoint, torchvision's or
     # timm's weights, .safetensors. Heads of the same shape are taken too

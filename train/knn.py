@@ -26,10 +26,10 @@ import tyro
 from jaxtyping import Int64
 from torch import nn
 
-from pipeline.disk import disk_error, write_json
+from pipeline.disk import disk_errors, write_json
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader_config import LoaderConfig
-from pipeline.location import Location
+from pipeline.location import LocalPath, Location
 from pipeline.order import epoch_order
 from pipeline.shards import ShardSet
 from train.dist import Dist, distributed, on_main, say, sum_over_ranks, together, told_once
@@ -168,7 +168,7 @@ class KnnEvalConfig:
     temperature: float = 0.07  # Wu et al. 2018, section 4
     bank_size: int | None = None  # take only so many samples of --data, spread over it; None: all
     feature_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the memory of the training features
-    json: Path | None = None  # write the accuracies to this file as well
+    json: LocalPath | None = None  # write the accuracies to this file as well
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
     # Of the forward pass; auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
     precision: PrecisionName = "auto"
@@ -226,11 +226,9 @@ def _write(config: KnnEvalConfig, path: Path | None, scores: dict[int, Score]) -
     assert path is not None
     values: dict[str, Any] = {"checkpoint": config.encoder.checkpoint, "temperature": config.temperature}
     rows = [{"k": k, "top1": score.top1, "correct": score.correct, "total": score.total} for k, score in scores.items()]
-    try:
+    with disk_errors(f"writing {path}", f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**values, "knn": rows})
-    except OSError as error:
-        raise disk_error(error, f"writing {path}") or UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

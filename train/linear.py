@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -33,7 +32,7 @@ from pipeline.buffers import on_device
 from pipeline.errors import UserError, exit_on_user_error
 from pipeline.loader import open_crops
 from pipeline.loader_config import LoaderConfig
-from pipeline.location import Location
+from pipeline.location import LocalPath, Location
 from pipeline.order import batch_positions, epoch_order, steps_per_epoch
 from pipeline.shards import ShardSet
 from pipeline.span import Span
@@ -55,7 +54,7 @@ from train.linear_probe import LinearHeads, ProbeConfig, build_lars, count_corre
 from train.linear_run import LinearRun, Outcome
 from train.metrics import duration
 from train.precision import PrecisionName, choose_precision
-from train.rules import check_at_least_1, check_sgd
+from train.rules import check_at_least_1, check_divisible, check_sgd
 from train.subset import stratified
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, which the official code uses as it is
@@ -70,7 +69,7 @@ class LinearConfig:
     data: Location  # labelled dataset to train the classifier on
     val_data: Location  # labelled dataset to measure on, of the same classes; every picture counts exactly once
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
-    run_dir: Path | None = None  # folder for metrics.jsonl, summary.json and what --resume needs; None: print only
+    run_dir: LocalPath | None = None  # folder for metrics.jsonl, summary.json and what --resume needs; None: print only
     resume: bool = False  # go on after the last whole epoch in run_dir; from the start if there is none
     # Train on this share of each class only, 0.01 or 0.1 for low-label evaluation; --seed draws other samples
     fraction: float = 1.0
@@ -185,12 +184,7 @@ def check_numbers(config: LinearConfig, samples: int, world_size: int) -> int:
     check_at_least_1("--epochs", probe.epochs)
     check_at_least_1("--global-batch", probe.global_batch)
     check_sgd(probe.momentum, probe.weight_decay)
-    if probe.global_batch % world_size:
-        below = max(probe.global_batch // world_size, 1) * world_size
-        raise UserError(
-            f"--global-batch {probe.global_batch} cannot be divided by {world_size} processes: take a multiple of "
-            f"{world_size}, {below} or {below + world_size} for instance"
-        )
+    check_divisible(probe.global_batch, world_size, f"{world_size} processes")
     if probe.global_batch > samples:
         raise UserError(
             f"--global-batch {probe.global_batch} is more than the {samples} samples to train on: take at most "

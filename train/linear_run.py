@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.disk import disk_error, write_json
+from pipeline.disk import disk_errors, write_json
 from pipeline.errors import UserError
 from train.checkpoint import CHECKPOINTS, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
 from train.dist import Dist, on_main, say, together
@@ -92,12 +92,8 @@ class LinearRun:
     def _look(self, folder: Path, resume: bool) -> Path | None:
         if (folder / METRICS_FILE).exists() and not resume:
             raise UserError(f"--run-dir {folder} already holds a run: add --resume to go on with it, or name another")
-        try:
+        with disk_errors(f"writing {folder}", f"--run-dir {folder} cannot be made", "name another folder"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, f"writing {folder}") or UserError(
-                f"--run-dir {folder} cannot be made: {error.strerror}; name another folder"
-            ) from error
         found = find_checkpoint(folder / CHECKPOINTS).path if resume else None
         if found is None:
             cut_off(folder / METRICS_FILE, 0)  # an epoch whose checkpoint was never written comes again
@@ -128,11 +124,8 @@ class LinearRun:
 
     def _write(self, folder: Path, outcome: Outcome, step: int) -> None:
         lines = [{"epoch": outcome.epoch, "step": step, **head.as_json()} for head in outcome.heads]
-        try:
-            with open(folder / METRICS_FILE, "a", encoding="utf-8") as file:
-                file.write("".join(map(json_line, lines)))
-        except OSError as error:
-            raise disk_error(error, f"writing {folder}") or error from error
+        with disk_errors(f"writing {folder}"), open(folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write("".join(map(json_line, lines)))
         state = {
             "epoch": outcome.epoch,
             "step": step,
@@ -156,9 +149,7 @@ class LinearRun:
         values = {"epochs": outcome.epoch, **outcome.best.as_json(), "heads": [h.as_json() for h in outcome.heads]}
 
         def write() -> None:
-            try:
+            with disk_errors(f"writing {folder}"):
                 write_json(folder / SUMMARY_FILE, {"finished": True, **values, **more})
-            except OSError as error:
-                raise disk_error(error, f"writing {folder}") or error from error
 
         on_main(self._dist, write)

@@ -14,25 +14,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.disk import atomic_file, disk_error, strict_json
+from pipeline.disk import atomic_file, disk_errors, strict_json
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Let a full disk, or a missing permission, be a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise disk_error(error, f"writing {path}") or error from error
 
 
 class MetricsLog:
@@ -43,7 +33,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # takes over a second to import: not for every rank
 
         self._path = run_dir / METRICS_FILE
-        with _disk_errors(self._path):
+        with disk_errors(f"writing {self._path}"):
             kept = cut_off(self._path, resume_step)
             self._knn = {line["step"]: line["knn_top1"] for line in kept if "knn_top1" in line}
             self._last: dict[str, Any] = next((line for line in reversed(kept) if "loss" in line), {})
@@ -67,7 +57,7 @@ class MetricsLog:
     def write(self, epoch: int, step: int, **values: float) -> None:
         """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
         line: dict[str, Any] = {"epoch": epoch, "step": step, **values}
-        with _disk_errors(self._path):
+        with disk_errors(f"writing {self._path}"):
             self._file.write(json_line(line))
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -78,7 +68,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close. What could not be written before is tried once more, so this raises as ``write`` does."""
-        with _disk_errors(self._path):
+        with disk_errors(f"writing {self._path}"):
             try:
                 self._file.close()
             finally:
@@ -117,17 +107,17 @@ class SampleRecord:
     def __init__(self, run_dir: Path, rank: int) -> None:
         """Open for appending; ``cut_off`` has dropped what lies after the checkpoint. UserError as MetricsLog."""
         self._path = run_dir / f"samples-rank{rank}.jsonl"
-        with _disk_errors(self._path):
+        with disk_errors(f"writing {self._path}"):
             self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
 
     def write(self, step: int, ids: list[int]) -> None:
         """Append the ids of step number ``step`` (from 1). Raises UserError if there is no room."""
-        with _disk_errors(self._path):
+        with disk_errors(f"writing {self._path}"):
             self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
 
     def close(self) -> None:
         """Close the file. Raises UserError if there is no room."""
-        with _disk_errors(self._path):
+        with disk_errors(f"writing {self._path}"):
             self._file.close()
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import inf
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 from pipeline.order import steps_per_epoch
 from train.config import PretrainConfig
 from train.optim import Schedule, make_schedule
-from train.rules import check_at_least_1, check_seed, check_sgd, check_temperature, require
+from train.rules import check_at_least_1, check_divisible, check_seed, check_sgd, check_temperature
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,8 @@ def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunP
     """Compute the plan. Raises UserError for numbers that do not fit together."""
     _check_numbers(config)
     parts = world_size * config.accumulate
-    if config.global_batch % parts:
-        below = max(config.global_batch // parts, 1) * parts
-        by = f"{world_size} processes" + (f" x --accumulate {config.accumulate}" if config.accumulate > 1 else "")
-        raise UserError(
-            f"--global-batch {config.global_batch} cannot be divided by {by}: "
-            f"take a multiple of {parts}, {below} or {below + parts} for instance"
-        )
+    by = f"{world_size} processes" + (f" x --accumulate {config.accumulate}" if config.accumulate > 1 else "")
+    check_divisible(config.global_batch, parts, by)
     config.order.check(config.global_batch)
     if num_samples < config.global_batch:
         raise UserError(

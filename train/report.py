@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from pipeline.disk import disk_error, write_json
+from pipeline.disk import disk_errors, write_json
 from pipeline.read_costs import ReadCosts
 from pipeline.shards import ShardSet
 from pipeline.stalls import Stalls
@@ -174,10 +174,8 @@ class Reporter:
             "session_s": time.perf_counter() - self._start_s,
             "checkpoint": str(checkpoint.relative_to(self._config.run_dir)),
         }
-        try:
+        with disk_errors(f"writing {self._config.run_dir}"):
             write_json(self._config.run_dir / SUMMARY_FILE, values)
-        except OSError as error:
-            raise disk_error(error, f"writing {self._config.run_dir}") or error from error
 
 
 def _per_rank(waits: Waits) -> dict[str, float]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from math import inf
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 
 SEEDS = 1 << 64  # torch's generators and ours take 64 bits
-
-
-def require(flag: str, value: object, holds: bool, rule: str) -> None:
-    """Raise UserError unless the rule holds for the value of ``flag``."""
-    if not holds:
-        raise UserError(f"{flag} {value}: {rule}")
 
 
 def check_at_least_1(flag: str, count: int) -> None:
     """Of what is counted: steps, pictures, passes."""
     require(flag, count, count >= 1, "it must be at least 1")
+
+
+def check_divisible(global_batch: int, parts: int, by: str) -> None:
+    """Of a batch that ``parts`` share, which ``by`` describes."""
+    if global_batch % parts:
+        below = max(global_batch // parts, 1) * parts
+        raise UserError(
+            f"--global-batch {global_batch} cannot be divided by {by}: take a multiple of {parts}, {below} or "
+            f"{below + parts} for instance"
+        )
 
 
 def check_seed(seed: int) -> None:

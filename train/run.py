@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from model.simsiam import SimSiam
-from pipeline.disk import disk_error, write_json
+from pipeline.dataset_file import DATASET_FILE
+from pipeline.disk import disk_errors, write_json
 from pipeline.errors import UserError
 from pipeline.shards import ShardSet
 from train.background import CheckpointWriter, host_copy
@@ -61,6 +62,8 @@ def check_run_dir(run: Run) -> None:
     run_dir = run.config.run_dir
 
     def check() -> None:
+        if (run_dir / DATASET_FILE).exists():
+            raise UserError(f"--run-dir {run_dir} is a dataset: name another folder")
         taken = any((run_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS))
         if taken and not run.config.resume:
             raise UserError(f"--run-dir {run_dir} already holds a run: add --resume to go on with it, or name another")
@@ -74,14 +77,10 @@ def claim_run_dir(run: Run) -> None:
     together(run.dist, lambda: run.targets.claim(run_dir))
 
     def claim() -> None:
-        try:
+        with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / CONFIG_FILE, run.config.as_json())
             write_json(run_dir / PLAN_FILE, run.plan.as_json())
-        except OSError as error:
-            raise disk_error(error, f"writing {run_dir}") or UserError(
-                f"--run-dir {run_dir} cannot be made: {error.strerror}; name another folder"
-            ) from error
 
     on_main(run.dist, claim)
 
@@ -121,12 +120,10 @@ def _load(run: Run, path: Path) -> int:
 
 
 def _cut_off(run: Run) -> None:
-    """Drop what the former session wrote after its last checkpoint; those steps come again."""
-    try:
-        for path in (run.config.run_dir / METRICS_FILE, *run.config.run_dir.glob("samples-rank*.jsonl")):
+    """Drop samples of steps after the checkpoint: they come again. MetricsLog does so with its own lines."""
+    with disk_errors(f"writing {run.config.run_dir}"):
+        for path in run.config.run_dir.glob("samples-rank*.jsonl"):
             cut_off(path, run.step)
-    except OSError as error:
-        raise disk_error(error, f"writing {run.config.run_dir}") or error from error
 
 
 def save(run: Run) -> None:

@@ -22,7 +22,7 @@ from typing_extensions import assert_never
 
 from model.simsiam import SimSiam, SimSiamConfig, SimSiamOutput
 from pipeline.dataset_file import file_sha256
-from pipeline.disk import atomic_file, disk_error
+from pipeline.disk import atomic_file, disk_errors
 from pipeline.errors import UserError
 from pipeline.loader import Views
 from train.background import host_copy
@@ -160,16 +160,14 @@ class AveragedTargets:
             self._rows = np.zeros(self._shape, np.float32)
             return
         path = run_dir / f"targets-rank{self._dist.rank}.npy"
-        try:
+        with disk_errors(
+            f"making {path}", f"{path} cannot be made", "name another --run-dir, or take --target-memory ram"
+        ):
             run_dir.mkdir(parents=True, exist_ok=True)
             self._rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=self._shape)
             if hasattr(os, "posix_fallocate"):
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            raise disk_error(error, f"making {path}") or UserError(
-                f"{path} cannot be made: {error.strerror}; name another --run-dir, or take --target-memory ram"
-            ) from error
 
     def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
         """All rows as a file beside the checkpoints, named and described in this one; files of deleted ones go.
@@ -186,13 +184,11 @@ class AveragedTargets:
 
     def _write_file(self, rows: Float32[np.ndarray, "samples d"], folder: Path, step: int) -> dict[str, Any]:
         path = folder / f"targets-{step:09d}.npy"
-        try:
+        with disk_errors(f"writing {path}"):
             folder.mkdir(parents=True, exist_ok=True)
             _delete_unused(folder)
             with atomic_file(path) as file:
                 np.save(file, rows)
-        except OSError as error:
-            raise disk_error(error, f"writing {path}") or error from error
         return {"file": path.name, "sha256": file_sha256(path)}
 
     def load(self, state: dict[str, Any], folder: Path) -> None:
