@@ -238,10 +238,14 @@ def test_the_script(photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytes
     data = ["--data", photo_dataset_path, "--val-data", photo_dataset_path, "--checkpoint", "untrained:resnet_tiny"]
     out = tmp_path / "knn.json"
     assert run_script(monkeypatch, *data, "--image-size", 16, "--k", "5,1", "--json", out) == 0
+    assert "each is its own nearest neighbour" in (said := capsys.readouterr().out)
+    assert "more than there are samples" not in said
+    assert "k 1          top-1 100.00 % (48 of 48)" in said
     result = json.loads(out.read_text())
     assert [row["k"] for row in result["knn"]] == [1, 5]
     assert result["knn"][0] == {"k": 1, "top1": 100.0, "correct": 48, "total": 48}
-    assert "k 1          top-1 100.00 % (48 of 48)" in capsys.readouterr().out
+    assert run_script(monkeypatch, *data, "--image-size", 16, "--k", "49") == 0
+    assert "note: --k 49 is more than there are samples to compare with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 CHECKPOINT is a checkpoint of train/pretrain.py or the folder of a run (its newest one), or any other file that
 train/linear.py reads: official SimSiam checkpoints, torchvision's and timm's weights, safetensors.
 
-torchvision   .pth, state_dict of torchvision.models without the classifier
-timm          .pth, the same names: timm has them from torchvision
-detectron2    .pth, {"model", "__author__", "matching_heuristics"} with detectron2's names. Its DetectionCheckpointer
-              takes it as MODEL.WEIGHTS; unlike the .pkl of its own converters it is read without running code
-official      .pth, {"arch", "state_dict"} as facebookresearch/simsiam writes it, with projector and predictor if
-              CHECKPOINT has them
-safetensors   .safetensors, torchvision's names, and in the header the architecture and the pixels it expects
+- torchvision: .pth, state_dict of torchvision.models without the classifier
+- timm: .pth, the same names, which timm has from torchvision
+- detectron2: .pth, {"model", "__author__", "matching_heuristics"} with detectron2's names. Its DetectionCheckpointer
+takes it as MODEL.WEIGHTS; unlike the .pkl of its own converters it is read without running code
+- official: .pth, {"arch", "state_dict"} as facebookresearch/simsiam writes it, with projector and predictor if
+CHECKPOINT has them
+- safetensors: .safetensors, torchvision's names, and in the header the architecture and the pixels it expects
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def how_to_load(out: Path, layout: FormatName, weights: Weights) -> str:
     if ours_alone:
         build = f'm, _ = model.backbone.build_backbone("{name}", "{weights.stem}")'
     match layout:
+        case "detectron2" | "official" if ours_alone:
+            how = f"with {layout}'s code, once it builds the same layers"
         case "timm" if not ours_alone:
             how = f'timm.create_model("{name}", num_classes=0, checkpoint_path="{out}")'
         case "torchvision" | "timm":

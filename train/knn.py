@@ -193,6 +193,10 @@ def evaluate(config: KnnEvalConfig, dist: Dist) -> dict[int, Score]:
         dist, f"encoder      {encoder.weights.describe()}, pictures of {encoder.pixels.image_size} px, {precision.name}"
     )
     say(dist, f"kNN          {len(queries.ids):,} queries against {len(bank.ids):,} samples")
+    if bank.dataset.fingerprint == queries.dataset.fingerprint:
+        say(dist, "note: --data and --val-data are the same pictures, and each is its own nearest neighbour")
+    if max(ks) > len(bank.ids):
+        say(dist, f"note: --k {max(ks)} is more than there are samples to compare with: all of them vote")
     dtype = torch.float16 if config.feature_dtype == "float16" else torch.float32
     scores = score_neighbours(encoder.trunk, bank, queries, source, ks=ks, temperature=config.temperature, dtype=dtype)
     for k, score in scores.items():
