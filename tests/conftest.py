@@ -5,6 +5,8 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,10 @@ from pipeline.writer import make_dataset
 # The same examples in every run, and no deadline: a busy machine must not turn a test red.
 settings.register_profile("deterministic", deadline=None, derandomize=True)
 settings.load_profile("deterministic")
+
+# A shell lets what it runs in the background ignore Ctrl-C, and processes that tests start would inherit that.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

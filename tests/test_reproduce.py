@@ -289,7 +289,8 @@ CHILD = """
 import os, pathlib, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 os.kill(os.getppid(), signal.SIGINT)  # Ctrl-C reaches the sweep
-signal.sigwait({signal.SIGTERM})
+if signal.sigtimedwait({signal.SIGTERM}, 60) is None:
+    sys.exit(1)
 pathlib.Path(sys.argv[1]).write_text("checkpoint")
 sys.exit(75)
 """
