@@ -22,7 +22,7 @@ def check_one_copy(script: Path, imported: Path) -> None:
 
     As with one environment for two worktrees. A copy that was installed whole is as its installer wanted it.
     """
-    own = script.resolve().parents[1] if len(script.resolve().parents) > 1 else imported
+    own = script.resolve().parent.parent
     checkouts = all((folder / "setup.py").is_file() for folder in (own, imported))
     if checkouts and own != imported.resolve() and (own / "pipeline" / "errors.py").is_file():
         raise UserError(
@@ -34,7 +34,8 @@ def check_one_copy(script: Path, imported: Path) -> None:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2."""
     try:
-        check_one_copy(Path(str(getattr(sys.modules["__main__"], "__file__", ""))), Path(__file__).parents[1])
+        if (script := getattr(sys.modules["__main__"], "__file__", None)) is not None:
+            check_one_copy(Path(script), Path(__file__).parents[1])
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

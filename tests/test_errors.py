@@ -33,6 +33,5 @@ def test_everything_else_is_not(tmp_path: Path) -> None:
         (one / "tools" / "make_shards.py", installed),  # pip install, without -e
         (users, one),
         (Path("script.py"), one),
-        (Path(), one),  # no file: an interactive session
     ):
         check_one_copy(script, imported)
