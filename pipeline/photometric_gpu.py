@@ -46,8 +46,9 @@ def transform_on_gpu(
     out = torch.empty((count, side, side, 3), dtype=dtype, device=squares.device)
     blocks = triton.cdiv(pixels, ROW_BLOCK)
     radius = recipe.blur_window // 2
-    _colour[(count,)](squares, coloured, flags, numbers, pixels, BLOCK=COLOUR_BLOCK)
-    _blur_rows[(count, 3, blocks)](coloured, rows, numbers, side, RADIUS=radius, BLOCK=ROW_BLOCK)
+    # Colours are truncated to bytes as on the CPU, where a * b + c is rounded twice; sums of the blur may be fused.
+    _colour[(count,)](squares, coloured, flags, numbers, pixels, BLOCK=COLOUR_BLOCK, enable_fp_fusion=False)
+    _blur_rows[(count, 3, blocks)](coloured, rows, numbers, side, RADIUS=radius, BLOCK=ROW_BLOCK, enable_fp_fusion=True)
     _finish[(count, 3, blocks)](
         coloured,
         rows,
@@ -60,6 +61,7 @@ def transform_on_gpu(
         side,
         RADIUS=radius,
         BLOCK=ROW_BLOCK,
+        enable_fp_fusion=True,
     )
     return out.permute(0, 3, 1, 2)
 

@@ -46,7 +46,9 @@ def test_kernels_compile_without_a_gpu(capability: int, out: str) -> None:
             signature=signature | dict.fromkeys(constants, "constexpr"),
             constexprs=constants,
         )
-        compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32))
+        options = {"enable_fp_fusion": name != "_colour"}  # as the stage asks for
+        compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert ("fma.rn.f32" in compiled.asm["ptx"]) == options["enable_fp_fusion"]
         assert f".target sm_{capability}" in compiled.asm["ptx"]
         assert len(compiled.asm["cubin"]) > 0
 
