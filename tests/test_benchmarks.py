@@ -150,7 +150,7 @@ def test_the_same_pictures_come_again_under_other_names(photo_dataset: ShardSet,
 )
 def test_what_cannot_be_measured_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sharding.check(sharding.Config(Path("data"), **fields))
+        sharding.check(sharding.Config(Path("data"), **{"megabytes": 1.0, "full_megabytes": 1.0, **fields}))
 
 
 def test_results_of_sharding_are_reported(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
