@@ -12,7 +12,7 @@ TEST_STAMP    := $(VENV)/.installed-test
 IMAGES ?=
 # More options of tools/demo.py, as in  make demo DEMO_ARGS="--out /tmp/demo"
 DEMO_ARGS ?=
-# What pytest runs, as in  make test TESTS="tests/test_order.py -x"
+# What pytest runs, as in  make test TESTS="tests/pipeline/sampling/test_order.py -x"
 TESTS ?=
 
 .DEFAULT_GOAL := help

@@ -1,6 +1,6 @@
 """Owns the package's metadata and its dependencies. Settings of the development tools are in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 RUNTIME = [
     "torch>=2.11",
@@ -40,7 +40,7 @@ setup(
     version="0.1.0",
     description="SimSiam pretraining whose loop is bound by the GPU, not by the data",
     python_requires=">=3.10",
-    packages=["pipeline", "model", "train", "tools"],
+    packages=find_packages(include=["pipeline*", "model*", "train*", "tools*"]),
     install_requires=RUNTIME,
     extras_require={"parquet": PARQUET, "s3": S3, "gcs": GCS, "hf": HF, "test": TEST},
 )

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import tyro
 
-from model.simsiam import SimSiam, SimSiamConfig, simsiam_loss
-from pipeline.errors import exit_on_user_error
-from tools.measuring import Run, Spread, alternate, describe_machine, write_results
-from train.background import CheckpointWriter, host_copy
-from train.checkpoint import save_checkpoint
+from model.methods.simsiam import SimSiam, SimSiamConfig, simsiam_loss
+from pipeline.common.errors import exit_on_user_error
+from tools.common.measuring import Run, Spread, alternate, describe_machine, write_results
+from train.storage.checkpoints import CheckpointWriter, host_copy, save_checkpoint
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 import tyro
 
-from pipeline.dataset_file import SAMPLE_DTYPE
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader_config import LoaderConfig
-from pipeline.order import OrderConfig
-from pipeline.row_check import compare_rows
-from pipeline.shards import ShardSet
-from pipeline.views import ViewRecipe
-from tools.ladder import Advance, Bench, read_bytes, whole_loader
-from tools.measuring import Spread, alternate, describe_machine, ratio, write_results
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.format import SAMPLE_DTYPE
+from pipeline.dataset.row_check import compare_rows
+from pipeline.loader.config import LoaderConfig
+from pipeline.sampling.order import OrderConfig
+from pipeline.sampling.views import ViewRecipe
+from tools.common.measuring import Spread, alternate, describe_machine, ratio, write_results
+from tools.throughput.stages import Advance, Bench, read_bytes, whole_loader
 
 GPU_RATE = 4000  # images/s of one rank; a fast GPU with a small backbone
 CRC_SECONDS = 1.0  # of CPU; how long the checksum alone is measured, each time

@@ -13,20 +13,20 @@ from typing import Any, Literal
 
 import torch
 
-from model.simsiam import SimSiamConfig
-from pipeline.disk import atomic_file
-from pipeline.errors import UserError
-from pipeline.loader_config import LoaderConfig
-from pipeline.shards import ShardSet
-from pipeline.views import ViewRecipe
-from tools.gpu_watch import GpuWatch
-from tools.ladder import Advance, Bench, Rung
-from tools.ladder_report import RungResult
-from tools.profile_throughput import ProfileConfig, build
-from tools.turns import FEWEST_BATCHES, Climber, Turn
-from train.dist import Dist, distributed
-from train.optim import OptimConfig
-from train.run import Run
+from model.methods.simsiam import SimSiamConfig
+from pipeline.common.errors import UserError
+from pipeline.common.files import atomic_file
+from pipeline.dataset.dataset import ShardSet
+from pipeline.loader.config import LoaderConfig
+from pipeline.sampling.views import ViewRecipe
+from tools.common.gpu_monitor import GpuWatch
+from tools.throughput.report import RungResult
+from tools.throughput.stages import Advance, Bench, Rung
+from tools.throughput.timing import FEWEST_BATCHES, Climber, Turn
+from tools.throughput.workload import ProfileConfig, build
+from train.distributed.process_group import Dist, distributed
+from train.engine.run import Run
+from train.optimization.optimizer import OptimConfig
 
 WARM_STEPS = 3  # algorithms are chosen, code is compiled
 

@@ -17,14 +17,14 @@ from gpu_bench import Suite
 from gpu_steps import make_contiguous, number_format, with_plain_sgd
 from loader_vs_official import official_loader, write_folder
 
-from pipeline.delivery import share_of_cores
-from pipeline.loader import Views
-from pipeline.views import ViewRecipe
-from tools.ladder import Advance
-from tools.ladder_report import RungResult
-from tools.turns import Climber, Turn
-from train.pretrain import train_step
-from train.run import Run
+from pipeline.common.system import share_of_cores
+from pipeline.loader.loader import Views
+from pipeline.sampling.views import ViewRecipe
+from tools.throughput.report import RungResult
+from tools.throughput.stages import Advance
+from tools.throughput.timing import Climber, Turn
+from train.engine.loop import train_step
+from train.engine.run import Run
 
 OFFICIAL_PICTURES = 1000
 

@@ -10,10 +10,9 @@ from gpu_official import official
 from gpu_pictures import decode, loader, parity
 from gpu_steps import compiled, model
 
-from tools.ladder import Rung, make_ladder, model_step
-from tools.ladder_plot import draw_ladder
-from tools.ladder_report import RungResult, as_json, describe, judge, table
-from tools.profile_throughput import setting_of, subtitle
+from tools.throughput.report import RungResult, as_json, describe, draw_ladder, judge, table
+from tools.throughput.stages import Rung, make_ladder, model_step
+from tools.throughput.workload import setting_of, subtitle
 
 
 def ladder(suite: Suite) -> None:

@@ -10,12 +10,13 @@ import torch
 from gpu_bench import Suite
 from torch import Tensor
 
-from pipeline.loader import open_views
-from pipeline.loader_config import DaliConfig, LoaderConfig
-from pipeline.span import Process, Span
-from pipeline.views import ViewRecipe
-from tools.ladder import make_ladder
-from tools.ladder_report import RungResult
+from pipeline.backends.base import DaliConfig
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.loader import open_views
+from pipeline.sampling.sampler import Process, Span
+from pipeline.sampling.views import ViewRecipe
+from tools.throughput.report import RungResult
+from tools.throughput.stages import make_ladder
 
 PARITY_SAMPLES = 64
 HW_LOADS = (0.65, 0.0, 1.0)  # profile_throughput.py --tune tries more of them

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.ladder_report import TITLES
-from tools.measuring import Spread
+from tools.common.measuring import Spread
+from tools.throughput.report import TITLES
 
 HEADINGS = {
     "parity": "Parity with torchvision (absolute difference, of 255)",

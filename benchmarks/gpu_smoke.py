@@ -27,20 +27,19 @@ import tyro
 from gpu_bench import toy_or_real
 from gpu_pictures import decoders
 
-from model.simsiam import SimSiamConfig
-from pipeline import reference
-from pipeline.batch import Batch
-from pipeline.errors import exit_on_user_error
-from pipeline.loader_config import DaliConfig
-from pipeline.photometric import Photometric
-from pipeline.shards import ShardSet
-from pipeline.views import ViewRecipe, draw_views
-from tools.ladder import Bench
-from tools.measuring import describe_machine
-from tools.profile_throughput import ProfileConfig, build
-from train.dist import Dist, distributed
-from train.pretrain import train_step
-from train.run import Run
+from model.methods.simsiam import SimSiamConfig
+from pipeline.backends import reference
+from pipeline.backends.base import Batch, DaliConfig
+from pipeline.backends.photometric import Photometric
+from pipeline.common.errors import exit_on_user_error
+from pipeline.dataset.dataset import ShardSet
+from pipeline.sampling.views import ViewRecipe, draw_views
+from tools.common.measuring import describe_machine
+from tools.throughput.stages import Bench
+from tools.throughput.workload import ProfileConfig, build
+from train.distributed.process_group import Dist, distributed
+from train.engine.loop import train_step
+from train.engine.run import Run
 
 PICTURES = 16
 BATCH = 32
@@ -86,7 +85,7 @@ class Smoke:
 
     def squares(self, decoder: DaliConfig) -> str:
         """DALI against PIL and torchvision."""
-        from pipeline.dali import DaliSquares
+        from pipeline.backends.dali_backend import DaliSquares
 
         batch, side = self.batch(), self._recipe.image_size
         _, made = next(DaliSquares(iter([batch]), side, len(batch), 2, self._dist.device, decoder))

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from gpu_bench import Suite
 
-from pipeline.loader import Views
-from tools.ladder import model_step
-from tools.ladder_report import RungResult
-from train.optim import parameter_groups
-from train.run import Run
-from train.step_guard import StepGuard
+from pipeline.loader.loader import Views
+from tools.throughput.report import RungResult
+from tools.throughput.stages import model_step
+from train.engine.run import Run
+from train.optimization.optimizer import parameter_groups
+from train.optimization.precision import StepGuard
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 

@@ -34,10 +34,10 @@ from gpu_bench import Suite, toy_or_real
 from gpu_parts import PARTS, Part
 from gpu_report import markdown
 
-from pipeline.disk import check_writable
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.shards import ShardSet
-from tools.measuring import describe_machine, machine
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.files import check_writable
+from pipeline.dataset.dataset import ShardSet
+from tools.common.measuring import describe_machine, machine
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from pipeline.delivery import share_of_cores
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader import open_views
-from pipeline.loader_config import LoaderConfig
-from pipeline.shards import ShardSet
-from pipeline.span import Process, Span
-from pipeline.views import ViewRecipe
-from tools.measuring import Spread, alternate, describe_machine, ratio, write_results
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.system import share_of_cores
+from pipeline.dataset.dataset import ShardSet
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.loader import open_views
+from pipeline.sampling.sampler import Process, Span
+from pipeline.sampling.views import ViewRecipe
+from tools.common.measuring import Spread, alternate, describe_machine, ratio, write_results
 
 
 @dataclass(frozen=True)

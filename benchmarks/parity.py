@@ -21,17 +21,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import reference
-from pipeline.backends import choose_backend
-from pipeline.batch import Batch
-from pipeline.delivery import share_of_cores
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader_config import LoaderConfig
-from pipeline.photometric import Photometric
-from pipeline.shards import ShardSet
-from pipeline.stages import Setup
-from pipeline.views import VIEWS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
-from tools.measuring import describe_machine
+from pipeline.backends import reference
+from pipeline.backends.base import Batch, DaliConfig, Setup
+from pipeline.backends.photometric import Photometric
+from pipeline.backends.select import choose_backend
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.system import share_of_cores
+from pipeline.dataset.dataset import ShardSet
+from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
+from tools.common.measuring import describe_machine
 
 BATCH = 20  # pictures at a time
 CLOSE = 4  # of 255: what the share in the last column lies within
@@ -185,10 +183,10 @@ class Parity:
             self.results["whole recipe"].add(ours, theirs.permute(0, 3, 1, 2))
 
     def _squares(self, batch: Batch) -> list[UInt8[Tensor, "n s s 3"]]:
-        from pipeline.dali_backend import cut_squares
+        from pipeline.backends.dali_backend import cut_squares
 
         device, pool = self._device, self._pool
-        setup = Setup(self._recipe, LoaderConfig(), len(batch), device, torch.float32, pool, self._threads)
+        setup = Setup(self._recipe, DaliConfig(), len(batch), device, torch.float32, pool, self._threads)
         return next(cut_squares(setup, iter([batch])))[1]
 
     def _transform(

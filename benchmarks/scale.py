@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 import tyro
 
-from pipeline.dataset_file import FORMAT_VERSION, SAMPLE_DTYPE
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.order import Order, OrderConfig, batch_positions, choose_order, node_positions, steps_per_epoch
-from pipeline.shards import ShardSet
-from pipeline.views import ViewRecipe, draw_views
-from tools.measuring import Spread, describe_machine, write_results
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.format import FORMAT_VERSION, SAMPLE_DTYPE
+from pipeline.sampling.order import Order, OrderConfig, choose_order
+from pipeline.sampling.sampler import batch_positions, node_positions, steps_per_epoch
+from pipeline.sampling.views import ViewRecipe, draw_views
+from tools.common.measuring import Spread, describe_machine, write_results
 
 ONE_RANK = "one-rank"  # first word of the command line of a process that is one rank
 STREAMS = 8

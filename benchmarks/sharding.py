@@ -27,11 +27,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.options import ShardingOptions
-from pipeline.shards import ShardSet
-from pipeline.writer import make_dataset
-from tools.measuring import Run, Spread, alternate, describe_machine, write_results
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.dataset.dataset import ShardSet
+from pipeline.sharding.make_dataset import make_dataset
+from pipeline.sharding.options import ShardingOptions
+from tools.common.measuring import Run, Spread, alternate, describe_machine, write_results
 
 Verify = Literal["full", "header", "none"]
 

@@ -23,14 +23,14 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.options import ShardingOptions
-from pipeline.shards import ShardSet
-from pipeline.writer import make_dataset
-from tools.measuring import describe_machine, write_results
-from train.bad_samples import BAD_SAMPLES_FILE
-from train.metrics import METRICS_FILE, read_lines
-from train.preemption import EXIT_PREEMPTED
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.dataset.dataset import ShardSet
+from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
+from pipeline.sharding.make_dataset import make_dataset
+from pipeline.sharding.options import ShardingOptions
+from tools.common.measuring import describe_machine, write_results
+from train.distributed.stop_signals import EXIT_PREEMPTED
+from train.storage.run_folder import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = (sys.executable, str(ROOT / "train" / "pretrain.py"))

@@ -15,7 +15,6 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
 
 Stem = Literal["default", "imagenet", "cifar", "small"]
-
 # Channels of resnet_tiny's first stage. Forward and backward of two views of 128 pictures at 32 px on 2 cores:
 # 52 ms at 16 channels, 107 ms at 24, 155 ms at 32. At 24 the loader still has time on the same cores.
 TINY_WIDTH = 24
@@ -55,8 +54,8 @@ def _resnet(build: Callable[..., ResNet]) -> Callable[[], ResNet]:
     return trunk
 
 
-# To add one, write a line here and run tests/test_backbone.py, which looks at each of them. A trunk that is no ResNet
-# brings its own first layers: Backbone(function, features, "default", ("default",)).
+# To add one, write a line here and run tests/model/test_backbone.py, which checks each of them. A backbone that is no
+# ResNet brings its own first layers: Backbone(function, features, "default", ("default",)).
 BACKBONES: dict[str, Backbone] = {
     "resnet18": Backbone(_resnet(models.resnet18), 512),
     "resnet34": Backbone(_resnet(models.resnet34), 512),

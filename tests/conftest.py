@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tests.helpers.annotated  # noqa: F401  # before the modules that it checks
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,11 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from photos import write_photo_folder
 
-from pipeline.options import ShardingOptions
-from pipeline.shards import ShardSet
-from pipeline.writer import make_dataset
+from pipeline.dataset.dataset import ShardSet
+from pipeline.sharding.make_dataset import make_dataset
+from pipeline.sharding.options import ShardingOptions
+from tests.helpers.photos import write_photo_folder
+
+# Processes that tests start import tests.helpers too.
+ROOT = str(Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 # The same examples in every run, and no deadline: a busy machine must not turn a test red.
 settings.register_profile("deterministic", deadline=None, derandomize=True)

@@ -1,21 +1,22 @@
-"""Every module with annotated arrays has them checked under pytest, or is known here to be one that cannot."""
+"""Every module with annotated arrays has its shapes and dtypes checked under pytest."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[1]
-COMPILED = {"pipeline.photometric_gpu"}  # Triton reads the kernels' source, and cannot call what wraps them
+from model.embedding_stats import z_std
+from tests.helpers.annotated import annotated_modules
 
 
-def test_annotated_modules_are_checked(pytestconfig: pytest.Config) -> None:
-    annotated = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for package in ("model", "pipeline", "train", "tools")
-        for path in (ROOT / package).rglob("*.py")
-        if "from jaxtyping import" in path.read_text(encoding="utf-8")
-    }
-    checked = set(pytestconfig.getoption("--jaxtyping-packages").split(","))
-    assert annotated - checked == COMPILED, "add what is missing to --jaxtyping-packages in pyproject.toml"
+@pytest.mark.parametrize("module", annotated_modules())
+def test_annotated_modules_are_checked(module: str) -> None:
+    loader = importlib.import_module(module).__loader__
+    assert "jaxtyping" in type(loader).__module__, f"{module} was imported before tests/conftest.py set the checks up"
+
+
+def test_a_wrong_shape_is_an_error() -> None:
+    with pytest.raises(Exception, match="z_std"):
+        z_std(torch.zeros(3))

@@ -14,10 +14,10 @@ from tools import (
     make_shards,
     plot_run,
     preview_views,
-    profile_throughput,
-    reproduce,
 )
-from train.config import PretrainConfig
+from tools.reproduction import sweep as sweep_module
+from tools.throughput import workload as workload_module
+from train.config.run_config import PretrainConfig
 from train.knn import KnnEvalConfig
 from train.linear import LinearConfig
 
@@ -31,8 +31,8 @@ COMMANDS = [
     export_backbone.ExportConfig,
     plot_run.PlotConfig,
     preview_views.PreviewConfig,
-    profile_throughput.ProfileConfig,
-    reproduce.ReproduceConfig,
+    workload_module.ProfileConfig,
+    sweep_module.ReproduceConfig,
 ]
 ENTRY = re.compile(r"(--?[a-z]|\[?[A-Z{|]{2,})")  # a flag or a positional argument, at the left edge of its box
 

@@ -20,11 +20,11 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.disk import check_writable, disk_errors, write_json
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.inspection import Duplicates, Inspection, inspect_dataset
-from pipeline.repair import repair_dataset
-from pipeline.shard_check import CheckOptions
+from pipeline.checking.check_dataset import Duplicates, Inspection, inspect_dataset
+from pipeline.checking.check_shard import CheckOptions
+from pipeline.checking.repair import repair_dataset
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.files import check_writable, disk_errors, write_json
 
 CLASSES_SHOWN = 5  # smallest and largest classes that the report names
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import tyro
 
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.location import LocalPath
-from pipeline.shards import ShardSet
-from pipeline.sources import WDS
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import LocalPath
+from pipeline.dataset.dataset import ShardSet
+from pipeline.sources.readers import WDS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
@@ -182,7 +182,7 @@ def plan(pictures: int, steps: int) -> Schedule:
 
 def report(config: DemoConfig, has_test: bool, seconds: float) -> str:
     """The results and where they are, for people."""
-    from tools.plot_run import read_run
+    from train.storage.run_folder import read_run
 
     history = read_run(config.out / "run")
     lines = ["", "Results", f"  loss {history.loss[0]:.3f} -> {history.loss[-1]:.3f} in {history.steps[-1]:,} steps"]
@@ -214,16 +214,17 @@ def raw_pixel_accuracy(config: DemoConfig, has_test: bool) -> float:
     """20-NN accuracy in percent of the pixels themselves, on the pictures that the run's own kNN compares."""
     import torch
 
-    from pipeline.loader_config import LoaderConfig
-    from pipeline.views import ViewRecipe
-    from train.dist import Dist
-    from train.knn import KnnConfig, OnlineKnn, PictureSource
-    from train.precision import choose_precision
+    from pipeline.loader.config import LoaderConfig
+    from pipeline.sampling.views import ViewRecipe
+    from train.distributed.process_group import Dist
+    from train.evaluation.features import PictureSource
+    from train.evaluation.knn_monitor import KnnConfig, OnlineKnn
+    from train.optimization.precision import choose_precision
 
     cpu = torch.device("cpu")
     precision = choose_precision("fp32", cpu)
     recipe = ViewRecipe(image_size=config.image_size)
-    source = PictureSource(recipe, LoaderConfig(), Dist(0, 1, 0, 1, cpu), precision.autocast, precision.view_dtype)
+    source = PictureSource(recipe, LoaderConfig(), Dist.alone(cpu), precision.autocast, precision.view_dtype)
     knn = OnlineKnn(dataset_of(config), KnnConfig(data=config.out / "test" if has_test else None), source)
     return knn.evaluate(torch.nn.Flatten())
 

@@ -26,11 +26,11 @@ import tyro
 from typing_extensions import assert_never
 
 from model.backbone import Stem
-from pipeline.disk import atomic_file, disk_errors
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.location import LocalPath
-from train.layouts import State, to_detectron2, to_official
-from train.weights import METADATA, Pixels, Weights, read_weights
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.files import atomic_file, disk_errors
+from pipeline.common.locations import LocalPath
+from train.storage.encoder_files import METADATA, Pixels, Weights, read_weights
+from train.storage.encoder_formats import State, to_detectron2, to_official
 
 FormatName = Literal["torchvision", "timm", "detectron2", "official", "safetensors"]
 

@@ -24,10 +24,10 @@ from typing import Annotated
 
 import tyro
 
-from pipeline.errors import exit_on_user_error
-from pipeline.location import LocalPath
-from pipeline.options import ShardingOptions
-from pipeline.writer import Summary, make_dataset
+from pipeline.common.errors import exit_on_user_error
+from pipeline.common.locations import LocalPath
+from pipeline.sharding.make_dataset import Summary, make_dataset
+from pipeline.sharding.options import ShardingOptions
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,20 @@ untrained encoder upward. A run that is still going can be plotted at any time.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from pipeline.errors import UserError, exit_on_user_error
-from train.metrics import METRICS_FILE, read_lines
+from pipeline.common.errors import UserError, exit_on_user_error
+from tools.common.plot_style import INK, QUIET
+from train.storage.run_folder import RunHistory, read_run
 
-INK, QUIET = "#22313f", "#8a949e"
 LOSS_COLOUR, STD_COLOUR, KNN_COLOUR = "#1f5fa8", "#b4511d", "#1d7a4f"
 
 
@@ -32,22 +31,6 @@ class PlotConfig:
     """Run folder, as train/pretrain.py wrote it."""
     out: Annotated[Path | None, tyro.conf.Positional] = None
     """The PNG to write; default: RUN_DIR/plot.png."""
-
-
-@dataclass(frozen=True)
-class RunHistory:
-    """What a run folder tells: per logged step loss and z_std, per evaluation the kNN accuracy."""
-
-    name: str
-    title: str
-    steps: tuple[int, ...]
-    loss: tuple[float, ...]
-    z_std: tuple[float, ...]
-    knn_steps: tuple[int, ...]
-    knn_top1: tuple[float, ...]  # percent
-    dim: int  # width d of z
-    classes: int | None  # for the line of chance; None where it is unknown
-    steps_per_epoch: int
 
 
 def main() -> None:
@@ -62,34 +45,6 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
     print(out)
-
-
-def read_run(run_dir: Path) -> RunHistory:
-    """Read config.json, plan.json and metrics.jsonl. Raises UserError if they are missing, damaged or still empty."""
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no folder: give a run folder of train/pretrain.py (its --run-dir)")
-    config, plan = (_read_json(run_dir / name) for name in ("config.json", "plan.json"))
-    try:
-        lines = read_lines(run_dir / METRICS_FILE)
-        logged = [line for line in lines if "loss" in line]
-        knn = [line for line in lines if "knn_top1" in line]
-        if not logged:
-            raise UserError(f"{run_dir / METRICS_FILE} has no logged step yet: let the run do its first step")
-        return RunHistory(
-            name=str(run_dir),
-            title=f"{config['model']['backbone']} at {config['views']['image_size']} px, "
-            f"global batch {plan['global_batch']}, {plan['num_samples']:,} pictures",
-            steps=tuple(line["step"] for line in logged),
-            loss=tuple(line["loss"] for line in logged),
-            z_std=tuple(line["z_std"] for line in logged),
-            knn_steps=tuple(line["step"] for line in knn),
-            knn_top1=tuple(line["knn_top1"] for line in knn),
-            dim=config["model"]["dim"],
-            classes=_count_classes(Path(config["data"])),
-            steps_per_epoch=plan["steps_per_epoch"],
-        )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{run_dir} is no run folder that this version wrote ({error!r}); give another one") from error
 
 
 def draw(run: RunHistory) -> Figure:
@@ -153,26 +108,6 @@ def _draw_knn(axes: Axes, run: RunHistory) -> None:
 def _highest(values: tuple[float, ...]) -> float:
     """The highest finite value; a run that went wrong has others, which are left out of the curve."""
     return max((value for value in values if math.isfinite(value)), default=0.0)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give a run folder of train/pretrain.py (its --run-dir)") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give another run folder") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not what train/pretrain.py writes: give another run folder")
-    return value
-
-
-def _count_classes(data: Path) -> int | None:
-    """The dataset may have been moved since; then there is no line of chance."""
-    try:
-        return len(json.loads((data / "dataset.json").read_text(encoding="utf-8"))["classes"]) or None
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 if __name__ == "__main__":

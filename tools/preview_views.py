@@ -17,17 +17,16 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pipeline.backends import choose_backend
-from pipeline.delivery import PAIR_EPOCHS
-from pipeline.errors import UserError, exit_on_user_error, require
-from pipeline.loader import Views, open_views
-from pipeline.loader_config import LoaderConfig
-from pipeline.location import Location
-from pipeline.reference import decode
-from pipeline.shards import ShardSet
-from pipeline.span import Process, Span
-from pipeline.views import ViewRecipe
-from train.rules import check_seed
+from pipeline.backends.reference import decode
+from pipeline.backends.select import choose_backend
+from pipeline.common.errors import UserError, check_seed, exit_on_user_error, require
+from pipeline.common.locations import Location
+from pipeline.dataset.dataset import ShardSet
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.loader import Views, open_views
+from pipeline.loader.producer import PAIR_EPOCHS
+from pipeline.sampling.sampler import Process, Span
+from pipeline.sampling.views import ViewRecipe
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255; shown as they are, nobody would see them
 CELL_INCHES = 1.5

@@ -20,141 +20,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
-from jaxtyping import Int64
-from torch import nn
 
-from pipeline.disk import disk_errors, write_json
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader_config import LoaderConfig
-from pipeline.location import LocalPath, Location
-from pipeline.order import epoch_order
-from pipeline.shards import ShardSet
-from train.dist import Dist, distributed, on_main, say, sum_over_ranks, together, told_once
-from train.features import (
-    NOT_SEEN,
+from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
+from pipeline.common.files import disk_errors, write_json
+from pipeline.common.locations import LocalPath, Location
+from pipeline.loader.config import LoaderConfig
+from train.distributed.collectives import on_main, say, together
+from train.distributed.process_group import Dist, distributed, told_once
+from train.evaluation.features import (
     EncoderConfig,
     PictureSource,
     Samples,
     check_same_classes,
-    each_rank,
-    labelled_features,
     open_frozen,
     open_labelled,
-    split_ids,
 )
-from train.neighbours import Neighbours
-from train.precision import PrecisionName, choose_precision
-from train.rules import check_at_least_1, check_temperature
-
-BANK_SEED = 0  # which samples make the bank is the same in every run, so that accuracies compare
-HELD_OUT = 0.1  # share of the bank's samples that become queries where no --knn-data is given
-MAX_QUERIES_HELD_OUT = 10_000
-
-
-@dataclass(frozen=True)
-class KnnConfig:
-    """The online kNN accuracy of the backbone's features, where the dataset has labels."""
-
-    # Labelled dataset to classify, of the same classes; None: a tenth of the bank, held out
-    data: Annotated[Location | None, tyro.conf.arg(name="knn-data")] = None
-    k: Annotated[int, tyro.conf.arg(name="knn-k")] = 20  # neighbours; Wu et al. take 200
-    temperature: Annotated[float, tyro.conf.arg(name="knn-temperature")] = 0.07  # Wu et al., section 4
-    bank_size: Annotated[int, tyro.conf.arg(name="knn-bank-size")] = 50_000  # training samples to compare with
-    every: Annotated[int, tyro.conf.arg(name="knn-every")] = 1  # epochs between two evaluations; 0 = never
-
-
-@dataclass(frozen=True)
-class Score:
-    """Queries classified rightly, and how many there were."""
-
-    correct: int
-    total: int
-
-    @property
-    def top1(self) -> float:
-        """Accuracy in percent."""
-        return 100.0 * self.correct / max(self.total, 1)
-
-
-def score_neighbours(
-    backbone: nn.Module,
-    bank: Samples,
-    queries: Samples,
-    source: PictureSource,
-    *,
-    ks: list[int],
-    temperature: float,
-    dtype: torch.dtype = torch.float32,
-    tolerant: bool = False,
-) -> dict[int, Score]:
-    """Classify ``queries`` by the k nearest of ``bank``, for each k; every rank gets the same scores. A collective.
-
-    ``dtype``: how the bank's features are kept. ``tolerant``: leave out pictures that cannot be read, which otherwise
-    raise SharedError.
-    """
-    dist = source.dist
-    mine, my_labels = labelled_features(backbone, bank, source, dtype=dtype, tolerant=tolerant)
-    asked, answers = labelled_features(backbone, queries, source, tolerant=tolerant)
-    neighbours = Neighbours(asked, min(max(ks), len(bank.ids)))
-    counts = [len(part) for part in split_ids(bank.ids, dist.world_size)]
-    parts = zip(each_rank(dist, mine, counts), each_rank(dist, my_labels, counts), strict=True)
-    with dist.activity.waiting("comparing with the features of all ranks"):
-        for features, labels in parts:
-            seen = labels != NOT_SEEN
-            if not tolerant or bool(seen.all()):
-                neighbours.add(features, labels)
-            else:
-                neighbours.add(features[seen], labels[seen])
-        classes = len(bank.dataset.classes)
-        right = [(neighbours.vote(k, temperature, classes) == answers).sum() for k in ks]
-        *correct, total = sum_over_ranks(dist, torch.stack([*right, (answers != NOT_SEEN).sum()])).tolist()
-    return {k: Score(n, total) for k, n in zip(ks, correct, strict=True)}
-
-
-class OnlineKnn:
-    """The bank and the queries of a run, chosen once."""
-
-    def __init__(self, train: ShardSet, config: KnnConfig, source: PictureSource) -> None:
-        """Raises UserError if --knn-data does not fit the training set."""
-        self._config, self._source = config, source
-        ids = bank_ids(train.num_samples, config.bank_size)
-        if config.data is None:
-            queries = min(max(1, int(len(ids) * HELD_OUT)), MAX_QUERIES_HELD_OUT)
-            self._bank, self._queries = Samples.sorted(train, ids[:-queries]), Samples.sorted(train, ids[-queries:])
-        else:
-            query_set = open_labelled(config.data, "--knn-data", source.loader)
-            check_same_classes("--knn-data", query_set, train)
-            self._bank, self._queries = Samples.sorted(train, ids), Samples.all_of(query_set)
-        if len(self._bank.ids) == 0:
-            raise UserError(
-                f"kNN has nothing to compare with: of {train.num_samples} samples, --knn-bank-size {config.bank_size} "
-                "leaves one, which is to be classified; take more, or --knn-every 0"
-            )
-
-    def describe(self) -> str:
-        """What is compared with what, for people."""
-        queries, bank = len(self._queries.ids), len(self._bank.ids)
-        held_out = " held out of them (the encoder trains on their pictures)" if self._config.data is None else ""
-        return f"{queries:,} queries{held_out} against {bank:,} training samples, k {self._config.k}"
-
-    def evaluate(self, backbone: nn.Module) -> float:
-        """Top-1 accuracy in percent, the same on every rank. Raises Abandoned as the source says. A collective.
-
-        A picture that rotted since it was sharded is left out, and does not stop the training.
-        """
-        k, temperature = self._config.k, self._config.temperature
-        scores = score_neighbours(
-            backbone, self._bank, self._queries, self._source, ks=[k], temperature=temperature, tolerant=True
-        )
-        return scores[k].top1
-
-
-def bank_ids(num_samples: int, bank_size: int) -> Int64[np.ndarray, " n"]:
-    """At most ``bank_size`` samples, spread over the whole dataset, the same for every run."""
-    return epoch_order(num_samples, BANK_SEED, 0, np.arange(min(bank_size, num_samples), dtype=np.int64))
+from train.evaluation.knn_monitor import Score, bank_ids, check_temperature, score_neighbours
+from train.optimization.precision import PrecisionName, choose_precision
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.buffers import on_device
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.loader import open_crops
-from pipeline.loader_config import LoaderConfig
-from pipeline.location import LocalPath, Location
-from pipeline.order import batch_positions, epoch_order, steps_per_epoch
-from pipeline.shards import ShardSet
-from pipeline.span import Span
-from train.dist import Dist, distributed, mean_over_ranks, say, sum_over_ranks, together, told_once
-from train.features import (
+from pipeline.common.buffers import on_device
+from pipeline.common.errors import UserError, check_at_least_1, check_divisible, exit_on_user_error
+from pipeline.common.locations import LocalPath, Location
+from pipeline.common.system import duration
+from pipeline.dataset.dataset import ShardSet
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.loader import open_crops
+from pipeline.sampling.order import epoch_order
+from pipeline.sampling.sampler import Span, batch_positions, steps_per_epoch
+from train.distributed.collectives import mean_over_ranks, say, sum_over_ranks, together
+from train.distributed.process_group import Dist, distributed, told_once
+from train.evaluation.features import (
     PICTURES_PER_PASS,
     EncoderConfig,
     Frozen,
@@ -50,15 +52,20 @@ from train.features import (
     open_labelled,
     split_ids,
 )
-from train.linear_probe import LinearHeads, ProbeConfig, build_lars, count_correct, head_losses, set_rates
-from train.linear_run import LinearRun, Outcome
-from train.metrics import duration
-from train.precision import PrecisionName, choose_precision
-from train.rules import check_at_least_1, check_divisible, check_sgd
-from train.subset import stratified
+from train.evaluation.linear_probe import (
+    LinearHeads,
+    ProbeConfig,
+    build_lars,
+    count_correct,
+    head_losses,
+    set_rates,
+    stratified,
+)
+from train.evaluation.linear_results import LinearRun, Outcome
+from train.optimization.optimizer import check_sgd
+from train.optimization.precision import PrecisionName, choose_precision
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, which the official code uses as it is
-
 Batch = tuple[Float[Tensor, "n d"], Int64[Tensor, " n"]]  # features and labels of one rank's part of one step
 
 

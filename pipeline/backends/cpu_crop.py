@@ -1,0 +1,89 @@
+"""Owns cutting the views out of decoded pictures on a CPU: crop and resize as torchvision does, in threads.
+
+torch's antialiased resize of bytes costs a CPU far less than DALI's, and gives torchvision's bytes because it is what
+torchvision calls. On a GPU DALI cuts, in the graph that decodes: see dali.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.nn.functional import interpolate
+from typing_extensions import assert_never
+
+from pipeline.backends import reference
+from pipeline.backends.base import Batch, UndecodableBatchError
+from pipeline.backends.photometric import parts_of
+from pipeline.common.buffers import Buffers
+from pipeline.sampling.views import CentreCrops, ViewParams
+
+SERIAL_SIDE = 64  # px; so small a view is made in less time than threads take to pass the interpreter's lock around
+# Where there is no AVX2 torchvision resizes in float32 and rounds.
+BYTES_RESIZED_AS_SUCH = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+Decoded = tuple[Batch, list[UInt8[Tensor, "_ _ 3"]]]  # pictures of their own height and width
+
+
+class CutSquares:
+    """An iterator over batches of cut squares: uint8 ``[n, s, s, 3]`` for each view, planar in memory."""
+
+    def __init__(self, decoded: Iterator[Decoded], image_size: int, pool: ThreadPoolExecutor, threads: int) -> None:
+        """``pool`` has ``threads`` workers."""
+        self._decoded = decoded
+        self._image_size = image_size
+        self._pool = pool
+        self._threads = threads
+        self._buffers = Buffers(torch.uint8)
+
+    def __iter__(self) -> CutSquares:
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]:
+        """The next batch and its squares. Raises UndecodableBatchError, after which the iteration may go on."""
+        batch, pictures = next(self._decoded)
+        views = batch.windows.views if isinstance(batch.windows, ViewParams) else 1
+        shape = (len(batch), 3, self._image_size, self._image_size)
+        squares = [self._buffers.lend(shape) for _ in range(views)]
+
+        def cut(part: slice) -> None:
+            for sample in range(part.start, part.stop):
+                for view, square in enumerate(self._squares(batch, pictures[sample].permute(2, 0, 1), sample)):
+                    squares[view][sample].copy_(square)
+
+        try:
+            if self._image_size <= SERIAL_SIDE:
+                cut(slice(0, len(batch)))
+            else:
+                list(self._pool.map(cut, parts_of(len(batch), self._threads)))
+        except ValueError as error:  # the picture is not of the size that the windows were drawn for
+            raise UndecodableBatchError(batch, str(error)) from error
+        return batch, [square.permute(0, 2, 3, 1) for square in squares]
+
+    def _squares(self, batch: Batch, picture: UInt8[Tensor, "3 h w"], sample: int) -> Iterator[UInt8[Tensor, "3 s s"]]:
+        match batch.windows:
+            case ViewParams() as params:
+                for view in range(params.views):
+                    yield resized_crop(picture, params, sample, view, self._image_size)
+            case CentreCrops() as crops:
+                yield reference.centre_crop(picture, crops, sample, self._image_size)
+            case _:
+                assert_never(batch.windows)
+
+
+def resized_crop(
+    picture: UInt8[Tensor, "3 h w"], params: ViewParams, sample: int, view: int, image_size: int
+) -> UInt8[Tensor, "3 s s"]:
+    """The reference's bytes, without torchvision's way to them, which costs more than the work on a small picture.
+
+    Raises ValueError as the reference does.
+    """
+    if not BYTES_RESIZED_AS_SUCH:
+        return reference.resized_crop(picture, params, sample, view, image_size)
+    top, left, height, width = params.crop[sample, view].tolist()
+    reference.check_inside(picture, top + height, left + width)
+    window = picture[:, top : top + height, left : left + width]
+    return interpolate(window[None], (image_size, image_size), mode="bilinear", antialias=True)[0]

@@ -1,0 +1,313 @@
+"""Owns the DALI graphs: decode on a CPU; decode once and cut one square for each view on a GPU. Alone imports DALI.
+
+The graph draws nothing and reads no files: encoded bytes and windows come in through external_source, batch by batch,
+in the order in which they are pulled. Colour, blur and normalisation follow in pipeline/backends/photometric.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from nvidia import nvimgcodec
+from nvidia.dali import backend as dali_backend
+from nvidia.dali import types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from pipeline.backends.base import Batch, DaliConfig, Delivered, Setup, Stages, UndecodableBatchError
+from pipeline.backends.cpu_crop import CutSquares
+from pipeline.backends.photometric import Photometric
+from pipeline.common.buffers import HeldUntilRead
+from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams
+
+_END = object()
+GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
+# In an error of DALI's: no picture caused it, and to look for one would only hide it.
+_GPU_AT_FAULT = re.compile(r"CUDA (runtime|driver) API error|CUDA allocation failed|cudaError|CUDA_ERROR_")
+
+
+class _Inputs:
+    """What DALI pulls. Apart from the pipeline, so that no cycle keeps that alive: a forked child would abort on it.
+
+    DALI 2.4 ends the process (a segmentation fault, in batches of 32 and more) when its decoder cannot read a
+    picture's header. So every header is read here first, by the parser that the decoder has, and a batch with one that
+    it cannot read is not given to DALI.
+    """
+
+    def __init__(self, batches: Iterator[Batch], encoded: bool) -> None:
+        """``encoded``: the batches hold encoded pictures."""
+        self._batches = batches
+        self._encoded = encoded
+        self._next = next(batches, None)
+        self.windows = self._next.windows if self._next is not None else None  # of the first batch, as of all
+        self.pulled: deque[tuple[Batch, str | None]] = deque()  # in order; why DALI was not given the batch
+        self.failed = False  # whether those who make the batches did; DALI's own errors look alike
+
+    def pull(self) -> list[list[NDArray]]:
+        """One batch's inputs, as DALI asks for them; StopIteration at the end."""
+        while True:
+            batch, self._next = (self._read() if self._next is None else self._next), None
+            refusal = _unreadable_header(batch) if self._encoded else None
+            self.pulled.append((batch, refusal))
+            if refusal is None:
+                break
+        match batch.windows:
+            case ViewParams(crop=crop, views=views):
+                windows = [crop[:, view, corner : corner + 2] for view in range(views) for corner in (0, 2)]
+            case CentreCrops(start=start, end=end):
+                windows = [start, end]
+        return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]
+
+    def _read(self) -> Batch:
+        try:
+            return next(self._batches)
+        except BaseException as error:
+            self.failed = not isinstance(error, StopIteration)
+            raise
+
+
+class DaliPictures:
+    """An iterator over batches and their decoded pictures, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, none."""
+
+    _encoded = True  # what comes in
+
+    def __init__(
+        self, batches: Iterator[Batch], max_batch: int, threads: int, device: torch.device, config: DaliConfig
+    ) -> None:
+        """``batches`` is pulled ``config.prefetch`` ahead; all its batches hold views, or all hold centre crops."""
+        self._inputs = _Inputs(batches, self._encoded)
+        self._made: Any = None  # what DALI made of the next batch that it was given: its outputs, or how it ended
+        self._device = device
+        self._config = config
+        self._pipeline = Pipeline(
+            batch_size=max_batch,
+            num_threads=threads,
+            device_id=device.index or 0 if device.type == "cuda" else None,
+            seed=GRAPH_SEED,
+            prefetch_queue_depth=config.prefetch,
+            exec_dynamic=True,
+        )
+        with self._pipeline:
+            self._pipeline.set_outputs(*self._graph())
+        self._pipeline.build()
+
+    def __iter__(self) -> DaliPictures:
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "*shape 3"]]]:
+        """The next batch and what the graph makes of it.
+
+        Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU is to blame; and
+        what the batches' own iterator raises.
+        """
+        if self._made is None:
+            self._made = self._run()
+        if not self._inputs.pulled:
+            raise StopIteration
+        batch, refusal = self._inputs.pulled.popleft()
+        if refusal is not None:
+            raise UndecodableBatchError(batch, refusal)
+        made, self._made = self._made, None
+        if isinstance(made, RuntimeError):
+            raise UndecodableBatchError(batch, _reason(made)) from made
+        return batch, self._tensors(made)
+
+    def _run(self) -> Any:
+        """Outputs; or the error that the next batch has caused; or _END, when there is no batch any more.
+
+        An error without its traceback, which holds the frames and with them the pipeline: see _Inputs.
+        """
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            return self._pipeline.run(stream)
+        except StopIteration:
+            return _END
+        except RuntimeError as error:
+            if self._inputs.failed or _GPU_AT_FAULT.search(str(error)):
+                raise
+            return error.with_traceback(None)
+
+    def _graph(self) -> list[DataNode]:
+        inputs = self._inputs
+        return [self._decode(fn.external_source(source=lambda: inputs.pull()[0], batch=True))]
+
+    def _tensors(self, outputs: Any) -> list[Tensor]:
+        if self._device.type == "cuda":  # they are decoded to be measured
+            return []
+        return [torch.from_dlpack(picture) for picture in outputs[0]]
+
+    def _decode(self, encoded: DataNode) -> DataNode:
+        mixed = self._device.type == "cuda" and self._config.decoder == "mixed"
+        options: dict[str, Any] = {
+            "hw_decoder_load": self._config.hw_decoder_load,
+            "preallocate_width_hint": self._config.preallocate_side,
+            "preallocate_height_hint": self._config.preallocate_side,
+            "jpeg_fancy_upsampling": self._config.smooth_chroma,  # what PIL and DALI's CPU decoder do
+        }
+        decoded = fn.decoders.image(
+            encoded,
+            device="mixed" if mixed else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,  # torchvision ignores EXIF orientation; DALI would turn the picture
+            **(options if mixed else {}),
+        )
+        return decoded.gpu() if self._device.type == "cuda" and not mixed else decoded
+
+
+class DaliSquares(DaliPictures):
+    """An iterator over batches of cut squares, uint8 ``[n, s, s, 3]`` for each view, on ``device``."""
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        image_size: int,
+        max_batch: int,
+        threads: int,
+        device: torch.device,
+        config: DaliConfig,
+    ) -> None:
+        """As of DaliPictures; ``image_size`` is the side of the squares, px."""
+        self._image_size = image_size
+        super().__init__(batches, max_batch, threads, device, config)
+
+    def _tensors(self, outputs: Any) -> list[Tensor]:
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def _graph(self) -> list[DataNode]:
+        match self._inputs.windows:
+            case CentreCrops():
+                return self._centre_squares()
+            case ViewParams(views=views):
+                return self._view_squares(views)
+            case None:  # nothing will come
+                return self._view_squares(VIEWS)
+
+    def _resize(self, pictures: DataNode, **window: DataNode) -> DataNode:
+        side = self._image_size
+        return fn.resize(pictures, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True, **window)
+
+    def _view_squares(self, views: int) -> list[DataNode]:
+        """Cut, then resize: nothing outside the window may bleed in."""
+        encoded, *windows = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * views, batch=True)
+        return self._cut(self._decode(encoded), windows)
+
+    def _cut(self, pictures: DataNode, windows: list[DataNode]) -> list[DataNode]:
+        return [
+            self._resize(fn.slice(pictures, start=start, shape=shape, axes=(0, 1)))
+            for start, shape in zip(windows[::2], windows[1::2], strict=True)
+        ]
+
+    def _centre_squares(self) -> list[DataNode]:
+        """Resize as if the whole picture were resized, but compute its centre alone."""
+        encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
+        return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
+
+
+class DaliCrops(DaliSquares):
+    """The crops alone, for measuring; in place of encoded pictures batches hold decoded ``[h, w, 3]`` on ``device``."""
+
+    _encoded = False
+
+    def _graph(self) -> list[DataNode]:
+        """Pictures may lie on the GPU and windows never do, so each has a source of its own."""
+        inputs = self._inputs
+        waiting: tuple[deque, deque] = (deque(), deque())
+
+        def pull(half: int) -> Any:
+            if not waiting[half]:
+                pictures, *windows = inputs.pull()
+                waiting[0].append(pictures)
+                waiting[1].append(windows)
+            return waiting[half].popleft()
+
+        place = "gpu" if self._device.type == "cuda" else "cpu"
+        pictures = fn.external_source(source=lambda: pull(0), device=place, layout="HWC", batch=True)
+        windows = fn.external_source(source=lambda: pull(1), num_outputs=2 * VIEWS, batch=True)
+        return self._cut(pictures, list(windows))
+
+
+def release_unused_memory() -> None:
+    """Give back the memory that DALI keeps for later pipelines."""
+    dali_backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # its stub lacks it
+
+
+def _unreadable_header(batch: Batch) -> str | None:
+    """Why DALI's decoder would not take one of the pictures; None if it would take them all."""
+    for picture in batch.encoded:
+        try:
+            _ = nvimgcodec.CodeStream(picture).height  # the constructor alone does not look
+        except RuntimeError as error:
+            return f"DALI: its decoder cannot read the header: {' '.join(str(error).split())}"
+    return None
+
+
+def _reason(error: RuntimeError) -> str:
+    """DALI's message in one line, without the trace of the graph's making that comes before it."""
+    message = str(error).rpartition("encountered:")[2]
+    lines = (line.strip() for line in message.splitlines())
+    return "DALI: " + " ".join(
+        line for line in lines if line and not line.startswith(("C++ context", "Current pipeline"))
+    )
+
+
+class DaliBackend:
+    """Decodes with DALI; the colours follow in the compiled photometric stage."""
+
+    def views(self, setup: Setup, batches: Iterator[Batch]) -> Iterator[Delivered]:
+        """Batches and their views; the iterator raises UndecodableBatchError, after which it may go on."""
+        photometric, held = _photometric(setup), HeldUntilRead()
+
+        def finish(cut: tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]) -> Delivered:
+            batch, squares = cut
+            views = photometric(squares, batch.windows)
+            if setup.device.type == "cuda":
+                held.keep(squares)
+            return batch, views
+
+        return map(finish, cut_squares(setup, batches))  # no generator, which an error would end
+
+    def stages(self, setup: Setup) -> Stages:
+        """The stages as ``views`` sets them up."""
+        return Stages(
+            decode=lambda batches: DaliPictures(batches, setup.max_batch, setup.threads, setup.device, setup.dali),
+            crop=lambda batches: (squares for _, squares in _cut_decoded(setup, batches)),
+            photometric=_photometric(setup),
+        )
+
+    def release_memory(self) -> None:
+        """Give back what DALI keeps for later pipelines."""
+        release_unused_memory()
+
+
+def cut_squares(setup: Setup, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]]:
+    """Batches decoded by DALI and cut: on a GPU by DALI too, on a CPU by torch.
+
+    The iterator raises UndecodableBatchError, after which it may go on.
+    """
+    settings = (setup.max_batch, setup.threads, setup.device, setup.dali)
+    if setup.device.type == "cuda":
+        return DaliSquares(batches, setup.recipe.image_size, *settings)
+    return CutSquares(DaliPictures(batches, *settings), setup.recipe.image_size, setup.pool, setup.threads)
+
+
+def _cut_decoded(setup: Setup, batches: Iterator[Batch]) -> Iterator[Any]:
+    """As ``cut_squares``, from batches of decoded pictures."""
+    if setup.device.type == "cuda":
+        settings = (setup.max_batch, setup.threads, setup.device, setup.dali)
+        return DaliCrops(batches, setup.recipe.image_size, *settings)
+    decoded = ((batch, [torch.from_numpy(picture) for picture in batch.encoded]) for batch in batches)
+    return CutSquares(decoded, setup.recipe.image_size, setup.pool, setup.threads)
+
+
+def _photometric(setup: Setup) -> Photometric:
+    return Photometric(setup.recipe, setup.device, setup.dtype, setup.pool, setup.threads)

@@ -1,0 +1,52 @@
+"""Owns the choice of back end, and what happens when one of them meets a picture that it cannot decode.
+
+This is the one place that knows which back end runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+from typing_extensions import assert_never
+
+from pipeline.backends.base import Backend
+from pipeline.backends.torchvision_backend import TorchvisionBackend
+from pipeline.common.errors import UserError
+
+BackendName = Literal["dali", "torchvision"]
+
+
+def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[BackendName, str]:
+    """The back end that will run, and why. Raises UserError if the one asked for is not installed."""
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    match requested:
+        case "torchvision":
+            return "torchvision", "asked for"
+        case "dali" if installed:
+            return "dali", "asked for"
+        case "dali":
+            raise UserError(
+                "backend dali: NVIDIA DALI is not installed. It exists for Linux (pip install nvidia-dali-cuda130); "
+                "elsewhere use --backend torchvision"
+            )
+        case "auto" if installed:
+            return "dali", "it is installed"
+        case "auto":
+            return "torchvision", "DALI is not installed; this back end is several times slower"
+        case _:
+            assert_never(requested)
+
+
+def open_backend(requested: Literal["auto", "dali", "torchvision"]) -> Backend:
+    """The back end that will run. Raises UserError as ``choose_backend``."""
+    name, _ = choose_backend(requested)
+    match name:
+        case "dali":
+            from pipeline.backends.dali_backend import DaliBackend
+
+            return DaliBackend()
+        case "torchvision":
+            return TorchvisionBackend()
+        case _:
+            assert_never(name)

@@ -1,0 +1,252 @@
+"""Owns the examination of a whole dataset: what is damaged, and what its owner should know.
+
+The tars are the truth: dataset.json, samples.npy and DALI's indexes are compared with them, shard by shard, in threads
+(hashing and decoding release the interpreter's lock). Memory stays bounded: one shard a thread, and a fixed budget for
+the search for duplicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.checking.check_shard import CheckOptions, Damage, Findings, Records, ShardFindings, check_shard
+from pipeline.common.errors import UserError
+from pipeline.common.system import cores, progress
+from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.dataset.format import (
+    DATASET_FILE,
+    PARTIAL_DIR,
+    REJECTED_FILE,
+    SAMPLE_DTYPE,
+    SAMPLES_FILE,
+    file_sha256,
+    read_dataset_file,
+)
+from pipeline.sources.readers import WDS
+
+GROUPS_LISTED = 1000  # groups of equal pictures that a report names; all are counted
+KEYS_AT_ONCE = 1 << 25  # pictures compared at a time in the search for duplicates: 256 MB of keys
+ROWS_AT_ONCE = 1 << 20  # rows of samples.npy looked at together: 32 MB
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Pictures that are there more than once, byte for byte."""
+
+    groups: int
+    redundant: int  # pictures that could be left out
+    other_labels: int  # groups whose members do not all have one label
+    listed: tuple[tuple[int, ...], ...]  # sample ids of the first GROUPS_LISTED groups
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What came out. ``damage`` must be mended; everything else is only worth knowing."""
+
+    path: Path
+    samples: int
+    shards: int
+    bytes: int  # of all tars
+    readable_rows: int  # of samples.npy; what follows from rows is counted over these
+    decoded: int  # pictures that were decoded
+    damage: tuple[Damage, ...]
+    class_counts: dict[str, int]  # class name -> samples
+    unlabelled: int
+    duplicates: Duplicates
+    shard_samples: tuple[int, int]  # smallest, largest
+
+    @property
+    def fine(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damage
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        return {**asdict(self), "path": str(self.path), "fine": self.fine}
+
+
+def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -> Inspection:
+    """Examine the dataset in folder ``path``. Raises UserError if there is none, or one that is only half-written."""
+    options.check()
+    info, damage = _read_record(path)
+    if info is None:
+        return Inspection(path, 0, 0, 0, 0, 0, tuple(damage), {}, 0, Duplicates(0, 0, 0, ()), (0, 0))
+    records, more = _open_records(path, info)
+    damage += more
+    decoded = 0
+    with (
+        ThreadPoolExecutor(options.workers or cores()) as pool,
+        progress(quiet, total=info["num_samples"], unit=" pictures", desc="checking") as bar,
+    ):
+        for shard, found in zip(records.dataset.shards, _in_order(pool, records, options), strict=True):
+            damage += found.damage
+            decoded += found.decoded
+            bar.update(shard.samples)
+    counts, unlabelled = _count_labels(records.dataset)
+    if records.dataset.has_labels and unlabelled:
+        damage.append(Damage(DATASET_FILE, f"says that all have labels, and {unlabelled:,} have none", 1, ()))
+    sizes = [shard.samples for shard in records.dataset.shards]
+    return Inspection(
+        path=path,
+        samples=info["num_samples"],
+        shards=len(sizes),
+        bytes=sum(shard.bytes for shard in records.dataset.shards),
+        readable_rows=len(records.dataset.samples),
+        decoded=decoded,
+        damage=tuple(damage),
+        class_counts=dict(zip(map(str, records.dataset.classes), counts, strict=True)),
+        unlabelled=unlabelled,
+        duplicates=find_duplicates(records.dataset),
+        shard_samples=(min(sizes, default=0), max(sizes, default=0)),
+    )
+
+
+def _in_order(pool: ThreadPoolExecutor, records: Records, options: CheckOptions) -> Iterator[ShardFindings]:
+    """The shards' findings in their order, a few shards ahead."""
+    numbers = iter(range(len(records.dataset.shards)))
+
+    def start(count: int) -> Iterator[Future[ShardFindings]]:
+        return (pool.submit(check_shard, records, number, options) for number in islice(numbers, count))
+
+    running = deque(start(2 * (options.workers or cores())))
+    try:
+        while running:
+            yield running.popleft().result()
+            running.extend(start(1))
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _read_record(path: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
+    """dataset.json as far as it can be read, and what is wrong with it by itself."""
+    found = Findings(DATASET_FILE)
+    lost = path.is_dir() and not (path / DATASET_FILE).exists()
+    if lost and not (path / PARTIAL_DIR).exists() and any(path.glob("*.tar")):
+        found.add("is missing")
+        return None, found.damage()
+    try:
+        info = read_dataset_file(path, check_files=False)
+    except UserError as error:
+        if not (path / DATASET_FILE).exists() or "format version" in str(error):
+            raise
+        found.add("cannot be read", str(error))
+        return None, found.damage()
+    recorded = sum(shard["samples"] for shard in info["shards"])
+    if recorded != info["num_samples"]:
+        found.add("does not add up", f"{info['num_samples']:,} samples in all, {recorded:,} in its shards")
+    return info, found.damage()
+
+
+def _open_records(path: Path, info: dict[str, Any]) -> tuple[Records, list[Damage]]:
+    found = Findings(SAMPLES_FILE)
+    samples = np.zeros(0, SAMPLE_DTYPE)
+    try:
+        loaded = np.load(path / SAMPLES_FILE, mmap_mode="r", allow_pickle=False)
+        if loaded.dtype != SAMPLE_DTYPE or loaded.ndim != 1:
+            found.add("holds something else than a dataset's rows")
+        else:
+            samples = loaded
+            if file_sha256(path / SAMPLES_FILE) != info["samples_sha256"]:
+                found.add("is not the one recorded: its sha256 differs")
+    except FileNotFoundError:
+        found.add("is missing")
+    except Exception as error:  # noqa: BLE001  numpy raises anything on a garbled header
+        found.add("cannot be read", str(error).splitlines()[0] if str(error) else type(error).__name__)
+    dataset = ShardSet(path, info, samples, verify_checksums=True)
+    ends = np.cumsum([0, *(shard.samples for shard in dataset.shards)])
+    if len(samples) and len(samples) != ends[-1]:
+        found.add("has another number of rows", f"{len(samples):,} instead of {ends[-1]:,}")
+    foreign = info["source"].startswith(WDS)
+    in_rejected = Findings(REJECTED_FILE)
+    rejected = frozenset(name for name, _ in read_rejected(path, in_rejected)) if foreign else frozenset()
+    return Records(dataset, np.minimum(ends, len(samples)), rejected, foreign), [
+        *found.damage(),
+        *in_rejected.damage(),
+    ]
+
+
+def read_rejected(path: Path, found: Findings) -> list[tuple[str, str]]:
+    """(name, reason) of every refused picture, as rejected.jsonl of a dataset's folder says; none if it is lost."""
+    try:
+        lines = [json.loads(line) for line in (path / REJECTED_FILE).read_bytes().splitlines()]
+        return [(str(line["name"]), str(line["reason"])) for line in lines]
+    except FileNotFoundError:
+        return []  # no training needs it
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found.add("cannot be read")
+        return []
+
+
+def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        yield rows[start : start + ROWS_AT_ONCE]
+
+
+def _count_labels(dataset: ShardSet) -> tuple[list[int], int]:
+    """Samples of each class, and samples without a label."""
+    counts, unlabelled = np.zeros(len(dataset.classes), np.int64), 0
+    for rows in _chunks(dataset.samples):
+        labels = rows["label"]
+        unlabelled += int((labels == -1).sum())
+        counts += np.bincount(labels[(labels >= 0) & (labels < len(counts))], minlength=len(counts))
+    return counts.tolist(), unlabelled
+
+
+def find_duplicates(dataset: ShardSet) -> Duplicates:
+    """Pictures with equal bytes: candidates by length and crc32 from samples.npy, confirmed by sha256."""
+    groups = redundant = other_labels = 0
+    listed: list[tuple[int, ...]] = []
+    for candidates in _candidates(dataset.samples):
+        for group in _confirmed(dataset, candidates):
+            groups, redundant = groups + 1, redundant + len(group) - 1
+            other_labels += len(set(dataset.labels(group).tolist())) > 1
+            if len(listed) < GROUPS_LISTED:
+                listed.append(group)
+    return Duplicates(groups, redundant, other_labels, tuple(sorted(listed)))
+
+
+def _candidates(samples: np.ndarray) -> Iterator[list[int]]:
+    """Sample ids of equal length and crc32. Each pass looks at the share of all checksums that fits into memory."""
+    passes = 1 << max(0, -(-len(samples) // KEYS_AT_ONCE) - 1).bit_length()
+    for number in range(passes):
+        keys, ids = _keys_of_pass(samples, number, passes)
+        order = np.argsort(keys, kind="stable")
+        keys, ids = keys[order], ids[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=keys[:1] + np.uint64(1)))
+        ends = np.append(starts[1:], len(keys))
+        for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
+            yield ids[start:end].tolist()
+
+
+def _keys_of_pass(samples: np.ndarray, number: int, passes: int) -> tuple[np.ndarray, np.ndarray]:
+    keys: list[np.ndarray] = [np.zeros(0, np.uint64)]
+    ids: list[np.ndarray] = [np.zeros(0, np.int64)]
+    first = 0
+    for rows in _chunks(samples):
+        mine = np.flatnonzero(rows["checksum"] % np.uint32(passes) == number)
+        chosen = rows[mine]
+        keys.append(chosen["checksum"].astype(np.uint64) << np.uint64(32) | chosen["length"].astype(np.uint64))
+        ids.append(first + mine)
+        first += len(rows)
+    return np.concatenate(keys), np.concatenate(ids)
+
+
+def _confirmed(dataset: ShardSet, candidates: list[int]) -> Iterator[tuple[int, ...]]:
+    by_content: dict[bytes, list[int]] = defaultdict(list)
+    for sample_id in candidates:
+        try:
+            by_content[hashlib.sha256(dataset.read(sample_id)).digest()].append(sample_id)
+        except BadSampleError:
+            continue  # the shard's findings name it
+    yield from (tuple(group) for group in by_content.values() if len(group) > 1)

@@ -1,0 +1,276 @@
+"""Owns the examination of one shard: its tar against the record, DALI's index, samples.npy and its own checksums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.common.errors import UserError, require
+from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.dataset.format import file_sha256
+from pipeline.dataset.shard_tar import Component, index_bytes
+from pipeline.sharding.index_tars import components, picture_member, read_label, tar_samples
+from pipeline.sharding.options import ShardingOptions
+from pipeline.sources.image_file import BadPictureError, inspect_picture
+from pipeline.sources.listing import Rejected
+from pipeline.sources.tar import Member
+
+EXAMPLES = 5  # of each kind of damage that a report names; the rest is counted
+Decode = Literal["sampled", "full", "none"]
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How thorough a check is."""
+
+    decode: Decode = "sampled"
+    """full: decode every picture. sampled: some of each shard, always the same ones. none: look at headers only."""
+    decode_per_shard: int = 32
+    """Pictures of a shard that --decode sampled decodes, evenly spread."""
+    workers: int = 0
+    """Threads that read and decode; 0 = one per CPU core."""
+
+    def check(self) -> None:
+        """Raise UserError for numbers that make no sense."""
+        require("--decode-per-shard", self.decode_per_shard, self.decode_per_shard >= 1, "must be at least 1")
+        require("--workers", self.workers, self.workers >= 0, "must be at least 1, or 0 for one per CPU core")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One kind of damage to one file."""
+
+    where: str  # the file
+    kind: str
+    count: int  # cases
+    examples: tuple[str, ...]  # the first EXAMPLES of them
+
+    def __str__(self) -> str:
+        """One line for people."""
+        more = f", and {self.count - len(self.examples):,} more" if self.count > len(self.examples) > 0 else ""
+        return f"{self.where}: {self.kind}" + (f": {'; '.join(self.examples)}{more}" if self.examples else "")
+
+
+class Findings:
+    """The damage found so far in one file: every kind counted, a few cases of it named."""
+
+    def __init__(self, where: str) -> None:
+        """Nothing was found yet in file ``where``."""
+        self._where = where
+        self._counts: dict[str, int] = {}
+        self._examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, example: str = "") -> None:
+        """Note a case."""
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        examples = self._examples.setdefault(kind, [])
+        if example and len(examples) < EXAMPLES:
+            examples.append(example)
+
+    def damage(self) -> list[Damage]:
+        """What was found."""
+        return [Damage(self._where, kind, n, tuple(self._examples[kind])) for kind, n in self._counts.items()]
+
+
+@dataclass(frozen=True)
+class _TarSample:
+    """One sample of a tar that has a picture."""
+
+    key: str
+    length: int  # bytes of the picture
+    label: int | str  # -1: none; a text: why its .cls member is no label
+    components: list[Component]
+
+
+@dataclass(frozen=True)
+class ShardFindings:
+    """What came out for one shard."""
+
+    damage: list[Damage]
+    decoded: int  # pictures
+
+
+@dataclass(frozen=True)
+class Records:
+    """What is recorded of all shards, as far as it could be read."""
+
+    dataset: ShardSet  # its ``samples`` may be empty or those of another dataset
+    first_row: np.ndarray  # int64[shards + 1]: rows first_row[n] to first_row[n + 1] are shard n's
+    rejected: frozenset[str]  # names in rejected.jsonl; empty unless tars of others were indexed
+    foreign: bool  # tars of others, in which refused pictures stay
+
+    @property
+    def options(self) -> ShardingOptions:
+        """Those of the sharding that decide what a row holds."""
+        return recorded_options(self.dataset.info["recipe"])
+
+
+def recorded_options(recipe: dict[str, Any]) -> ShardingOptions:
+    """What a dataset's recipe says about reading tars: whether labels were taken, and the largest picture allowed."""
+    max_pixels = recipe.get("max_pixels")
+    limit = max_pixels if isinstance(max_pixels, int) and max_pixels > 0 else ShardingOptions.max_pixels
+    return ShardingOptions(max_pixels=limit, labels="none" if recipe.get("labels") == "none" else "auto")
+
+
+def check_shard(records: Records, number: int, options: CheckOptions) -> ShardFindings:
+    """Examine shard ``number``. What cannot be read is a finding, not an error."""
+    dataset, shard = records.dataset, records.dataset.shards[number]
+    tar = dataset.shard_path(number)
+    in_tar, in_rows = Findings(shard.name), Findings(f"samples.npy, rows of {shard.name}")
+    in_index = Findings(shard.index)
+    decoded = 0
+    try:
+        samples, whole = _scan(tar, records, in_tar)
+        _compare_with_record(tar, shard.bytes, shard.sha256, in_tar)
+        rows = range(int(records.first_row[number]), int(records.first_row[number + 1]))
+        if len(rows):
+            decoded = _check_rows(records, number, rows, samples, whole, options, in_tar, in_rows)
+        if whole:
+            _check_unlisted(records, number, rows, samples, in_rows)
+            _check_index(records, number, rows, samples, in_index)
+    except OSError as error:
+        in_tar.add(f"cannot be read: {error.strerror}")
+    return ShardFindings([*in_tar.damage(), *in_rows.damage(), *in_index.damage()], decoded)
+
+
+def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarSample], bool]:
+    """The tar's samples by the offset of their picture, and whether the tar could be read to its end."""
+    samples: dict[int, _TarSample] = {}
+    strange: list[Rejected] = []
+    with open(tar, "rb") as file:
+        try:
+            for key, members in tar_samples(tar, strange):
+                picture = picture_member(members)
+                if picture is not None:
+                    label = _label(file.fileno(), members, records.options)
+                    samples[picture.offset] = _TarSample(key, picture.length, label, components(members))
+        except UserError as error:
+            found.add("is no whole tar", str(error))
+            return samples, False
+    if not records.foreign:
+        for entry in strange:
+            found.add("holds what the sharder never writes", f"{entry.name} ({entry.reason})")
+    return samples, True
+
+
+def _label(handle: int, members: list[Member], options: ShardingOptions) -> int | str:
+    if options.labels == "none":
+        return -1
+    try:
+        return read_label(handle, members)
+    except BadPictureError as error:
+        return str(error)
+
+
+def _compare_with_record(tar: Path, size: int, sha256: str, found: Findings) -> None:
+    actual = tar.stat().st_size
+    if actual != size:
+        found.add("has another length than recorded", f"{actual:,} bytes instead of {size:,}")
+    elif file_sha256(tar) != sha256:
+        found.add("has changed since it was written: its sha256 is not the one recorded")
+
+
+def _check_rows(
+    records: Records,
+    number: int,
+    rows: range,
+    samples: dict[int, _TarSample],
+    whole: bool,
+    options: CheckOptions,
+    in_tar: Findings,
+    in_rows: Findings,
+) -> int:
+    """Each row against the tar; gives the number of pictures that were decoded."""
+    to_decode = decoded_rows(rows, options)
+    for sample_id in rows:
+        row = records.dataset.samples[sample_id]
+        if int(row["shard"]) != number:
+            in_rows.add("name another shard", f"row {sample_id} says {row['shard']} instead of {number}")
+            continue
+        sample = samples.get(int(row["offset"]))
+        if sample is None:
+            if whole:
+                in_rows.add("point where no picture begins", f"row {sample_id}, byte {row['offset']}")
+                continue
+        else:
+            _compare_row(sample_id, row, sample, records.dataset.classes, in_rows)
+        _check_picture(records, sample_id, sample_id in to_decode, in_tar, in_rows)
+    return len(to_decode)
+
+
+def decoded_rows(rows: range, options: CheckOptions) -> frozenset[int]:
+    """The rows of a shard whose pictures are decoded: all, none, or evenly spread ones."""
+    if options.decode == "none":
+        return frozenset()
+    if options.decode == "full" or len(rows) <= options.decode_per_shard:
+        return frozenset(rows)
+    spread = np.linspace(rows.start, rows.stop - 1, options.decode_per_shard)
+    return frozenset(spread.round().astype(int).tolist())
+
+
+def _compare_row(sample_id: int, row: np.void, sample: _TarSample, classes: tuple[str, ...], found: Findings) -> None:
+    label = int(row["label"])
+    who = f"row {sample_id} ({sample.key})"
+    if int(row["length"]) != sample.length:
+        found.add("have another length than the tar", f"{who}: {row['length']} bytes instead of {sample.length}")
+    if isinstance(sample.label, str):
+        found.add("belong to samples without a usable label", f"{who}: {sample.label}")
+    elif label != sample.label:
+        found.add("have another label than the tar", f"{who}: {label} instead of {sample.label}")
+    if not -1 <= label < len(classes):
+        found.add("have a label that is no class", f"{who}: {label}, with {len(classes)} classes")
+
+
+def _check_picture(records: Records, sample_id: int, decode: bool, in_tar: Findings, in_rows: Findings) -> None:
+    dataset = records.dataset
+    try:
+        data = dataset.read(sample_id)
+        picture = inspect_picture(data, "full" if decode else "header", records.options.max_pixels)
+    except BadSampleError as error:
+        in_tar.add("has pictures that are not what was written", f"row {sample_id} ({error.key}): {error.reason}")
+        return
+    except BadPictureError as error:
+        key = dataset.bad_sample(sample_id, "").key
+        in_tar.add("has pictures that cannot be used", f"row {sample_id} ({key}): {error}")
+        return
+    recorded = tuple(dataset.sizes([sample_id])[0].tolist())
+    if recorded != (picture.height, picture.width):
+        is_ = f"{picture.height} x {picture.width}"
+        in_rows.add(
+            "have another size than the picture", f"row {sample_id}: {recorded[0]} x {recorded[1]}, it is {is_}"
+        )
+
+
+def _check_unlisted(
+    records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings
+) -> None:
+    """Samples of the tar that no row names."""
+    if len(rows) == 0:
+        return
+    tar = records.dataset.shard_path(number).name
+    listed = set(records.dataset.samples["offset"][rows.start : rows.stop].tolist())
+    for offset, sample in samples.items():
+        if offset not in listed and f"{tar}/{sample.key}" not in records.rejected:
+            found.add("leave out pictures of the tar", sample.key)
+
+
+def _check_index(records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings) -> None:
+    """DALI's index against the tar, line by line."""
+    chosen = samples
+    if records.foreign and len(rows):
+        listed = set(records.dataset.samples["offset"][rows.start : rows.stop].tolist())
+        chosen = {offset: sample for offset, sample in samples.items() if offset in listed}
+    expected = index_bytes(sample.components for sample in chosen.values())
+    try:
+        content = records.dataset.index_path(number).read_bytes()
+    except FileNotFoundError:
+        found.add("is missing")
+        return
+    if content == expected:
+        return
+    pairs = zip(content.splitlines(), expected.splitlines(), strict=False)
+    line = next((n for n, (one, other) in enumerate(pairs, 1) if one != other), None)
+    found.add("is not the index of its tar", "it is cut off or too long" if line is None else f"first in line {line}")

@@ -1,0 +1,164 @@
+"""Owns the repair of a dataset: dataset.json, samples.npy and DALI's indexes are made again from the tars.
+
+Tars are read and never touched, and are believed only as far as the record allows: one whose sha256 is not the recorded
+one holds something that was not written there, so nothing is rebuilt from it. Without any record every picture is
+decoded, and those that cannot be are left out. The work is that of indexing other people's tars: parallel, atomic.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checking.check_dataset import read_rejected
+from pipeline.checking.check_shard import Findings, recorded_options
+from pipeline.common.errors import UserError
+from pipeline.common.files import disk_errors, exclusive_lock
+from pipeline.dataset.format import (
+    DATASET_FILE,
+    PARTIAL_DIR,
+    REJECTED_FILE,
+    SAMPLES_FILE,
+    file_sha256,
+    read_dataset_file,
+)
+from pipeline.sharding.finalize import complete
+from pipeline.sharding.index_tars import IndexJob
+from pipeline.sharding.options import ShardingOptions
+from pipeline.sharding.workers import build_missing
+from pipeline.sources.image_file import Verify
+from pipeline.sources.readers import WDS
+
+UNKNOWN_SOURCE = "(unknown: repaired from its tars)"
+UNKNOWN_SEED = -1  # make_shards takes no negative seed
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did."""
+
+    rewritten: tuple[str, ...]  # files that are others now
+    lost: tuple[str, ...]  # what could not be restored, for people
+
+
+@dataclass
+class RepairJob(IndexJob):
+    """The dataset's own tars, indexed again under the names that their indexes have."""
+
+    indexes: list[str]
+
+    def index_name(self, number: int) -> str:
+        """Name of the index of tar ``number``."""
+        return self.indexes[number]
+
+
+def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process: bool = False) -> Repaired:
+    """Make the sidecar files of the dataset in folder ``path`` again.
+
+    Raises UserError if it cannot be done: no tars, a tar that is damaged or is not the recorded one, a full disk.
+    """
+    ShardingOptions(workers=workers).check()
+    info = _readable_record(path)
+    job = _lost_job(path, workers) if info is None else _known_job(path, info, workers)
+    partial = path / PARTIAL_DIR
+    with disk_errors(f"repairing {path}"):
+        partial.mkdir(exist_ok=True)
+        with exclusive_lock(partial / "lock", shared=False):
+            try:
+                (partial / _OURS).touch()
+                shutil.rmtree(partial / "done", ignore_errors=True)  # of a repair that was killed
+                before = _contents(path, job)
+                build_missing(job, job.options, quiet, in_process)
+                lost = _finish(job, info)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)  # nothing that was there before is lost with it
+        after = _contents(path, job)
+    return Repaired(tuple(name for name in after if after[name] != before[name]), tuple(lost))
+
+
+_OURS = "repair"  # in .partial: what lies there is a repair's, to be thrown away, and no unfinished sharding
+
+
+def _readable_record(path: Path) -> dict[str, Any] | None:
+    """dataset.json, or None if it is lost. Raises UserError if ``path`` holds nothing that can be repaired."""
+    partial = path / PARTIAL_DIR
+    unfinished = partial.exists() and not (partial / _OURS).exists()
+    if not path.is_dir() or (unfinished and not (path / DATASET_FILE).exists()):
+        return read_dataset_file(path)  # says what is wrong
+    try:
+        return read_dataset_file(path, check_files=False)
+    except UserError as error:
+        if "format version" in str(error):
+            raise
+        return None
+
+
+def _known_job(path: Path, info: dict[str, Any], workers: int) -> RepairJob:
+    """Pictures of our own tars were checked when they were written; those of others are chosen again as they were."""
+    recipe, foreign = info["recipe"], info["source"].startswith(WDS)
+    verify: Verify = "full" if foreign and recipe.get("verify") == "full" else "header"
+    options = replace(recorded_options(recipe), workers=workers, verify=verify)
+    tars = [path / shard["name"] for shard in info["shards"]]
+    for tar, shard in zip(tars, info["shards"], strict=True):
+        if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
+            raise UserError(f"{tar} is missing or has another length than recorded: {_FETCH}")
+    return RepairJob(path, tars, options, [shard["index"] for shard in info["shards"]])
+
+
+_FETCH = "a repair needs every tar as it was written; copy it again from where the dataset came from"
+
+
+def _lost_job(path: Path, workers: int) -> RepairJob:
+    tars = sorted(path.glob("shard-*.tar")) or sorted(path.glob("*.tar"))
+    if not tars:
+        raise UserError(
+            f"{path} has neither a readable {DATASET_FILE} nor tars of its own: if it was made from wds:PATTERN, run "
+            "make_shards with that SOURCE again, with --overwrite"
+        )
+    own = [tar.with_suffix(".idx").name for tar in tars]
+    return RepairJob(path, tars, ShardingOptions(workers=workers), own)
+
+
+def _finish(job: RepairJob, info: dict[str, Any] | None) -> list[str]:
+    """Compare with the record, write samples.npy, rejected.jsonl and dataset.json; gives what is lost."""
+    records = [job.done(number) for number in range(len(job))]
+    assert all(records), "every shard was built"
+    again = [record["shard"] for record in records if record is not None]
+    refused = {(name, reason) for record in records if record is not None for name, reason in record["rejected"]}
+    if info is not None:
+        for tar, shard, recorded in zip(job.tars, again, info["shards"], strict=True):
+            if shard["sha256"] != recorded["sha256"]:
+                raise UserError(f"{tar} has changed since it was written: {_FETCH}")
+    earlier = read_rejected(job.out, Findings(REJECTED_FILE))
+    about: dict[str, Any] = {
+        "recipe": {"source": UNKNOWN_SOURCE, "split": None, "seed": UNKNOWN_SEED},
+        "fingerprint": "",
+        "classes": [],
+        "rejected": [[name, reason] for name, reason in earlier if (name, reason) not in refused],
+    }
+    if info is not None:
+        about["recipe"] = {"source": info["source"], **info["recipe"], "split": info["split"], "seed": info["seed"]}
+        about["fingerprint"], about["classes"] = info.get("source_fingerprint", ""), info["classes"]
+    done = complete(job, about)
+    assert done is not None
+    return _losses(job, info, done, len(refused))
+
+
+def _losses(job: RepairJob, info: dict[str, Any] | None, done: dict[str, Any], refused: int) -> list[str]:
+    lost = []
+    if info is None:
+        names = f"the {len(done['classes'])} classes are called by their numbers" if done["classes"] else "no classes"
+        lost.append(f"the source, the seed of the shuffle, the split and the names of the classes ({names} now)")
+        if refused:
+            lost.append(f"{refused} entries of the tars that hold no picture that can be decoded (see rejected.jsonl)")
+    elif done["num_rejected"] < info.get("num_rejected", 0):
+        lost.append(f"the names of {info['num_rejected'] - done['num_rejected']} pictures that were refused")
+    return lost
+
+
+def _contents(path: Path, job: RepairJob) -> dict[str, str]:
+    """sha256 of each sidecar file; "" where it is missing."""
+    names = [DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, *job.indexes]
+    return {name: file_sha256(path / name) if (path / name).exists() else "" for name in names}

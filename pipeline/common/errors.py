@@ -1,0 +1,65 @@
+"""Owns the one exception that means 'the user can fix this': scripts print its message and exit with code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A user's mistake. The message names the value, the rule and the remedy; no traceback is shown."""
+
+
+def require(flag: str, value: object, holds: bool, rule: str) -> None:
+    """Raise UserError with the rule unless it holds for the value of ``flag``."""
+    if not holds:
+        raise UserError(f"{flag} {value}: {rule}")
+
+
+def check_one_copy(script: Path, imported: Path) -> None:
+    """Raise UserError if ``script`` lies in one checkout of this project, and Python imports from another one.
+
+    As with one environment for two worktrees. A copy that was installed whole is as its installer wanted it.
+    """
+    own = script.resolve().parent.parent
+    checkouts = all((folder / "setup.py").is_file() for folder in (own, imported))
+    if checkouts and own != imported.resolve() and (own / "pipeline" / "common" / "errors.py").is_file():
+        raise UserError(
+            f"{script} is not of the copy of siamstream that is installed, which is {imported}: run that one's script, "
+            f"or install this one with `pip install -e {own}`"
+        )
+
+
+def exit_on_user_error(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2."""
+    try:
+        if (script := getattr(sys.modules["__main__"], "__file__", None)) is not None:
+            check_one_copy(Path(script), Path(__file__).parents[2])
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+SEEDS = 1 << 64  # torch's generators and ours take 64 bits
+
+
+def check_at_least_1(flag: str, count: int) -> None:
+    """Of what is counted: steps, pictures, passes."""
+    require(flag, count, count >= 1, "it must be at least 1")
+
+
+def check_divisible(global_batch: int, parts: int, by: str) -> None:
+    """Of a batch that ``parts`` share, which ``by`` describes."""
+    if global_batch % parts:
+        below = max(global_batch // parts, 1) * parts
+        raise UserError(
+            f"--global-batch {global_batch} cannot be divided by {by}: take a multiple of {parts}, {below} or "
+            f"{below + parts} for instance"
+        )
+
+
+def check_seed(seed: int) -> None:
+    """Of weights, order and views."""
+    require("--seed", seed, 0 <= seed < SEEDS, "it must lie in 0 .. 2**64 - 1")

@@ -1,0 +1,166 @@
+"""Owns how files reach the disk: whole or not at all, and what a full disk or a missing permission means to a user."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.common.errors import UserError
+
+_REMEDY = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "your quota is used up: free some space or choose another disk",
+    errno.EFBIG: "a file grew over the limit of this file system or of `ulimit -f`: make smaller shards or lift it",
+    errno.EROFS: "the disk is mounted read-only: choose another folder",
+    errno.EACCES: "see to the permissions, or choose another folder",
+    errno.EPERM: "see to the permissions, or choose another folder",
+}
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+
+
+_SYNC_FILE_RANGE: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
+
+
+def disk_error(error: OSError, doing: str) -> UserError | None:
+    """The ``UserError`` for a full disk, a quota or a missing permission; None for any other ``OSError``."""
+    remedy = _REMEDY.get(error.errno or 0)
+    if remedy is None:
+        return None
+    where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else ""
+    again = "then run the same command again (training: with --resume)"
+    return UserError(f"{doing} failed: {error.strerror}{where}; {remedy}, {again}")
+
+
+@contextmanager
+def disk_errors(doing: str, failed: str | None = None, remedy: str = "") -> Iterator[None]:
+    """Let a full disk, a quota or a missing permission met in ``doing`` be a UserError.
+
+    Any other OSError stays as it is, or becomes "``failed``: its reason; ``remedy``", a UserError too.
+    """
+    try:
+        yield
+    except OSError as error:
+        mended = disk_error(error, doing)
+        if mended is None and failed is not None:
+            mended = UserError("; ".join(filter(None, (f"{failed}: {error.strerror}", remedy))))
+        if mended is None:
+            raise
+        raise mended from error
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raise UserError unless a file can be written at ``path``: before the work whose results it is to hold."""
+    there = path.exists()
+    try:
+        with open(path, "ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; choose another place") from error
+
+
+@contextmanager
+def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file that appears under ``path`` only when the block ends without an error, synced to disk.
+
+    It grows in folder ``workshop`` (same file system; default: beside ``path``) under a name that no other process of
+    any host uses; what a killed process leaves matches ``*.tmp-*``. Raises OSError as the disk does.
+    """
+    temporary = (workshop or path.parent) / f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}"
+    try:
+        with open(temporary, "wb", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def start_writing_back(file: IO[bytes], start: int, length: int) -> None:
+    """Let the kernel begin to bring this part of a growing file to the disk, so that syncing it at the end waits less.
+
+    A hint: what the disk has to say, fsync says. Nothing happens where the system has no such call.
+    """
+    if _SYNC_FILE_RANGE is not None:
+        file.flush()
+        _SYNC_FILE_RANGE(file.fileno(), ctypes.c_int64(start), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside ``path`` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any, workshop: Path | None = None) -> None:
+    """Write ``value`` as indented JSON, atomically and always with the same bytes."""
+    with atomic_file(path, workshop) as file:
+        file.write(json.dumps(strict_json(value), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def strict_json(value: Any) -> Any:
+    """``value`` with null in place of nan and inf, which JSON has no words for; Python's own are refused elsewhere."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: strict_json(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [strict_json(entry) for entry in value]
+        case _:
+            return value
+
+
+@contextmanager
+def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
+    """Hold ``path`` locked (flock, released by the system when the process dies).
+
+    ``shared`` lets others hold it shared as well. Raises UserError, which names the program that holds it: the file
+    says so. A file system without locks is announced, and the work goes on.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = path.read_text(encoding="utf-8") or "another process"  # one that has written nothing yet
+            raise UserError(
+                f"{holder} is writing to {path.parent.parent}: wait for it, or end it, then try again"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"note: no file locks at {path.parent} ({error.strerror}): let one process at a time write there",
+                file=sys.stderr,
+            )
+        file.truncate(0)
+        file.write(f"{Path(sys.argv[0]).name} (process {os.getpid()} on {socket.gethostname()})".encode())
+        file.flush()
+        yield file
+
+
+def make_exclusive(lock: IO[bytes]) -> None:
+    """Wait until a shared lock is exclusive; at once where the file system has none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise

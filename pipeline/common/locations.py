@@ -1,0 +1,108 @@
+"""Owns how a user names a dataset: a folder, or a URL whose secrets are never printed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import tyro
+
+from pipeline.common.errors import UserError
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+
+
+class Url:
+    """The folder of a remote dataset. Printed, it shows neither password nor query, which may be a signature.
+
+    It is no dataclass, so that ``asdict`` of a configuration does not unfold it.
+    """
+
+    def __init__(self, secret: str) -> None:
+        """``secret``: the whole of it."""
+        self.secret = secret  # only for the file system that reads it
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same place."""
+        return isinstance(other, Url) and self.secret == other.secret
+
+    def __hash__(self) -> int:
+        """Of the whole."""
+        return hash(self.secret)
+
+    def __str__(self) -> str:
+        """Scheme, host and path."""
+        parts = urlsplit(self.secret)
+        host = "***@" + parts.netloc.rpartition("@")[2] if "@" in parts.netloc else parts.netloc
+        return urlunsplit((parts.scheme, host, parts.path, "***" if parts.query else "", ""))
+
+    def __repr__(self) -> str:
+        """As ``str``."""
+        return f"Url({str(self)!r})"
+
+    @property
+    def scheme(self) -> str:
+        """Such as ``s3`` or ``https``."""
+        return urlsplit(self.secret).scheme
+
+    def file(self, name: str) -> Url:
+        """A file in this folder, ``name`` being relative with slashes. Over HTTP a query follows the file's name."""
+        if self.scheme not in ("http", "https"):
+            return Url(f"{self.secret.rstrip('/')}/{name}")
+        parts = urlsplit(self.secret)
+        path = f"{parts.path.rstrip('/')}/{quote(name)}"
+        return Url(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
+
+
+def location(text: str) -> Path | Url:
+    """What ``text`` names. Raises UserError for a URL of no folder."""
+    match = _SCHEME.match(text)
+    if match is None:
+        return Path(text)
+    _check_secret(text)
+    if not urlsplit(text).netloc:
+        raise UserError(f"{text} names no host or bucket: write it as s3://BUCKET/FOLDER or https://HOST/FOLDER")
+    return Url(text)
+
+
+def _check_secret(text: str) -> None:
+    """Raise UserError, which does not show it, for a URL whose password would be taken for another part of it."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises for what is no number
+        cut = ":" in parts.netloc and "@" not in parts.netloc and "@" in text
+    except ValueError:
+        cut = True
+    if cut:
+        raise UserError(
+            f"the {text.partition(':')[0]} URL cannot be read: a port is a number, and in a user name, a password or a "
+            "path / is written %2F, : %3A, ? %3F, # %23, @ %40 and [ %5B"
+        )
+
+
+def local_path(text: str) -> Path:
+    """What ``text`` names, for results. Raises UserError for a URL, of which Path would make a folder ``s3:``."""
+    if _SCHEME.match(text):
+        raise UserError(f"{text}: results are written to a folder or file of this machine, or one that it has mounted")
+    return Path(text)
+
+
+def _named_by(parse: Callable[[str], Any], metavar: str, kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """How tyro reads and shows a field that is one word."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+# Fields of a command's configuration: a dataset to read, and a place to write to.
+Location: TypeAlias = Annotated[Path | Url, _named_by(location, "DIR|URL", Path | Url)]
+
+
+LocalPath: TypeAlias = Annotated[Path, _named_by(local_path, "PATH", Path)]

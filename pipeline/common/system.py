@@ -1,0 +1,36 @@
+"""CPU cores, progress bars, durations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def share_of_cores(local_world_size: int) -> int:
+    """The threads of one rank when a machine's ranks share its cores evenly."""
+    return max(1, cores() // local_world_size)
+
+
+def progress(quiet: bool, **settings: Any) -> tqdm:
+    """A progress bar on stderr: ten lines a second for a person, one in ten seconds for a log file."""
+    return tqdm(disable=quiet, mininterval=0.1 if sys.stderr.isatty() else 10.0, **settings)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``41 s``, ``3 min 20 s``, ``5 h 02 min``, ``3 d 04 h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"

@@ -1,0 +1,291 @@
+"""Owns the local cache of remote shards: files that are whole or absent, in bounded room, shared by processes.
+
+A file is named by its sha256, so any process may use what another fetched, and no stale one can be taken for another's.
+The process that holds NAME.part locked fetches it, the others wait; a lock dies with its process. The cache's size is
+kept under a lock of the whole folder: a file's full size is reserved before its first byte is fetched.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from pipeline.common.errors import UserError, require
+from pipeline.common.files import disk_errors
+from pipeline.common.locations import LocalPath
+from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
+
+LEASE_S = 600.0  # how long a file that somebody used or announced is kept from those who do not know its future
+_BUSY_POLL_S = 0.05  # while another process or thread fetches the same file
+_WRONG_ATTEMPTS = 3  # whole downloads with another checksum before the source counts as wrong
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"[0-9a-f]{64}-(\d+)\.part")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class _Claim(Enum):
+    BUSY = "another fetches the file"
+    FULL = "there is no room for it"
+
+
+NeededAs = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (False), or not ours to say (None)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The local cache of remote datasets; local ones have no use for it."""
+
+    cache_dir: LocalPath | None = None  # on a disk of this machine; None: siamstream in the user's cache folder
+    cache_size: str = "200GB"  # never more than this on the disk; 500MB, 1.5TB
+    fetch_threads: int = 8  # shards fetched at a time by one machine
+    retry_minutes: float = 30.0  # of failures in a row before a run gives up
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what is no size, no number of threads, or no time."""
+        _ = self.limit
+        require("--fetch-threads", self.fetch_threads, self.fetch_threads >= 1, "at least 1 shard is fetched at a time")
+        require("--retry-minutes", self.retry_minutes, self.retry_minutes >= 0, "it is 0 minutes or more")
+
+    @property
+    def limit(self) -> int:
+        """``cache_size`` in bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", self.cache_size.strip(), re.IGNORECASE)
+        size = 0 if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
+        if size <= 0:
+            raise UserError(f"--cache-size {self.cache_size!r}: write it as 200GB, 500MB or 1.5TB")
+        return size
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie."""
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return self.cache_dir or base / "siamstream"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a remote folder, and what it must turn out to be."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless the checksum is one: it becomes a file's name."""
+        if not _SHA256.fullmatch(self.sha256):
+            raise UserError(f"dataset.json gives {self.name} no sha256: write the dataset again with --overwrite")
+
+
+class ShardCache:
+    """Files of one remote folder, through the cache's folder. Thread-safe."""
+
+    def __init__(self, remote: RemoteFolder, config: CacheConfig) -> None:
+        """Makes the folder. Raises UserError if it cannot be made or its file system has no locks."""
+        self.remote, self.limit, self.folder = remote, config.limit, config.folder
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._room_locked():
+                pass
+        except OSError as error:
+            raise UserError(
+                f"--cache-dir {self.folder} cannot be used ({error.strerror}): name a folder on a disk of this machine"
+            ) from error
+
+    def open(self, file: RemoteFile, needed: NeededAs, cancelled: threading.Event) -> int | None:
+        """A handle for reading ``file``, which is fetched if it is not there; the caller closes it. None: no room.
+
+        ``needed`` says what must not go. Raises UserError if the file cannot be had, FetchCancelledError if
+        ``cancelled`` is set meanwhile.
+        """
+        with self._disk_trouble():
+            while True:
+                handle = self._open_whole(file)
+                if handle is not None:
+                    return handle
+                part = self._claim(file, needed)
+                if part is _Claim.FULL:
+                    return None
+                if isinstance(part, int):
+                    return self._fill(part, file, cancelled)
+                if cancelled.wait(_BUSY_POLL_S):
+                    raise FetchCancelledError(file.name)
+
+    def fetch(self, file: RemoteFile, needed: NeededAs, cancelled: threading.Event) -> bool:
+        """See that ``file`` is there or that another fetches it; False if there is no room now. Raises as ``open``."""
+        with self._disk_trouble():
+            if self.has(file):
+                self.announce(file)
+                return True
+            part = self._claim(file, needed)
+            if isinstance(part, int):
+                os.close(self._fill(part, file, cancelled))
+            return part is not _Claim.FULL
+
+    def has(self, file: RemoteFile) -> bool:
+        """Whether the file is there."""
+        return self._path(file).exists()
+
+    def discard(self, file: RemoteFile) -> None:
+        """Remove a file that has turned out to be damaged."""
+        self._path(file).unlink(missing_ok=True)
+
+    def announce(self, file: RemoteFile) -> None:
+        """Keep the file, if it is there, from those who do not know that it will be needed."""
+        with suppress(FileNotFoundError):  # gone, or not there yet: then it is fetched when it is needed
+            os.utime(self._path(file))
+
+    def _path(self, file: RemoteFile) -> Path:
+        return self.folder / f"{file.sha256}{Path(file.name).suffix}"
+
+    def _open_whole(self, file: RemoteFile) -> int | None:
+        try:
+            handle = os.open(self._path(file), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(handle).st_size == file.bytes:
+            return handle
+        os.close(handle)
+        self.discard(file)
+        return None
+
+    def _claim(self, file: RemoteFile, needed: NeededAs) -> int | _Claim:
+        """The handle of NAME.part, locked and with room reserved for the whole, or why it cannot be had."""
+        path = self.folder / f"{file.sha256}-{file.bytes}.part"
+        with self._room_locked():
+            part = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            outcome = None
+            if not _try_lock(part):
+                outcome = _Claim.BUSY
+            elif self._path(file).exists():  # it has just been finished, perhaps under this very handle
+                outcome = _Claim.BUSY
+                path.unlink(missing_ok=True)
+            elif not self._make_room(needed, keep=path.name):
+                outcome = _Claim.FULL
+                path.unlink()
+            if outcome is not None:
+                os.close(part)
+                return outcome
+        return part
+
+    def _fill(self, part: int, file: RemoteFile, cancelled: threading.Event) -> int:
+        """Fetch into ``part``, check, put in place; returns its handle. Goes on with what a dead process has left."""
+        path = self.folder / f"{file.sha256}-{file.bytes}.part"
+        try:
+            for _ in range(_WRONG_ATTEMPTS):
+                if self._fetch(part, file, cancelled) == file.sha256:
+                    self._put_in_place(part, path, file)
+                    return part
+                os.ftruncate(part, 0)
+        except BaseException:
+            os.close(part)
+            raise
+        path.unlink()
+        os.close(part)
+        raise UserError(
+            f"{file.name} of {self.remote.url} is not what its dataset.json says: its sha256 differed "
+            f"{_WRONG_ATTEMPTS} times; upload it again from where the dataset was made"
+        )
+
+    def _put_in_place(self, part: int, path: Path, file: RemoteFile) -> None:
+        with self._room_locked():  # who measures the folder sees one name or the other
+            path.rename(self._path(file))
+        fcntl.flock(part, fcntl.LOCK_UN)
+
+    def _fetch(self, part: int, file: RemoteFile, cancelled: threading.Event) -> str:
+        """Append what is missing; returns the sha256 of the whole."""
+        digest, offset = hashlib.sha256(), 0
+        while piece := os.pread(part, 1 << 20, offset):
+            digest.update(piece)
+            offset += len(piece)
+        for piece in self.remote.pieces(file.name, file.bytes, offset, cancelled):
+            digest.update(piece)
+            written = 0
+            while written < len(piece):
+                written += os.pwrite(part, memoryview(piece)[written:], offset + written)
+            offset += len(piece)
+        return digest.hexdigest()
+
+    def _make_room(self, needed: NeededAs, keep: str) -> bool:
+        """Remove what may go, the longest unused first, until the folder is within the limit, or say that it cannot be.
+
+        Only files that other users of the cache have not announced lately, or of which ``needed`` knows better.
+        """
+        entries, used = [], 0
+        for entry in os.scandir(self.folder):
+            size, changed = _size(entry)
+            used += size
+            if entry.name != keep:
+                entries.append((changed, size, entry))
+        now = time.time()
+        for changed, size, entry in sorted(entries, key=lambda one: one[0]):
+            if used <= self.limit:
+                break
+            ours = needed(entry.name[:64])
+            if ours or (ours is None and now - changed < LEASE_S) or not _remove(entry):
+                continue
+            used -= size
+        return used <= self.limit
+
+    def _disk_trouble(self) -> AbstractContextManager[None]:
+        """What the cache's disk does is no fault of a picture, which an OSError would be taken for."""
+        doing = f"using --cache-dir {self.folder}"
+        again = "then run the same command again (pretrain.py with --resume)"
+        return disk_errors(doing, f"{doing} failed", f"see to the disk or name another folder, {again}")
+
+    @contextmanager
+    def _room_locked(self) -> Iterator[None]:
+        handle = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _size(entry: os.DirEntry[str]) -> tuple[int, float]:
+    """What a file of the cache takes or has reserved, and when it was last used or announced."""
+    try:
+        found = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return 0, 0.0  # renamed or removed while we looked
+    part = _PART.fullmatch(entry.name)
+    return int(part[1]) if part else found.st_size, found.st_mtime
+
+
+def _remove(entry: os.DirEntry[str]) -> bool:
+    """Remove a file of the cache, unless it is none or is being fetched."""
+    if not _SHA256.match(entry.name):
+        return False
+    try:
+        handle = os.open(entry.path, os.O_RDWR)
+        try:
+            if _PART.fullmatch(entry.name) and not _try_lock(handle):
+                return False
+            os.unlink(entry.path)
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        return True  # another process was faster
+    return True
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True

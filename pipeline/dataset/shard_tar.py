@@ -1,0 +1,110 @@
+"""Owns the bytes of a shard's tar: those that webdataset's TarWriter would write, at a sixth of its cost.
+
+Every header is a copy of one that TarWriter made, with another name, length and checksum; contents go to the file in
+one piece, hashed on the way. TarWriter itself makes a Python object for each member and cuts contents into 10 KB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from pipeline.common.files import atomic_file, start_writing_back
+
+
+def write_index(path: Path, samples: Iterable[list[Component]], workshop: Path | None = None) -> None:
+    """DALI's index of a tar, atomically."""
+    with atomic_file(path, workshop) as file:
+        file.write(index_bytes(samples))
+
+
+def index_bytes(samples: Iterable[list[Component]]) -> bytes:
+    """DALI's index, as its wds2idx tool writes it: one line a sample, `extension offset length name` a member."""
+    lines = [" ".join(f"{c.extension} {c.offset} {c.length} {c.name}" for c in sample) for sample in samples]
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("utf-8", "surrogateescape")
+
+
+BLOCK = 512  # bytes of a tar header, and what contents are padded to
+_RECORD = 20 * BLOCK  # what a whole tar is padded to
+_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a ustar header: POSIX.1-1988
+_WRITE_BACK = 8 << 20  # bytes between two hints to the kernel
+
+
+@dataclass(frozen=True)
+class Component:
+    """One member of a sample in a tar, as DALI's index lists it."""
+
+    extension: str
+    offset: int  # bytes from the start of the tar to the contents
+    length: int  # bytes
+    name: str  # of the member
+
+
+class ShardTar:
+    """A tar that grows by samples; ``size`` is its length so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        """``file`` is open for writing, and empty."""
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._sent = 0  # bytes on their way to the disk
+        self.size = 0  # bytes
+
+    def add(self, key: str, members: dict[str, bytes]) -> list[Component]:
+        """Append one sample: ``members`` by extension. Tells where each lies. Raises OSError as the disk does."""
+        components = []
+        for extension in sorted(members):
+            data, name = members[extension], f"{key}.{extension}"
+            self._put(_header(name, len(data)))
+            components.append(Component(extension, self.size, len(data), name))
+            self._put(data)
+            self._put(bytes(-len(data) % BLOCK))
+        if self.size - self._sent >= _WRITE_BACK:
+            start_writing_back(self._file, self._sent, self.size - self._sent)
+            self._sent = self.size
+        return components
+
+    def end(self) -> str:
+        """Write what ends a tar; gives its sha256. Raises OSError as the disk does."""
+        self._put(bytes(2 * BLOCK))
+        self._put(bytes(-self.size % _RECORD))
+        return self._digest.hexdigest()
+
+    def _put(self, data: bytes) -> None:
+        self._digest.update(data)
+        self.size += len(data)
+        self._file.write(data)
+
+
+def _header(name: str, length: int) -> bytes:
+    header = bytearray(_model_header())
+    plain = name.encode("ascii")
+    assert len(plain) <= 100, name
+    header[_NAME] = plain.ljust(100, b"\0")
+    header[_SIZE] = b"%011o\0" % length
+    header[_CHECKSUM] = b" " * 8  # what it counts as in the sum
+    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@cache
+def _model_header() -> bytes:
+    """A header as webdataset's TarWriter makes it: user, mode, modification time."""
+    from webdataset import TarWriter  # here, since it imports torch where that is not kept out: see writer.py
+
+    tar = io.BytesIO()
+    with TarWriter(tar, encoder=False, compress=False, mtime=0) as writer:
+        writer.write({"__key__": "key", "bin": b""})
+    return tar.getvalue()[:BLOCK]
+
+
+def split_key(member: str) -> tuple[str, str]:
+    """(key, extension) as WebDataset splits them: at the first dot of the base name."""
+    folder, slash, base = member.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension

@@ -1,0 +1,236 @@
+"""Owns what happens to a sample: the recipe of the two views and the draw of their parameters.
+
+A draw is a pure function of (recipe, seed, epoch, sample id, picture size). The back ends draw nothing themselves: they
+apply these numbers. Recipe: MoCo v2's augmentation as SimSiam uses it (Chen & He 2020, appendix A); distributions and
+their parameters are those of torchvision's transforms of the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import numpy as np
+import tyro
+from jaxtyping import Bool, Float32, Float64, Int8, Int32, UInt32
+from numpy.typing import NDArray
+
+from pipeline.common.errors import require
+from pipeline.sampling.augmentations import DRAWS, Augmentations
+from pipeline.sampling.counter_rng import philox4x32, seed_key, uniforms
+
+VIEWS = 2
+CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop.get_params
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the colour operations, as numbered in ViewParams.order
+JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
+VIEW_STREAM = 0x51E5  # keeps the views' counters apart from those of the order
+EXTRA_STREAM = 0xE47A  # and those of further augmentations apart from both
+SMALL_VIEW = 64  # px; from here down the evaluation view keeps the whole shorter side
+# Where each draw lies among a view's uniform numbers.
+AREAS = slice(0, CROP_ATTEMPTS)
+ASPECTS = slice(CROP_ATTEMPTS, 2 * CROP_ATTEMPTS)
+TOP, LEFT, FLIP, JITTER, ORDER = range(20, 25)
+FACTORS = slice(25, 29)
+GRAY, BLUR, SIGMA, SOLARIZE = range(29, 33)
+PHILOX_BLOCKS = 9  # of four numbers each
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """How views are drawn. The defaults are SimSiam's for ImageNet (appendix A, after MoCo v2)."""
+
+    image_size: int = 224  # side of a view, px
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the picture's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    flip_prob: float = 0.5  # horizontal
+    jitter_prob: float = 0.8  # of the four colour operations together
+    brightness: float = 0.4  # factor from 1 - x to 1 + x
+    contrast: float = 0.4  # factor from 1 - x to 1 + x
+    saturation: float = 0.4  # factor from 1 - x to 1 + x
+    hue: float = 0.1  # shift from -x to x, in turns of the colour circle
+    gray_prob: float = 0.2  # all three channels made the gray value
+    blur_prob: float = 0.5  # Gaussian; off in the paper's CIFAR-10 recipe (appendix D)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # px of the view
+    blur_radius: int = 11  # px; the window of 23 that SimCLR takes at 224 px, 5.5 times the largest sigma
+    solarize_prob: float = 0.0  # BYOL's addition; SimSiam does without
+    solarize_threshold: int = 128  # of 255: bytes from here up are inverted
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, per channel, of 1
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of ImageNet, per channel, of 1
+    # Beyond the paper's, and off by default; they follow in the order of their fields
+    extra: Annotated[Augmentations, tyro.conf.arg(name="")] = field(default_factory=Augmentations)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a recipe that no picture can follow."""
+        require("--image-size", self.image_size, self.image_size >= 2, "a view has at least 2 px a side")
+        for name in ("flip", "jitter", "gray", "blur", "solarize"):
+            probability = getattr(self, f"{name}_prob")
+            require(f"--{name}-prob", probability, 0 <= probability <= 1, "a probability lies in 0 .. 1")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            rule = "it takes two numbers, 0 < low <= high"
+            require(f"--{name.replace('_', '-')}", (low, high), 0 < low <= high < math.inf, rule)
+        require("--crop-scale", self.crop_scale, self.crop_scale[1] <= 1, "a crop is no larger than its picture")
+        for name in ("brightness", "contrast", "saturation"):
+            require(f"--{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "it lies in 0 .. 1")
+        require("--hue", self.hue, 0 <= self.hue <= 0.5, "it lies in 0 .. 0.5 turns of the colour circle")
+        require("--blur-radius", self.blur_radius, self.blur_radius >= 1, "the window reaches at least 1 px")
+        threshold = self.solarize_threshold
+        require("--solarize-threshold", threshold, 0 <= threshold <= 256, "it lies in 0 (all) .. 256 (none)")
+        require("--mean", self.mean, all(map(math.isfinite, self.mean)), "it takes three numbers")
+        require("--std", self.std, all(0 < std < math.inf for std in self.std), "a standard deviation is above 0")
+
+    @property
+    def blur_window(self) -> int:
+        """Width of the blur's window in px, odd; reflection at the border allows no more than the view's side."""
+        return 2 * min(self.blur_radius, self.image_size - 1) + 1
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """What is done to n samples, each seen in two views, in the order of the fields; axes are sample and view."""
+
+    crop: Int32[np.ndarray, "n views 4"]  # top, left, height, width; px of the picture
+    jitter: Bool[np.ndarray, "n views"]  # whether the four colour operations are applied
+    order: Int8[np.ndarray, "n views 4"]  # in which order: BRIGHTNESS, CONTRAST, SATURATION, HUE
+    factors: Float32[np.ndarray, "n views 4"]  # of brightness, contrast, saturation; and the hue's shift in turns
+    gray: Bool[np.ndarray, "n views"]
+    sigma: Float32[np.ndarray, "n views"]  # of the blur, px of the view; 0: none
+    solarize: Bool[np.ndarray, "n views"]
+    flip: Bool[np.ndarray, "n views"]
+    extra: Float64[np.ndarray, "n views augmentations draws"]  # random numbers of ViewRecipe.extra; none if all is off
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.crop)
+
+    @property
+    def views(self) -> int:
+        """Views of each sample."""
+        return self.crop.shape[1]
+
+    def only_view(self, view: int) -> ViewParams:
+        """The same samples in one of their views."""
+        part = slice(view, view + 1)
+        return ViewParams(**{field.name: getattr(self, field.name)[:, part] for field in dataclasses.fields(self)})
+
+
+def draw_views(
+    recipe: ViewRecipe, seed: int, epoch: int, ids: NDArray[np.int64], sizes: Int32[np.ndarray, "n 2"]
+) -> ViewParams:
+    """Draw both views of some samples.
+
+    ``ids``: int64 ``[n]`` sample ids; ``sizes``: their pictures' height and width in px. A sample's draw depends on
+    nothing but its own row of these, the recipe, the seed and the epoch.
+    """
+    draws = uniforms(_bits(seed, epoch, ids, VIEW_STREAM, PHILOX_BLOCKS))
+    jitter = draws[..., JITTER] < recipe.jitter_prob
+    blur = draws[..., BLUR] < recipe.blur_prob
+    sigma = _between(draws[..., SIGMA], *recipe.blur_sigma)
+    spread = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
+    centre = np.array([1.0, 1.0, 1.0, 0.0])
+    return ViewParams(
+        crop=_draw_crops(recipe, draws, sizes),
+        jitter=jitter,
+        order=JITTER_ORDERS[(draws[..., ORDER] * len(JITTER_ORDERS)).astype(np.int64)],
+        factors=_between(draws[..., FACTORS], centre - spread, centre + spread).astype(np.float32),
+        gray=draws[..., GRAY] < recipe.gray_prob,
+        sigma=np.where(blur, sigma, 0.0).astype(np.float32),
+        solarize=draws[..., SOLARIZE] < recipe.solarize_prob,
+        flip=draws[..., FLIP] < recipe.flip_prob,
+        extra=_draw_extra(recipe.extra, seed, epoch, ids),
+    )
+
+
+@dataclass(frozen=True)
+class CentreCrops:
+    """The evaluation view of n pictures: resize to ``resized``, then cut a square at ``corner``."""
+
+    resized: Int32[np.ndarray, "n 2"]  # height, width; px
+    corner: Int32[np.ndarray, "n 2"]  # top, left; px of the resized picture
+    start: Float32[np.ndarray, "n 2"]  # the same square in px of the picture: top, left
+    end: Float32[np.ndarray, "n 2"]  # bottom, right
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.resized)
+
+
+def centre_crops(image_size: int, sizes: Int32[np.ndarray, "n 2"]) -> CentreCrops:
+    """ImageNet's evaluation view as torchvision's Resize and CenterCrop make it: 224 px out of a shorter side of 256.
+
+    Views of 64 px and below are made from small pictures, which have no margin to lose: there the shorter side becomes
+    ``image_size``. ``sizes``: height and width, px.
+    """
+    shorter_side = image_size if image_size <= SMALL_VIEW else image_size * 256 // 224
+    longer = sizes.astype(np.int64)
+    shortest = longer.min(axis=1, keepdims=True)
+    resized = np.where(longer == shortest, shorter_side, shorter_side * longer // shortest)
+    corner = np.rint((resized - image_size) / 2)
+    scale = sizes / resized
+    return CentreCrops(
+        resized=resized.astype(np.int32),
+        corner=corner.astype(np.int32),
+        start=(corner * scale).astype(np.float32),
+        end=((corner + image_size) * scale).astype(np.float32),
+    )
+
+
+def _draw_extra(
+    extra: Augmentations, seed: int, epoch: int, ids: NDArray[np.int64]
+) -> Float64[np.ndarray, "n 2 augmentations draws"]:
+    count = len(dataclasses.fields(extra)) if extra.active() else 0
+    bits = _bits(seed, epoch, ids, EXTRA_STREAM, count * DRAWS // 4)
+    return uniforms(bits).reshape(len(ids), VIEWS, count, DRAWS)
+
+
+def _bits(seed: int, epoch: int, ids: NDArray[np.int64], stream: int, blocks: int) -> UInt32[np.ndarray, "n 2 draws"]:
+    """The random words of both views of each sample, ``blocks`` times four of them."""
+    counters = np.empty((len(ids), VIEWS, blocks, 4), dtype=np.uint32)
+    counters[..., 0] = (ids & 0xFFFFFFFF)[:, None, None]
+    counters[..., 1] = (ids >> 32)[:, None, None]
+    counters[..., 2] = epoch
+    streams = (stream << 16) + (np.arange(VIEWS)[:, None] << 8) + np.arange(blocks)
+    counters[..., 3] = streams
+    return philox4x32(counters, seed_key(seed)).reshape(len(ids), VIEWS, blocks * 4)
+
+
+def _between(uniform: NDArray[np.float64], low: float | NDArray, high: float | NDArray) -> NDArray[np.float64]:
+    return low + (high - low) * uniform
+
+
+def _draw_crops(
+    recipe: ViewRecipe, draws: NDArray[np.float64], sizes: Int32[np.ndarray, "n 2"]
+) -> Int32[np.ndarray, "n 2 4"]:
+    """torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest centre crop allowed."""
+    picture_height, picture_width = (sizes[:, None, axis].astype(np.int64) for axis in range(2))  # [n, 1]
+    area = (picture_height * picture_width)[..., None] * _between(draws[..., AREAS], *recipe.crop_scale)
+    aspect = np.exp(_between(draws[..., ASPECTS], *map(math.log, recipe.crop_ratio)))
+    widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, 2, attempts]
+    heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (widths > 0) & (widths <= picture_width[..., None]) & (heights > 0) & (heights <= picture_height[..., None])
+    first = fits.argmax(axis=-1)[..., None]
+    found = fits.any(axis=-1)
+    largest_height, largest_width = _largest_crop(recipe, picture_height, picture_width)
+    height = np.where(found, np.take_along_axis(heights, first, axis=-1)[..., 0], largest_height)
+    width = np.where(found, np.take_along_axis(widths, first, axis=-1)[..., 0], largest_width)
+    top = np.floor(draws[..., TOP] * (picture_height - height + 1)).astype(np.int64)
+    left = np.floor(draws[..., LEFT] * (picture_width - width + 1)).astype(np.int64)
+    top = np.where(found, top, (picture_height - height) // 2)
+    left = np.where(found, left, (picture_width - width) // 2)
+    return np.stack((top, left, height, width), axis=-1).astype(np.int32)
+
+
+def _largest_crop(
+    recipe: ViewRecipe, height: NDArray[np.int64], width: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The largest height and width of an allowed aspect: torchvision's fallback for very long pictures."""
+    narrowest, widest = recipe.crop_ratio
+    aspect = width / height
+    too_tall, too_wide = aspect < narrowest, aspect > widest
+    return (
+        np.where(too_tall, np.rint(width / narrowest).astype(np.int64), height),
+        np.where(too_wide, np.rint(height * widest).astype(np.int64), width),
+    )

@@ -1,0 +1,257 @@
+"""Owns the making of a dataset: sources -> shards, in parallel, verified, atomic, resumable.
+
+Everything unfinished lies in OUT/.partial: the listing of the source, the order, and a marker for each finished shard.
+A run that was killed goes on with the shards that have no marker. dataset.json is written last: only then is OUT
+a dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import atomic_file, disk_errors, exclusive_lock, make_exclusive, write_json
+from pipeline.dataset.format import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
+from pipeline.sharding.finalize import complete
+from pipeline.sharding.index_tars import IndexJob, listing_fingerprint, open_tars
+from pipeline.sharding.options import ShardingOptions
+from pipeline.sharding.workers import build_missing
+from pipeline.sharding.write_shard import Job, WriteJob
+from pipeline.sources.labels import dataset_classes
+from pipeline.sources.listing import Listing
+from pipeline.sources.open_source import open_source, source_title
+from pipeline.sources.readers import WDS
+
+_SHARD_GLOB = "shard-" + "[0-9]" * 6
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a call of make_dataset did."""
+
+    out: Path
+    missing: int  # shards that other parts have still to build; 0 = complete
+    shards: int
+    pictures: int
+    rejected: dict[str, int]  # reason -> count
+    bytes: int  # of all tars
+    classes: int
+    labelled: bool  # whether each picture has a label
+    seconds: float
+    already_there: bool = False  # the dataset was complete before the call
+
+
+def make_dataset(
+    source: str,
+    out: str | Path,
+    options: ShardingOptions | None = None,
+    *,
+    quiet: bool = False,
+    in_process: bool = False,
+) -> Summary:
+    """Write the pictures of SOURCE as a dataset into folder ``out``; go on if an earlier call was interrupted.
+
+    The bytes written depend on the pictures, the seed and the options, not on the number of workers or interruptions.
+    ``quiet`` turns the progress bar off; ``in_process`` does without worker processes. Raises UserError for everything
+    a user can mend: a missing source, a full disk, an interrupted run with other options, no usable picture, ...
+    """
+    options = options or ShardingOptions()
+    options.check()
+    out, started = Path(out), time.monotonic()
+    with disk_errors(f"making the dataset in {out}"):
+        _check_place(source, out)
+        if options.overwrite:
+            remove_dataset(out)
+        if (out / DATASET_FILE).exists():
+            return _already_complete(source, out, options, started)
+        with disk_errors(f"making {out}", f"OUT {out} cannot be made", "name another folder"):
+            (out / PARTIAL_DIR).mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(out / PARTIAL_DIR / "lock", shared=options.part is not None) as lock:
+            info = _make(source, out, options, lock, quiet, in_process)
+            if info is None:
+                return _already_complete(source, out, options, started)
+            return _summary(out, info, started)
+
+
+def _make(
+    source: str, out: Path, options: ShardingOptions, lock: IO[bytes], quiet: bool, in_process: bool
+) -> dict[str, Any] | None:
+    """The contents of dataset.json; what is known so far if parts are missing; None if another part completed it."""
+    if options.part is None:
+        for left_over in (out / PARTIAL_DIR).rglob("*.tmp-*"):
+            left_over.unlink()
+    try:
+        job, about = _prepare(source, out, options, quiet)
+    except UserError:
+        _forget_beginning(out, options)
+        raise
+    build_missing(job, options, quiet, in_process)
+    if options.part is not None:  # parts run side by side; completing is for one of them
+        make_exclusive(lock)
+        if (out / DATASET_FILE).exists():
+            return None
+    info = complete(job, about)
+    assert info is not None or options.part is not None, "a run without --part builds every shard"
+    return info or _so_far(job, about)
+
+
+def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
+    shards = [record["shard"] for record in map(job.done, range(len(job))) if record is not None]
+    pictures = sum(shard["samples"] for shard in shards)
+    return {
+        "num_samples": pictures,
+        "shards": shards,
+        "classes": about["classes"],
+        "rejected": {},
+        "missing": len(job) - len(shards),
+    }
+
+
+def _forget_beginning(out: Path, options: ShardingOptions) -> None:
+    """A source that could not be listed leaves nothing behind, except what was unpacked from it."""
+    partial = out / PARTIAL_DIR
+    if options.part is None and not (partial / "job.json").exists() and not (partial / "spool.json").exists():
+        shutil.rmtree(partial)
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
+def remove_dataset(out: Path) -> None:
+    """Delete a dataset, or the beginning of one, from ``out``: its own files only, dataset.json first.
+
+    Tars that were only indexed belong to somebody else and stay. Raises UserError if that cannot be told.
+    """
+    try:
+        title, names = _recorded(out)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{out / DATASET_FILE} is damaged: which files belong to the dataset cannot be told; delete {out} yourself"
+        ) from None
+    if title is None:
+        return
+    for name in (DATASET_FILE, SAMPLES_FILE, REJECTED_FILE):
+        (out / name).unlink(missing_ok=True)
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    if (out / PARTIAL_DIR).exists():
+        shutil.rmtree(out / PARTIAL_DIR)
+
+
+def _recorded(out: Path) -> tuple[str | None, list[str]]:
+    """(title of the source, the tars and indexes we wrote) as dataset.json, or the interrupted run, records them."""
+    if (out / DATASET_FILE).exists():
+        info = json.loads((out / DATASET_FILE).read_bytes())
+        title, shards = info["source"], info["shards"]
+        names = [shard["index"] for shard in shards]
+        names += [] if title.startswith(WDS) else [shard["name"] for shard in shards]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("files of a dataset lie in its own folder")
+        return title, names
+    if not (out / PARTIAL_DIR).exists():
+        return None, []
+    job_file = out / PARTIAL_DIR / "job.json"
+    title = json.loads(job_file.read_bytes())["recipe"]["source"] if job_file.exists() else ""
+    patterns = (
+        ("index-" + "[0-9]" * 6 + ".idx",) if title.startswith(WDS) else (f"{_SHARD_GLOB}.tar", f"{_SHARD_GLOB}.idx")
+    )
+    return title, [file.name for pattern in patterns for file in out.glob(pattern)] if title else []
+
+
+def _check_place(source: str, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"OUT {out} is a file: give a folder")
+    folder = Path(source)
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"OUT {out} lies inside SOURCE {source}: its shards would become part of the source; choose another folder"
+        )
+    ours = (out / DATASET_FILE).exists() or (out / PARTIAL_DIR).exists()
+    patterns = [SAMPLES_FILE] if source.startswith(WDS) else [SAMPLES_FILE, f"{_SHARD_GLOB}.tar", f"{_SHARD_GLOB}.idx"]
+    if not ours and out.is_dir() and any(file for pattern in patterns for file in out.glob(pattern)):
+        raise UserError(f"{out} has shards but no {DATASET_FILE}: choose an empty folder, or delete them yourself")
+
+
+def _already_complete(source: str, out: Path, options: ShardingOptions, started: float) -> Summary:
+    info = read_dataset_file(out)
+    wanted = {"source": source_title(source), **options.recipe()}
+    there = {"source": info["source"], **info["recipe"]}
+    if differences := _differences(there, wanted):
+        raise UserError(
+            f"{out} holds a complete dataset made with other options ({differences}): choose another folder, "
+            "or say --overwrite to replace it"
+        )
+    if (out / PARTIAL_DIR).exists():  # the last run ended between its last two actions
+        shutil.rmtree(out / PARTIAL_DIR)
+    return _summary(out, info, started, already_there=True)
+
+
+def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    names = [n for n in {**there, **wanted} if there.get(n) != wanted.get(n)]
+    flags = {n: "SOURCE" if n == "source" else "--" + n.replace("_", "-") for n in names}
+    return "; ".join(f"{flags[n]} was {there.get(n)}, now {wanted.get(n)}" for n in names)
+
+
+def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> tuple[Job, dict[str, Any]]:
+    """List the source, compare with what an interrupted run left, and lay the job out in OUT/.partial."""
+    job_file = out / PARTIAL_DIR / "job.json"
+    earlier = json.loads(job_file.read_text()) if job_file.exists() else None
+    about: dict[str, Any] = {"recipe": {"source": source_title(source), **options.recipe()}}
+    if earlier is not None and (differences := _differences(earlier["recipe"], about["recipe"])):
+        raise UserError(
+            f"{out} has an interrupted run with other options ({differences}): repeat its options to go on with it, "
+            "or say --overwrite to start again"
+        )
+    job: Job
+    if source.startswith(WDS):
+        tars = open_tars(source.removeprefix(WDS), options)
+        known = [] if options.classes_from is None else list(dataset_classes(options.classes_from))
+        about.update(fingerprint=listing_fingerprint(tars), classes=known, rejected=[])
+        job = IndexJob(out, tars, options)
+    else:
+        found = open_source(source, options, out / PARTIAL_DIR, quiet=quiet)
+        about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
+        about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
+        if earlier is None:
+            _lay_out(found.listing, out, options)
+        job = WriteJob(out, found.reader, options)
+    if earlier is None:
+        write_json(job_file, about)
+    elif earlier["fingerprint"] != about["fingerprint"]:
+        raise UserError(
+            f"{source} has changed since the interrupted run in {out} began (pictures were added, removed, renamed or "
+            "have another length): restore it to go on, or say --overwrite to start again"
+        )
+    return job, about
+
+
+def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:
+    """Save the listing and the order for the workers.
+
+    The order sorts by raw 64-bit numbers, which numpy promises to keep; what Generator.permutation gives may change.
+    """
+    listing.save(out / PARTIAL_DIR / "listing")
+    order = np.argsort(np.random.PCG64(options.seed).random_raw(len(listing)), kind="stable")
+    with atomic_file(out / PARTIAL_DIR / "order.npy") as file:
+        np.save(file, order[: options.limit])
+
+
+def _summary(out: Path, info: dict[str, Any], started: float, already_there: bool = False) -> Summary:
+    return Summary(
+        out=out,
+        missing=info.get("missing", 0),
+        shards=len(info["shards"]),
+        pictures=info["num_samples"],
+        rejected=info["rejected"],
+        bytes=sum(shard["bytes"] for shard in info["shards"]),
+        classes=len(info["classes"]),
+        labelled=info.get("has_labels", True),  # of unfinished ones nothing is known
+        seconds=time.monotonic() - started,
+        already_there=already_there,
+    )

@@ -1,0 +1,79 @@
+"""Owns the options of sharding: what decides the bytes of a dataset, apart from how the work is done."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import UserError, require
+from pipeline.sources.image_file import Verify
+
+_HOW = ("workers", "part", "overwrite")  # how the work is done; everything else decides the result
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """What decides the bytes of a dataset, and how the work is done."""
+
+    samples_per_shard: int = 2048
+    """Pictures in one tar; 2048 ImageNet pictures are about 225 MB, the size WebDataset recommends."""
+    workers: int = 0
+    """Processes that read, check and write; 0 = one per CPU core. The result does not depend on it."""
+    seed: int = 0
+    """Seed of the global shuffle (and of the pictures of synthetic:N)."""
+    verify: Verify = "full"
+    """full: decode every picture and refuse the broken ones. header: refuse by format and size only. none: the same
+    as header, since height and width must be known."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels (height x width) are refused before they are decoded."""
+    shorter_side: int | None = None
+    """Re-encode pictures whose shorter side has more pixels than this as JPEG of this size. Default: keep all bytes."""
+    jpeg_quality: int = 90
+    """Quality (1 to 100) of pictures re-encoded by --shorter-side."""
+    limit: int | None = None
+    """Take only this many pictures, drawn by the seed. Default: all."""
+    subtree: str = ""
+    """Folder inside SOURCE to take, as in --subtree train; classes are the folders inside it. For parquet files: how
+    their names begin."""
+    labels: str = "auto"
+    """auto: from class folders, where there are any. folders: insist on them. none: no labels. Or a FILE with a class
+    per line in the order of the sorted picture names, or with `name class` per line; or ImageNet's devkit archive."""
+    classes_from: Path | None = None
+    """A dataset written before, whose class list is taken over, so that labels of a validation set agree with it."""
+    split: str | None = None
+    """A name to record in dataset.json, as in --split train."""
+    part: str | None = None
+    """i/n: build only part i of n (i from 0 to n - 1), for machines that share OUT; the last to end completes it."""
+    overwrite: bool = False
+    """Delete the dataset in OUT, or the beginning of one, and write it again."""
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        for name in ("samples_per_shard", "max_pixels", "shorter_side", "limit"):
+            value = getattr(self, name)
+            require(f"--{name.replace('_', '-')}", value, value is None or value >= 1, "must be at least 1")
+        require("--workers", self.workers, self.workers >= 0, "must be at least 1, or 0 for one per CPU core")
+        require("--seed", self.seed, self.seed >= 0, "must not be negative")
+        require("--jpeg-quality", self.jpeg_quality, 1 <= self.jpeg_quality <= 100, "must be 1 to 100")
+        self.part_of()
+
+    def part_of(self) -> tuple[int, int]:
+        """(i, n) of --part i/n; (0, 1) without it. Raises UserError if it is malformed."""
+        if self.part is None:
+            return 0, 1
+        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if match is None or not int(match[1]) < int(match[2]):
+            raise UserError(f"--part {self.part}: must be i/n with i from 0 to n - 1, as in 0/4 to 3/4")
+        return int(match[1]), int(match[2])
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the dataset's bytes, for dataset.json. Paths become base names, the same on every machine."""
+        values = {name: value for name, value in asdict(self).items() if name not in _HOW}
+        values["labels"] = Path(self.labels).name
+        values["classes_from"] = None if self.classes_from is None else self.classes_from.resolve().name
+        values["subtree"] = self.subtree.strip("/")
+        if self.shorter_side is None:
+            values["jpeg_quality"] = None
+        return values

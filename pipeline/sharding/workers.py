@@ -1,0 +1,150 @@
+"""Owns the processes that build shards: a progress bar, clean ends on errors, Ctrl-C and a killed main process.
+
+Workers share nothing but counters and a stop flag; which of them builds a shard makes no difference to its bytes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.common.errors import UserError
+from pipeline.common.system import cores, progress
+from pipeline.sharding.options import ShardingOptions
+from pipeline.sharding.write_shard import Job
+from pipeline.sources.readers import check_room
+
+
+def keep_torch_out() -> None:
+    """Let `import webdataset` of a worker process do without torch, which the writers do not need.
+
+    Measured: 0.2 s instead of 2.6 s for the import, and 37 MB of memory instead of 541 MB.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
+_REPORT_EVERY = 32  # pictures between two looks at the shared counters
+
+
+def build_missing(job: Job, options: ShardingOptions, quiet: bool, in_process: bool = False) -> None:
+    """Build the shards of this part that have no marker yet. Raises UserError, or OSError as the disk does.
+
+    ``in_process``: without worker processes, one shard after the other.
+    """
+    part, parts = options.part_of()
+    mine = list(range(part, len(job), parts))
+    missing = [n for n in mine if job.done(n) is None]
+    check_room(job.out, job.room(missing), "writing the shards")
+    workers = min(options.workers or cores(), len(missing))
+    total, left = job.pictures(mine), job.pictures(missing)
+    done = 0 if total is None or left is None else total - left
+    quiet = quiet or not missing
+    with progress(quiet, total=total, initial=done, unit=" pictures", smoothing=0.05) as bar:
+        meter = _Meter(bar)
+        if in_process:
+            for number in missing:
+                job.build(number, meter.add)
+        elif missing:
+            try:
+                _build_parallel(job, missing, workers, meter)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a worker process was killed, most likely for lack of memory: run the same command again with "
+                    "fewer --workers; it goes on with the missing shards"
+                ) from error
+
+
+class _Meter:
+    """Shows pictures/s (by tqdm) and MB/s."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar, self.bytes, self.started = bar, 0, time.monotonic()
+
+    def add(self, pictures: int, size: int) -> None:
+        self.bytes += size
+        rate = self.bytes / 1e6 / max(time.monotonic() - self.started, 1e-3)
+        self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+        self.bar.update(pictures)
+
+
+class _StoppedError(Exception):
+    """The main process asked a worker to give up."""
+
+
+def _build_parallel(job: Job, missing: list[int], workers: int, meter: _Meter) -> None:
+    context = multiprocessing.get_context("spawn")
+    pictures, size, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
+    shown = (0, 0)
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, pictures, size, stop)) as pool:
+        try:
+            for _ in _while_building(pool, missing, workers):
+                now = (pictures.value, size.value)
+                meter.add(now[0] - shown[0], now[1] - shown[1])
+                shown = now
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _while_building(pool: ProcessPoolExecutor, missing: list[int], workers: int) -> Iterator[None]:
+    """Build all; gives control now and then. Raises what a worker raises."""
+    todo = iter(missing)
+    # two tasks a worker are in flight: none waits, and an error stops the rest soon
+    running: set[Future[None]] = {pool.submit(_build_one, n) for n in islice(todo, 2 * workers)}
+    while running:
+        done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        running |= {pool.submit(_build_one, n) for n in islice(todo, len(done))}
+        yield
+
+
+_worker: dict[str, Any] = {}  # what _start_worker was given, in a worker process
+
+
+def _start_worker(job: Job, pictures: Any, size: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which tells the workers
+    keep_torch_out()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker.update(job=job, pictures=pictures, size=size, stop=stop)
+
+
+def _end_with_parent() -> None:
+    """A killed main process must not leave workers behind that go on writing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _build_one(number: int) -> None:
+    waiting = [0, 0]
+
+    def flush() -> None:
+        for counter, value in zip((_worker["pictures"], _worker["size"]), waiting, strict=True):
+            with counter.get_lock():
+                counter.value += value
+        waiting[:] = [0, 0]
+        if _worker["stop"].is_set():
+            raise _StoppedError
+
+    def tick(pictures: int, size: int) -> None:
+        waiting[0] += pictures
+        waiting[1] += size
+        if waiting[0] >= _REPORT_EVERY:
+            flush()
+
+    _worker["job"].build(number, tick)
+    flush()

@@ -1,0 +1,205 @@
+"""Owns the building of one shard: chosen pictures in, a tar, its DALI index and its rows of samples.npy out.
+
+What comes out depends on the listing, the order and the options alone: modification times, users and modes in the tar
+are fixed, so the same pictures give the same bytes on every machine and with any number of workers.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import atomic_file, write_json
+from pipeline.dataset.format import PARTIAL_DIR, SAMPLE_DTYPE, Shard
+from pipeline.dataset.shard_tar import BLOCK, Component, ShardTar, write_index
+from pipeline.sharding.options import ShardingOptions
+from pipeline.sources.image_file import BadPictureError, inspect_picture, shrink_picture
+from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected
+from pipeline.sources.readers import Reader
+
+Tick = Callable[[int, int], None]  # (pictures, bytes) done since the last call; may raise to stop the work
+_KEY_STEM = 60  # characters of the original name kept in a key, so that a member's name always fits a plain header
+
+
+@dataclass
+class ShardParts:
+    """What is known of a finished tar: rows (SAMPLE_DTYPE), index lines, refused pictures; all in the tar's order."""
+
+    rows: list[tuple[int, ...]]
+    samples: list[list[Component]]
+    rejected: list[Rejected]
+
+
+class Job(ABC):
+    """A dataset in the making: numbered shards that can be built in any order by any process."""
+
+    out: Path
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of shards."""
+
+    @abstractmethod
+    def pictures(self, numbers: list[int]) -> int | None:
+        """Number of pictures to look at in shards ``numbers``; None if it is not known before."""
+
+    def room(self, numbers: list[int]) -> int:
+        """About how many bytes shards ``numbers`` will take on the disk of OUT; 0 if that is not known or nothing."""
+        return 0
+
+    @abstractmethod
+    def build(self, number: int, tick: Tick) -> None:
+        """Build shard ``number`` and mark it as done. Raises OSError, UserError, or what ``tick`` raises."""
+
+    def done(self, number: int) -> dict[str, Any] | None:
+        """The record of a finished shard: {"shard": Shard, "rejected": [[name, reason]]}; None if unfinished."""
+        try:
+            record = json.loads(self._marker(number).read_text())
+            shard = Shard(**record["shard"])
+            if shard.samples == 0 or (self.out / shard.name).stat().st_size == shard.bytes:
+                return record
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass  # unfinished, or cut off by a crash of the machine: it is built again
+        return None
+
+    def rows(self, number: int) -> np.ndarray:
+        """Rows of samples.npy of finished shard ``number`` (SAMPLE_DTYPE[samples]), its field ``shard`` not yet set."""
+        return np.load(self._marker(number).with_suffix(".npy"), allow_pickle=False)
+
+    def finish(self, number: int, tar: str, size: int, sha256: str, parts: ShardParts, index: str) -> None:
+        """Write the sidecars of a finished tar; the marker comes last."""
+        if parts.rows:
+            write_index(self.out / index, parts.samples, self.out / PARTIAL_DIR)
+        self._marker(number).parent.mkdir(exist_ok=True)
+        with atomic_file(self._marker(number).with_suffix(".npy")) as file:
+            np.save(file, np.array(parts.rows, SAMPLE_DTYPE))
+        shard = Shard(tar, index, len(parts.rows), size, sha256)
+        rejected = [[r.name, r.reason] for r in parts.rejected]
+        write_json(self._marker(number), {"shard": asdict(shard), "rejected": rejected})
+
+    def _marker(self, number: int) -> Path:
+        return self.out / PARTIAL_DIR / "done" / f"shard-{number:06d}.json"
+
+
+@dataclass
+class WriteJob(Job):
+    """Pictures of a source, permuted, cut into shards of ``options.samples_per_shard``.
+
+    The listing and the order lie in OUT/.partial, where every worker maps them instead of receiving a copy.
+    """
+
+    out: Path
+    reader: Reader
+    options: ShardingOptions
+
+    @cached_property
+    def listing(self) -> Listing:
+        """The source's pictures."""
+        return Listing.load(self.out / PARTIAL_DIR / "listing")
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """int64: the pictures in the order in which they are written."""
+        return np.load(self.out / PARTIAL_DIR / "order.npy", mmap_mode="r", allow_pickle=False)
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return -(-len(self.order) // self.options.samples_per_shard)
+
+    def pictures(self, numbers: list[int]) -> int:
+        """Number of pictures to be written in shards ``numbers``, before any is refused."""
+        per_shard = self.options.samples_per_shard
+        return sum(min(per_shard, len(self.order) - n * per_shard) for n in numbers)
+
+    def room(self, numbers: list[int]) -> int:
+        """The pictures' bytes and their tar headers."""
+        if self.options.shorter_side is not None:
+            return 0
+        per_shard = self.options.samples_per_shard
+        return sum(_room(self.listing.lengths[self.order[n * per_shard : (n + 1) * per_shard]]) for n in numbers)
+
+    def build(self, number: int, tick: Tick) -> None:
+        """Read, check and write the pictures of one shard."""
+        first = number * self.options.samples_per_shard
+        chosen = self.order[first : first + self.options.samples_per_shard]
+        path = self.out / f"shard-{number:06d}.tar"
+        with atomic_file(path, self.out / PARTIAL_DIR) as file:
+            tar = ShardTar(file)
+            parts = self._write(tar, chosen, tick)
+            sha256 = tar.end()
+        if not parts.rows:
+            path.unlink()
+        self.finish(number, path.name, tar.size, sha256, parts, path.with_suffix(".idx").name)
+
+    def _write(self, tar: ShardTar, chosen: np.ndarray, tick: Tick) -> ShardParts:
+        parts = ShardParts([], [], [])
+        for index in chosen.tolist():
+            length, name = 0, self.listing.name(index)
+            try:
+                data, extension, size = self._sample(index)
+                members, length = {extension: data}, len(data)
+                if (label := int(self.listing.labels[index])) >= 0:
+                    members["cls"] = str(label).encode()
+                components = tar.add(sample_key(index, name), members)
+                offset = next(c.offset for c in components if c.extension == extension)
+                parts.rows.append((0, offset, length, label, *size, zlib.crc32(data)))
+                parts.samples.append(components)
+            except BadPictureError as error:
+                parts.rejected.append(Rejected(name, str(error)))
+            tick(1, length)
+        return parts
+
+    def _sample(self, index: int) -> tuple[bytes, str, tuple[int, int]]:
+        """(bytes, extension, (height, width)) of one picture as it will be written. Raises BadPictureError."""
+        options = self.options
+        data = read_picture(self.reader, self.listing, index)
+        picture = inspect_picture(data, options.verify, options.max_pixels)
+        if options.shorter_side is not None:
+            small = shrink_picture(data, options.shorter_side, options.jpeg_quality, options.max_pixels)
+            if small is not None:
+                data, picture = small, inspect_picture(small, "none", options.max_pixels)
+        return data, picture.extension, (picture.height, picture.width)
+
+
+def _room(lengths: np.ndarray) -> int:
+    return int((np.maximum(lengths, 0) + 2 * BLOCK).sum())
+
+
+def read_picture(reader: Reader, listing: Listing, index: int) -> bytes:
+    """The bytes of picture ``index``.
+
+    Raises BadPictureError if we may not read that one file, UserError if the source itself fails or has changed: a disk
+    or network that goes away must not turn into thousands of refused pictures.
+    """
+    name, expected = listing.name(index), int(listing.lengths[index])
+    try:
+        data = reader.read(listing, index)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise BadPictureError("cannot be read: permission denied") from None
+        raise UserError(
+            f"cannot read {name!r} of the source: {error.strerror}; see to the source, then run the same command again"
+        ) from error
+    if expected != UNKNOWN_LENGTH and len(data) != expected:
+        raise UserError(
+            f"{name!r} of the source had {expected} bytes and has {len(data)} now: it changes while it is read; "
+            "wait until it is final, then run again with --overwrite"
+        )
+    return data
+
+
+def sample_key(index: int, name: str) -> str:
+    """A unique, plain key: the picture's number in the source and what is readable of its name; no dot, no slash."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:_KEY_STEM]
+    return f"{index:09d}_{stem}"

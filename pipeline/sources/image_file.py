@@ -1,0 +1,176 @@
+"""Owns the judgement of one picture: can the training pipeline decode these bytes, and how large is it?
+
+PIL is the judge, since it checks strictly (a truncated file fails) where a region decode on a GPU may not. The formats
+are those that DALI decodes too: a picture that passes here must not stop a batch later.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import TiffImageFile
+
+Verify = Literal["full", "header", "none"]
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "PPM": "ppm"}
+PICTURE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
+_TIFF_COMPRESSIONS = frozenset(
+    [
+        "raw",
+        "tiff_lzw",
+        "tiff_deflate",
+        "tiff_adobe_deflate",
+        "packbits",
+        "jpeg",
+        "group3",
+        "group4",
+        "zstd",
+    ]  # not lzma, webp, ...
+)
+_TIFF_MODES = frozenset({"RGB", "L", "P", "RGBA", "CMYK", "YCbCr", "I;16"})
+MAX_SIDE = 65535  # samples.npy keeps height and width as uint16
+_KNOWN_MAGIC = ((b"GIF8", "GIF"), (b"%PDF", "PDF"), (b"<svg", "SVG"), (b"8BPS", "Photoshop"), (b"\xff\x0a", "JPEG XL"))
+_KNOWN_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
+_SEGMENT = re.compile(rb"\xff+(?P<marker>[^\x00\xff])(?P<length>..)", re.DOTALL)  # any number of fill bytes before
+# PIL's own limit warns at 89 million pixels and stops at twice that; ours is checked before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class BadPictureError(Exception):
+    """These bytes are refused; the message is the reason that goes into rejected.jsonl."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known about one accepted picture. Height and width are as stored: EXIF orientation is ignored."""
+
+    extension: str  # of the content, without a dot: a PNG named .jpg is "png"
+    height: int  # pixels
+    width: int  # pixels
+
+
+def inspect_picture(data: bytes, verify: Verify, max_pixels: int) -> Picture:
+    """Check encoded bytes. ``full`` reads everything; ``header`` and ``none`` only look at the header.
+
+    Raises BadPictureError with the reason: not a picture, a format DALI cannot decode, too large, truncated, ...
+    """
+    image = _open(data, max_pixels)
+    picture = Picture(EXTENSIONS[_format(image)], image.height, image.width)
+    if verify == "full":
+        # JPEGs at an eighth of their size: every code in them is read, and the arithmetic left out cannot fail
+        image.draft(None, (1, 1))
+        _decode(image)
+    return picture
+
+
+def shrink_picture(data: bytes, shorter_side: int, quality: int, max_pixels: int) -> bytes | None:
+    """JPEG bytes with the shorter side resized to ``shorter_side`` pixels; None if it is not larger than that.
+
+    Raises BadPictureError if the picture cannot be decoded.
+    """
+    image = _open(data, max_pixels)
+    short = min(image.size)
+    if short <= shorter_side:
+        return None
+    width, height = (max(1, round(side * shorter_side / short)) for side in image.size)
+    image.draft(None, (2 * width, 2 * height))  # DCT scaling stays at twice the target: no visible loss
+    pixels = _decode(image)
+    out = io.BytesIO()
+    pixels.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise BadPictureError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata are no reason to refuse a picture
+            image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+    except Image.UnidentifiedImageError:
+        raise BadPictureError(_describe_unknown(data)) from None
+    except Exception as error:  # noqa: BLE001 a parser may raise anything on hostile bytes
+        raise BadPictureError(_reason(error, "damaged header")) from None
+    if image.width * image.height > max_pixels:
+        raise BadPictureError(f"larger than --max-pixels {max_pixels}")
+    if max(image.size) > MAX_SIDE:
+        raise BadPictureError(f"a side longer than {MAX_SIDE} pixels")
+    _check_variant(image, data)
+    return image
+
+
+def _check_variant(image: Image.Image, data: bytes) -> None:
+    """Refuse the variants that PIL reads but DALI 2.4 does not, or not alike (measured)."""
+    if _format(image) == "JPEG":
+        _check_segments(data)
+    if image.format == "PNG" and b"IEND" not in data:
+        raise BadPictureError("truncated")
+    if image.format == "WEBP" and "exif" in image.info and b"VP8L" in data:
+        raise BadPictureError("lossless WebP with EXIF is not supported")
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(Base.Orientation, 1) != 1:
+        raise BadPictureError("TIFF with an orientation tag is not supported")  # PIL turns it, DALI does not
+    if image.format == "PPM" and image.mode == "F":
+        raise BadPictureError("PPM with floating-point pixels is not supported")
+    if image.format == "TIFF":
+        compression = image.info.get("compression", "raw")
+        if compression not in _TIFF_COMPRESSIONS:
+            raise BadPictureError(f"TIFF with {compression} compression is not supported")
+        if image.mode not in _TIFF_MODES and not (image.mode == "1" and compression in ("group3", "group4")):
+            raise BadPictureError(f"TIFF with {image.mode} pixels is not supported")
+
+
+def _check_segments(data: bytes) -> None:
+    """Refuse a JPEG unless each segment up to the scan begins where the one before ends (ITU-T T.81, B.1.1).
+
+    DALI demands it; PIL skips what it does not know. tests/test_hostile_input.py compares with DALI's decoder.
+    """
+    at = 2  # behind the marker of the start
+    while at < len(data):
+        segment = _SEGMENT.match(data, at)
+        if segment is not None and segment["marker"] == b"\xda":
+            return
+        length = 0 if segment is None else int.from_bytes(segment["length"], "big")
+        if segment is None or length < 2:  # the two bytes of the length are counted in
+            raise BadPictureError("damaged header: its JPEG segments do not follow each other")
+        at = segment.start("length") + length
+    raise BadPictureError("truncated")
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """Decode every byte, and convert as torchvision's loaders do. Gray stays gray."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return image if image.mode in ("RGB", "L") else image.convert("RGB")
+    except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
+        raise BadPictureError(_reason(error, "cannot be decoded")) from None
+
+
+def _format(image: Image.Image) -> str:
+    return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with further frames behind the first
+
+
+def _reason(error: Exception, what: str) -> str:
+    if "truncated" in str(error).lower():
+        return "truncated"  # one reason for the summary: PIL's message counts the bytes that are left
+    return f"{what}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+def _describe_unknown(data: bytes) -> str:
+    for magic, name in _KNOWN_MAGIC:
+        if data.startswith(magic):
+            return f"{name} is not a supported format"
+    if data[4:8] == b"ftyp" and data[8:12] in _KNOWN_BRANDS:
+        return f"{_KNOWN_BRANDS[data[8:12]]} is not a supported format"
+    return "not a picture: unknown or damaged format"

@@ -1,0 +1,166 @@
+"""Owns the table of a source's pictures: names, byte ranges and labels as flat arrays that processes share by mmap.
+
+Fourteen million pictures are about 1 GB here, and a worker reads only the rows it needs; as Python objects they would
+be many times that in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import atomic_file, write_json
+from pipeline.sources.image_file import PICTURE_SUFFIXES
+
+UNKNOWN_LENGTH = -1
+_COLUMNS = ("names", "name_starts", "offsets", "lengths", "labels")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A picture that was refused: its name in the source and the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of one source, sorted by name. Row i is picture i; arrays have n rows, ``name_starts`` n + 1."""
+
+    names: np.ndarray  # uint8: all names one after the other, as bytes of the file system
+    name_starts: np.ndarray  # int64
+    offsets: np.ndarray  # int64, bytes: where the picture starts in its container; 0 in a folder
+    lengths: np.ndarray  # int64, bytes; UNKNOWN_LENGTH if it is only known after reading
+    labels: np.ndarray  # int32; -1 = none
+    classes: tuple[str, ...]
+    rejected: tuple[Rejected, ...]
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Name of picture ``index`` within the source; bytes that are not UTF-8 are surrogate-escaped."""
+        start, stop = self.name_starts[index : index + 2]
+        return bytes(self.names[start:stop]).decode("utf-8", "surrogateescape")
+
+    def fingerprint(self) -> str:
+        """sha256 over names, lengths, labels and classes. It does not see that a file changed but kept its length."""
+        digest = hashlib.sha256()
+        for column in (self.names, self.name_starts, self.lengths, self.labels):
+            digest.update(np.ascontiguousarray(column).data)
+        digest.update(json.dumps([self.classes, [[r.name, r.reason] for r in self.rejected]]).encode())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the columns into ``folder``, each atomically; meta.json comes last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for column in _COLUMNS:
+            with atomic_file(folder / f"{column}.npy") as file:
+                np.save(file, getattr(self, column))
+        rejected = [[r.name, r.reason] for r in self.rejected]
+        write_json(folder / "meta.json", {"classes": self.classes, "rejected": rejected})
+
+    @classmethod
+    def load(cls, folder: Path) -> Listing:
+        """Map a saved listing. Raises OSError if it is not there."""
+        meta = json.loads((folder / "meta.json").read_text())
+        maps = {c: np.load(folder / f"{c}.npy", mmap_mode="r", allow_pickle=False) for c in _COLUMNS}
+        columns = {c: column.view(np.ndarray) for c, column in maps.items()}  # memmap itself is slow to index
+        rejected = tuple(Rejected(name, reason) for name, reason in meta["rejected"])
+        return cls(**columns, classes=tuple(meta["classes"]), rejected=rejected)
+
+
+@dataclass
+class ListingBuilder:
+    """Collects pictures in any order; ``build`` sorts them by name, so that a folder and a tar of it agree."""
+
+    source: str  # as the user wrote it, for messages
+    names: list[bytes] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)  # only for sources that know them; else empty
+    rejected: list[Rejected] = field(default_factory=list)
+
+    def add(self, name: str, offset: int, length: int, label: int | None = None) -> None:
+        """Add one entry; what is not named like a picture goes to ``rejected``."""
+        if PurePosixPath(name).suffix[1:].lower() not in PICTURE_SUFFIXES:
+            self.reject(name, "not a picture file")
+            return
+        self.names.append(name.encode("utf-8", "surrogateescape"))
+        self.offsets.append(offset)
+        self.lengths.append(length)
+        if label is not None:
+            self.labels.append(label)
+
+    def reject(self, name: str, reason: str) -> None:
+        """Record an entry that is no picture for us."""
+        self.rejected.append(Rejected(name, reason))
+
+    def build(self, classes: Sequence[str] = ()) -> Listing:
+        """Sort by name. Raises UserError if there is no picture at all."""
+        if not self.names:
+            seen = (
+                f"; {len(self.rejected)} other entries were seen, the first: {self.rejected[0]}"
+                if self.rejected
+                else ""
+            )
+            raise UserError(
+                f"no pictures in {self.source}{seen}. Check the path, --subtree, and that they are named as "
+                "pictures are: --help lists the endings"
+            )
+        order = self._sorted_unique()
+        names = [self.names[i] for i in order]
+        starts = np.zeros(len(order) + 1, np.int64)
+        np.cumsum([len(name) for name in names], out=starts[1:])
+        rows = np.array(order, np.int64)
+        labels = np.array(self.labels, np.int32)[rows] if self.labels else np.full(len(order), -1, np.int32)
+        return Listing(
+            names=np.frombuffer(b"".join(names), np.uint8),
+            name_starts=starts,
+            offsets=np.array(self.offsets, np.int64)[rows],
+            lengths=np.array(self.lengths, np.int64)[rows],
+            labels=labels,
+            classes=tuple(classes),
+            rejected=tuple(sorted(self.rejected, key=lambda r: (r.name, r.reason))),
+        )
+
+    def _sorted_unique(self) -> list[int]:
+        """Rows sorted by name. As in tar, a later entry of the same name replaces the earlier one."""
+        order = sorted(range(len(self.names)), key=self.names.__getitem__)
+        kept = []
+        for position, row in enumerate(order):
+            later = order[position + 1] if position + 1 < len(order) else None
+            if later is not None and self.names[later] == self.names[row]:
+                name = self.names[row].decode("utf-8", "surrogateescape")
+                self.reject(name, "replaced by a later entry of the same name")
+            else:
+                kept.append(row)
+        return kept
+
+
+def select(listing: Listing, mask: np.ndarray, rejected: tuple[Rejected, ...]) -> Listing:
+    """The rows where ``mask`` (bool[n]) holds, with ``rejected`` added for the others."""
+    rows = np.flatnonzero(mask)
+    if len(rows) == 0:
+        raise UserError("no picture is left after choosing: check --subtree and --labels")
+    names = [bytes(listing.names[listing.name_starts[i] : listing.name_starts[i + 1]]) for i in rows]
+    starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(name) for name in names], out=starts[1:])
+    everything = sorted((*listing.rejected, *rejected), key=lambda r: (r.name, r.reason))
+    return replace(
+        listing,
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_starts=starts,
+        offsets=listing.offsets[rows],
+        lengths=listing.lengths[rows],
+        labels=listing.labels[rows],
+        rejected=tuple(everything),
+    )

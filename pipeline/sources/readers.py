@@ -1,0 +1,132 @@
+"""Reads picture i of a folder or container; the one temporary copy of a source without random access."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_json
+from pipeline.common.system import progress
+from pipeline.sources.listing import Listing, ListingBuilder
+
+WDS = "wds:"  # SOURCE: tars made by others, which pipeline/sharding/index_tars.py indexes in place
+
+
+class Reader(Protocol):
+    """Reads pictures of a listing. Small and picklable: every worker process gets a copy."""
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """The encoded bytes of picture ``index``. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures in a fixed order (sorted by name), not yet shuffled."""
+
+    listing: Listing
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Pictures as files below ``root``."""
+
+    root: Path
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """One file's bytes. Raises OSError."""
+        with open(os.path.join(self.root, listing.name(index)), "rb", buffering=0) as file:
+            return file.read()
+
+
+@dataclass(frozen=True)
+class ContainerReader:
+    """Pictures as byte ranges of one file."""
+
+    path: Path
+
+    @cached_property
+    def _handle(self) -> int:
+        return os.open(self.path, os.O_RDONLY)
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """One byte range. Raises OSError."""
+        return os.pread(self._handle, int(listing.lengths[index]), int(listing.offsets[index]))
+
+    def __getstate__(self) -> dict[str, Path]:
+        """Only the path travels to another process, never an open handle."""
+        return {"path": self.path}
+
+
+def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
+    """List a folder of pictures, in sorted order; hidden files are left out, links are followed once."""
+    top = root / subtree
+    if not top.is_dir():
+        raise UserError(f"{top} is not a folder: check SOURCE and --subtree")
+    builder = ListingBuilder(str(top))
+    try:
+        with progress(quiet, unit=" files", desc=f"listing {top}") as bar:
+            for path, length in _walk(top, "", (), builder):
+                builder.add(path, 0, length)
+                bar.update(1)
+    except PermissionError as error:
+        raise UserError(f"cannot list {error.filename}: permission denied; change its permissions") from error
+    return Source(builder.build(), FolderReader(top))
+
+
+def _walk(
+    folder: Path, prefix: str, above: tuple[tuple[int, int], ...], builder: ListingBuilder
+) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of every file below ``folder``. ``above`` identifies the folders on the way, against loops."""
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        builder.reject(prefix.rstrip("/"), "a link to a folder above it")
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            try:
+                if entry.is_dir():
+                    yield from _walk(folder / entry.name, f"{name}/", (*above, identity), builder)
+                elif entry.is_file():
+                    yield name, entry.stat().st_size
+                else:
+                    builder.reject(name, "a broken link" if entry.is_symlink() else "neither a file nor a folder")
+            except FileNotFoundError:
+                builder.reject(name, "vanished while the folder was listed")
+
+
+def check_room(folder: Path, needed: int, doing: str) -> None:
+    """Raise UserError if the disk of ``folder`` has fewer than ``needed`` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{doing} needs at least {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free: "
+            "free some space or choose another disk for OUT"
+        )
+
+
+def spool_state(files: list[Path], *choices: str) -> list[Any]:
+    """What a spool depends on: the files (name, bytes, time of change) and the choices made when it was filled."""
+    return [[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files], list(choices)]
+
+
+def spooled(spool: Path, state: list[Any]) -> bool:
+    """Whether an earlier run filled ``spool`` completely from just this."""
+    marker = spool / "spool.json"
+    return marker.exists() and json.loads(marker.read_text()) == state
+
+
+def mark_spooled(spool: Path, state: list[Any]) -> None:
+    """Record that ``spool`` is complete."""
+    write_json(spool / "spool.json", state)

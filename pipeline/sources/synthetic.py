@@ -1,0 +1,193 @@
+"""Owns the synthetic pictures: deterministic grey textures of twelve classes, free of any license, drawn by numpy.
+
+White noise is filtered to a band around a class's frequency and directions and bent by its profile. What
+says nothing of the class varies from picture to picture: the exact frequency, contrast, large-scale light, grain,
+negative or not. Pixels therefore compare badly, a trained encoder does well. Mirroring a picture left to right keeps
+its class, and there is no colour that could give one away.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from pipeline.common.errors import UserError
+from pipeline.sharding.options import ShardingOptions
+from pipeline.sources.listing import UNKNOWN_LENGTH, Listing
+from pipeline.sources.readers import Source
+
+
+@dataclass(frozen=True)
+class SyntheticReader:
+    """Pictures drawn on demand, a pure function of (seed, index)."""
+
+    count: int
+    seed: int
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """Draw and encode one picture."""
+        return self._pictures.encode(index)
+
+    @cached_property
+    def _pictures(self) -> SyntheticPictures:
+        return SyntheticPictures(self.count, self.seed)
+
+
+def open_synthetic(count_text: str, options: ShardingOptions) -> Source:
+    """``synthetic:N``: N pictures drawn by numpy from the seed, with labels."""
+    if options.subtree:
+        raise UserError(f"--subtree {options.subtree} does not go with synthetic:N, which has no folders: leave it out")
+    if not count_text.isdecimal() or int(count_text) < 1:
+        raise UserError(f"synthetic:{count_text}: the number of pictures must be a whole number of at least 1")
+    count = int(count_text)
+    pictures = SyntheticPictures(count, options.seed)
+    names = [f"synthetic-{i:09d}.jpg".encode() for i in range(count)]
+    listing = Listing(
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_starts=np.arange(count + 1, dtype=np.int64) * len(names[0]),
+        offsets=np.zeros(count, np.int64),
+        lengths=np.full(count, UNKNOWN_LENGTH, np.int64),
+        labels=np.array([pictures.label(i) for i in range(count)], np.int32),
+        classes=tuple(pictures.classes),
+        rejected=(),
+    )
+    return Source(listing, SyntheticReader(count, options.seed))
+
+
+SIDE = 48  # px; random crops of it still fill views of 32 px
+JPEG_QUALITY = 92
+Directions = Literal["any", "across", "upright", "both", "oblique"]
+Profile = Literal["smooth", "ridged", "stepped"]
+ANGLE_WIDTH = 0.35  # radians, standard deviation of a direction's lobe
+BAND_WIDTH = 0.45  # octaves, standard deviation of the frequency band
+ZOOM_RANGE = 0.35  # octaves, up or down, by which a picture's frequency differs from its class's
+LIGHT_FREQUENCY = 1.2  # cycles a picture, of the large-scale light
+TEXTURE_CONTRAST = 45.0  # standard deviation in 0..255 of the texture at full strength
+STEP_SHARPNESS = 4.0  # slope of the stepped profile at its edges
+
+
+DEGREES: dict[Directions, tuple[float, ...]] = {
+    "any": (),
+    "across": (90.0,),  # lines that run left to right vary from top to bottom
+    "upright": (0.0,),
+    "both": (0.0, 90.0),
+    "oblique": (-45.0, 45.0),
+}
+
+
+@dataclass(frozen=True)
+class Texture:
+    """What makes a class."""
+
+    frequency: float  # cycles a picture
+    directions: Directions
+    profile: Profile
+
+
+TEXTURES: dict[str, Texture] = {
+    "bark": Texture(3.8, "upright", "ridged"),
+    "brook": Texture(4.0, "across", "ridged"),
+    "clouds": Texture(2.6, "any", "smooth"),
+    "corduroy": Texture(7.2, "upright", "smooth"),
+    "dunes": Texture(4.2, "across", "smooth"),
+    "gravel": Texture(6.8, "any", "stepped"),
+    "lattice": Texture(6.0, "oblique", "stepped"),
+    "linen": Texture(7.6, "both", "ridged"),
+    "marble": Texture(3.4, "any", "ridged"),
+    "reeds": Texture(5.5, "upright", "stepped"),
+    "strata": Texture(6.0, "across", "stepped"),
+    "weave": Texture(6.0, "both", "smooth"),
+}
+_FY = np.fft.fftfreq(SIDE)[:, None] * SIDE
+_FX = np.fft.rfftfreq(SIDE)[None, :] * SIDE
+_RADIUS = np.maximum(np.hypot(_FY, _FX), 1e-6)  # cycles a picture
+_ANGLE = np.arctan2(_FY, _FX)
+_LIGHT_FILTER = np.exp(-0.5 * (_RADIUS / LIGHT_FREQUENCY) ** 2)
+
+
+@dataclass(frozen=True)
+class SyntheticPictures:
+    """``count`` pictures, each a pure function of (seed, index); another seed draws others of the same classes."""
+
+    count: int
+    seed: int = 0  # not negative
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, sorted; a label is a place in it."""
+        return tuple(TEXTURES)
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return self.count
+
+    def label(self, index: int) -> int:
+        """The class of picture ``index``; classes take turns. Raises IndexError outside of 0 .. count - 1."""
+        self._check(index)
+        return index % len(TEXTURES)
+
+    def encode(self, index: int) -> bytes:
+        """Picture ``index`` as a grey JPEG of 48 x 48 px. Raises IndexError outside of 0 .. count - 1."""
+        self._check(index)
+        rng = np.random.default_rng((self.seed, index))
+        texture = TEXTURES[self.classes[self.label(index)]]
+        buffer = io.BytesIO()
+        Image.fromarray(_draw(texture, rng)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        return buffer.getvalue()
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self.count:
+            raise IndexError(f"picture {index} of {self.count}")
+
+
+def _draw(texture: Texture, rng: np.random.Generator) -> UInt8[np.ndarray, "side side"]:
+    frequency = texture.frequency * 2 ** rng.uniform(-ZOOM_RANGE, ZOOM_RANGE)
+    band = np.exp(-0.5 * (np.log2(_RADIUS / frequency) / BAND_WIDTH) ** 2) * _direction_filter(texture.directions)
+    relief = _unit(_bend(_filtered_noise(band, rng), texture.profile))
+    relief *= rng.choice((-1.0, 1.0))  # negative or not
+    light = _filtered_noise(_LIGHT_FILTER, rng)
+    grain = rng.standard_normal((SIDE, SIDE))
+    picture = (
+        rng.uniform(80, 175)
+        + rng.uniform(0.5, 1.0) * TEXTURE_CONTRAST * relief
+        + rng.uniform(4, 30) * light
+        + rng.uniform(0, 9) * grain
+    )
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _direction_filter(directions: Directions) -> Float[np.ndarray, "..."]:
+    """The share that each wave of the half spectrum keeps, by its direction."""
+    if directions == "any":
+        return np.ones(1)
+    lobes = np.zeros_like(_ANGLE)
+    for degrees in DEGREES[directions]:
+        away = (_ANGLE - np.deg2rad(degrees) + np.pi / 2) % np.pi - np.pi / 2  # a wave has no front: modulo a half turn
+        lobes += np.exp(-0.5 * (away / ANGLE_WIDTH) ** 2)
+    return lobes
+
+
+def _filtered_noise(spectrum: Float[np.ndarray, "..."], rng: np.random.Generator) -> Float[np.ndarray, "side side"]:
+    noise = np.fft.rfft2(rng.standard_normal((SIDE, SIDE)))
+    return _unit(np.fft.irfft2(noise * spectrum, s=(SIDE, SIDE)))
+
+
+def _bend(relief: Float[np.ndarray, "side side"], profile: Profile) -> Float[np.ndarray, "side side"]:
+    match profile:
+        case "smooth":
+            return relief
+        case "ridged":
+            return -np.abs(relief)
+        case "stepped":
+            return np.tanh(STEP_SHARPNESS * relief)
+
+
+def _unit(relief: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "side side"]:
+    """Shifted and scaled to mean 0 and standard deviation 1."""
+    return (relief - relief.mean()) / relief.std()

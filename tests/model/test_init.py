@@ -1,0 +1,48 @@
+"""pretrain.py --init starts from weights of any file, and not again when it resumes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.common.errors import UserError
+from tests.helpers.toy_runs import TINY
+from train.config.recipes import parse_config
+from train.config.run_config import PretrainConfig
+from train.distributed.process_group import Dist
+from train.engine.build import prepare, start_weights
+from train.engine.run import finish_checkpoint
+
+ALONE = Dist.alone(torch.device("cpu"))
+
+
+@pytest.fixture
+def config(photo_dataset_path: Path, tmp_path: Path) -> PretrainConfig:
+    where = ["--data", str(photo_dataset_path), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    return parse_config([*where, *TINY, "--global-batch", "12", "--backend", "torchvision"])
+
+
+def test_a_run_starts_from_another_runs_weights(config: PretrainConfig, tmp_path: Path) -> None:
+    first = prepare(replace(config, seed=5), ALONE)
+    finish_checkpoint(first)
+    second_config = replace(config, run_dir=tmp_path / "second", init=tmp_path / "run")
+    second = prepare(second_config, ALONE)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+    assert second_config.identity("d") != config.identity("d")
+    # What a resumed run takes is its own checkpoint, wherever the first weights are by now.
+    finish_checkpoint(second)
+    gone = replace(second_config, init=tmp_path / "gone", resume=True)
+    assert start_weights(gone, second.model) == "of the checkpoint"
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        start_weights(replace(gone, resume=False), second.model)
+
+
+def test_weights_of_another_architecture_are_refused(config: PretrainConfig, tmp_path: Path) -> None:
+    finish_checkpoint(prepare(config, ALONE))
+    other = replace(config, init=tmp_path / "run", model=replace(config.model, backbone="resnet18"))
+    with pytest.raises(UserError, match="is no resnet18 with the imagenet stem"):
+        prepare(other, ALONE)

@@ -1,0 +1,86 @@
+"""The GPU's kernels: they compile for the GPUs of today, and they equal the CPU's stage, interpreted and for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backends.photometric import Photometric
+from pipeline.sampling.views import ViewRecipe, draw_views
+from tests.helpers.crafted import difference, squares, transformed
+
+pytest.importorskip("triton", reason="Triton comes with torch on Linux only")
+
+KERNELS = {
+    "_colour": "squares:*u8 coloured:*u8 flags:*i32 numbers:*fp32 pixels=50176 BLOCK=1024",
+    "_blur_rows": "coloured:*u8 rows:*fp32 numbers:*fp32 side=224 RADIUS=11 BLOCK=1024",
+    "_finish": "coloured:*u8 rows:*fp32 out:*{out} flags:*i32 numbers:*fp32 scale:*fp32 offset:*fp32 "
+    "threshold=128 side=224 RADIUS=11 BLOCK=1024",
+}
+
+
+@pytest.mark.parametrize("out", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_without_a_gpu(capability: int, out: str) -> None:
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pipeline import photometric_gpu
+
+    for name, text in KERNELS.items():
+        if out != "fp16" and "{out}" not in text:
+            continue  # compiled once: it does not depend on the type of the views
+        words = text.format(out=out).split()
+        signature = dict(word.split(":") for word in words if ":" in word)
+        constants = {key: int(value) for key, value in (word.split("=") for word in words if "=" in word)}
+        source = ASTSource(
+            fn=getattr(photometric_gpu, name),
+            signature=signature | dict.fromkeys(constants, "constexpr"),
+            constexprs=constants,
+        )
+        options = {"enable_fp_fusion": name != "_colour"}  # as the stage asks for
+        compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert ("fma.rn.f32" in compiled.asm["ptx"]) == options["enable_fp_fusion"]
+        assert f".target sm_{capability}" in compiled.asm["ptx"]
+        assert len(compiled.asm["cubin"]) > 0
+
+
+def test_interpreted_kernels_equal_the_cpu() -> None:
+    script = Path(__file__).parents[3] / "tests" / "helpers" / "interpreted_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(done.stdout.splitlines()[-1])
+    assert len(cases) == 3
+    for name, case in cases.items():
+        assert case["channels_last"], name
+        assert case["mean"] <= 0.02, name
+        assert case["max"] <= 2 + 1e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("side", [2, 33, 224])
+@pytest.mark.parametrize("kind", ["smooth", "noise", "constant"])
+def test_a_gpu_equals_the_cpu(kind: str, side: int, dtype: torch.dtype) -> None:
+    recipe, count = ViewRecipe(image_size=side, solarize_prob=0.2), 64 if side < 100 else 16
+    pictures = squares(kind, count, side)
+    params = draw_views(recipe, 5, 0, np.arange(count), np.full((count, 2), side, dtype=np.int32))
+    device = torch.device("cuda")
+    with ThreadPoolExecutor(1) as pool:
+        views = Photometric(recipe, device, dtype, pool, 1)([pictures.to(device)] * 2, params)
+    for view in views:
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=torch.channels_last)
+    apart = difference([view.cpu() for view in views], transformed(pictures, params, recipe), recipe)
+    rounding = {torch.float32: 0.0, torch.float16: 0.07, torch.bfloat16: 0.6}[dtype]  # half a step at 2.6 std, of 255
+    assert apart.mean() <= 0.02 + rounding
+    assert apart.max() <= 4 + 2 * rounding

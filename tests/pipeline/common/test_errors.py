@@ -1,0 +1,37 @@
+"""What every script refuses before it begins: to be one checkout's while another one's code is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.common.errors import UserError, check_one_copy
+
+
+def checkout(folder: Path, *, whole: bool = True) -> Path:
+    for name in ("pipeline/common/errors.py", "tools/make_shards.py", *(["setup.py"] if whole else [])):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_script_of_another_checkout_is_refused(tmp_path: Path) -> None:
+    one, other = checkout(tmp_path / "one"), checkout(tmp_path / "other")
+    with pytest.raises(UserError, match=f"which is {one}: .*`pip install -e {other}`"):
+        check_one_copy(other / "tools" / "make_shards.py", one)
+
+
+def test_everything_else_is_not(tmp_path: Path) -> None:
+    one, installed = checkout(tmp_path / "one"), checkout(tmp_path / "site-packages", whole=False)
+    link = tmp_path / "link"
+    link.symlink_to(one)
+    users = tmp_path / "work" / "script.py"
+    for script, imported in (
+        (one / "tools" / "make_shards.py", one),
+        (link / "tools" / "make_shards.py", one),
+        (one / "tools" / "make_shards.py", installed),  # pip install, without -e
+        (users, one),
+        (Path("script.py"), one),
+    ):
+        check_one_copy(script, imported)

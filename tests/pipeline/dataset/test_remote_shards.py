@@ -1,0 +1,217 @@
+"""A dataset below a URL gives the bytes of the one that was uploaded, and fetches no more than the future needs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.common.errors import UserError
+from pipeline.common.locations import Url
+from pipeline.dataset import remote_files as remote
+from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.remote_cache import CacheConfig
+from pipeline.dataset.remote_shards import Ahead
+from tests.helpers.fault_proxy import FaultProxy, Faults
+from tests.helpers.servers import Nginx, nginx
+
+ALL = np.arange(48)
+
+
+@pytest.fixture(scope="module")
+def behind(photo_dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    with nginx(photo_dataset_path, tmp_path_factory.mktemp("nginx")) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(behind: Nginx, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    with FaultProxy(behind.port) as proxy:
+        yield proxy
+
+
+def opened(proxy: FaultProxy, cache: Path, cache_size: str = "1GB") -> ShardSet:
+    return ShardSet.open(Url(proxy.url), cache=CacheConfig(cache, cache_size, retry_minutes=1))
+
+
+def ranges(proxy: FaultProxy) -> list[str]:
+    """What was asked for of shards."""
+    return [passed.range for passed in proxy.seen if passed.path.endswith(".tar")]
+
+
+def read_all(dataset: ShardSet, ids: np.ndarray, slack: int = 0, expected: ShardSet | None = None) -> None:
+    """Read as a loader does that knows its future, in steps of 12."""
+    steps = np.split(ids, range(12, len(ids), 12))
+    with dataset.follow(Ahead(iter(steps), 0), threading.Event(), slack, 1) as begin:
+        for step in steps:
+            begin()
+            for sample in step.tolist():
+                assert dataset.read(sample) == (expected or dataset).read(sample)
+
+
+def test_it_is_the_dataset_that_was_uploaded(proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path) -> None:
+    dataset = opened(proxy, tmp_path)
+    assert dataset.fingerprint == photo_dataset.fingerprint
+    assert np.array_equal(dataset.labels(ALL), photo_dataset.labels(ALL))
+    assert [dataset.key(sample) for sample in range(48)] == [photo_dataset.key(sample) for sample in range(48)]
+    read_all(dataset, ALL, expected=photo_dataset)
+    copied = pickle.loads(pickle.dumps(dataset))
+    assert copied.read(47) == photo_dataset.read(47)
+
+
+def test_without_a_future_pictures_are_read_alone(proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path) -> None:
+    dataset = opened(proxy, tmp_path)
+    for sample in (3, 30):
+        assert dataset.read(sample) == photo_dataset.read(sample)
+    rows = [photo_dataset.samples[sample] for sample in (3, 30)]
+    assert ranges(proxy) == [f"bytes={row['offset']}-{row['offset'] + row['length'] - 1}" for row in rows]
+    assert [path.suffix for path in tmp_path.iterdir() if path.name != "room.lock"] == [".npy"]
+
+
+def test_only_what_the_future_needs_is_fetched(proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path) -> None:
+    dataset = opened(proxy, tmp_path)
+    read_all(dataset, np.array([11, 12, 40, 47]), expected=photo_dataset)
+    assert sorted(path.name[:64] for path in tmp_path.glob("*.tar")) == sorted(
+        photo_dataset.shards[shard].sha256 for shard in (1, 4)
+    )
+    assert len(ranges(proxy)) == 2
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_every_process_of_a_machine_knows_what_must_stay(local_rank: int, proxy: FaultProxy, tmp_path: Path) -> None:
+    """Also those that leave the fetching to the first: making room, they must not take what is needed next."""
+    dataset = opened(proxy, tmp_path)
+    assert dataset._remote is not None
+    turns = iter([np.array([shard]) for shard in (0, 1, 2, 0)])
+    with dataset._remote.follow(turns, local_rank, threading.Event(), 0, 2) as following:
+        following.advance()
+        if local_rank == 0:
+            wait_until_there(tmp_path, 3)
+        assert [shard in following for shard in range(5)] == [True, True, True, False, False]
+
+
+def test_a_fault_in_the_future_is_not_swallowed(proxy: FaultProxy, tmp_path: Path) -> None:
+    """Not even one of a class that a reader would take for a bad sample."""
+
+    def steps() -> Iterator[np.ndarray]:
+        yield ALL[:12]
+        raise IndexError("a fault")
+
+    dataset = opened(proxy, tmp_path)
+    with dataset.follow(Ahead(steps(), 0), threading.Event(), 0, 1):
+        wait_until_there(tmp_path, 2)
+        with pytest.raises(RuntimeError, match="fetching ahead failed: IndexError: a fault"):
+            read_again_and_again(dataset)
+
+
+def read_again_and_again(dataset: ShardSet) -> None:
+    for _ in range(1000):
+        dataset.read(0)
+        threading.Event().wait(0.01)
+
+
+def wait_until_there(cache: Path, shards: int) -> None:
+    """Wait for fetching threads."""
+    for _ in range(1000):
+        if len(list(cache.glob("*.tar"))) == shards:
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError("shards were not fetched")
+
+
+def test_whether_whole_shards_pay(proxy: FaultProxy, tmp_path: Path) -> None:
+    dataset = opened(proxy, tmp_path)
+    assert dataset.pays(ALL)
+    assert not dataset.pays([0, 20])
+
+
+def test_a_picture_that_rots_in_the_cache_is_read_from_its_source(
+    proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(proxy, tmp_path)
+    read_all(dataset, ALL)
+    for path in tmp_path.glob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    again = opened(proxy, tmp_path)
+    assert [again.read(sample) for sample in range(48)] == [photo_dataset.read(sample) for sample in range(48)]
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_a_disk_that_fails_under_the_cache(
+    proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, dataset = photo_dataset.read(7), opened(proxy, tmp_path)
+    read_all(dataset, ALL)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("pipeline.dataset.dataset.os.pread", fail)
+    assert dataset.read(7) == expected
+
+
+def test_a_rotten_samples_file_in_the_cache_is_fetched_again(
+    proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path
+) -> None:
+    opened(proxy, tmp_path)
+    (cached,) = tmp_path.glob("*.npy")
+    content = bytearray(cached.read_bytes())
+    content[-5] ^= 1
+    cached.write_bytes(content)
+    assert opened(proxy, tmp_path).read(47) == photo_dataset.read(47)
+
+
+def test_a_samples_file_that_cannot_be_had_is_not_asked_for_again(proxy: FaultProxy, tmp_path: Path) -> None:
+    proxy.harm(Faults(("truncated",), only="samples.npy", repeat=None))
+    with pytest.raises(UserError, match=r"cannot fetch samples.npy of .*: the object ends early"):
+        opened(proxy, tmp_path)
+    assert proxy.counts == {"truncated": remote.HOPELESS_ATTEMPTS}
+
+
+def test_a_server_that_is_gone_makes_no_bad_samples(proxy: FaultProxy, tmp_path: Path) -> None:
+    dataset = ShardSet.open(Url(proxy.url), cache=CacheConfig(tmp_path, retry_minutes=0.002))
+    proxy.harm(Faults(("error 500",), repeat=None))
+    with pytest.raises(UserError, match=f"cannot fetch shard-000000.tar of {proxy.url}: HTTP status 500"):
+        dataset.read(3)
+    with pytest.raises(UserError, match=f"cannot fetch shard-00000..tar of {proxy.url}: HTTP status 500"):
+        read_all(dataset, ALL)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot fetch dataset.json of {url}/: no such file"),
+        (b"<html>please log in</html>", "dataset.json of {url}/ is damaged"),
+        (b"{}", "dataset.json of {url}/ is damaged"),
+    ],
+)
+def test_what_is_no_dataset(content: bytes | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    (tmp_path / "data").mkdir()
+    if content is not None:
+        (tmp_path / "data/dataset.json").write_bytes(content)
+    with nginx(tmp_path / "data", tmp_path / "nginx") as server, pytest.raises(UserError) as error:
+        ShardSet.open(Url(f"{server.url}/"), cache=CacheConfig(tmp_path / "cache"))
+    assert said.format(url=server.url) in str(error.value)
+
+
+def test_a_dataset_that_was_changed_after_it_was_uploaded(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is not the one of dataset.json is never read from, not even a picture of it that is right."""
+    data = shutil.copytree(photo_dataset_path, tmp_path / "data")
+    tar = bytearray((data / "shard-000002.tar").read_bytes())
+    tar[100] ^= 1  # in a tar header
+    (data / "shard-000002.tar").write_bytes(tar)
+    with nginx(data, tmp_path / "nginx") as server:
+        dataset = ShardSet.open(Url(server.url), cache=CacheConfig(tmp_path / "cache"))
+        with pytest.raises(UserError, match=r"shard-000002.tar of .* is not what its dataset.json says"):
+            read_all(dataset, ALL)

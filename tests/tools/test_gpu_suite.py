@@ -1,0 +1,211 @@
+"""The GPU suite at toy size on a CPU: every part measures, a failing one is recorded and costs no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.common.errors import UserError
+from pipeline.dataset.dataset import ShardSet
+from tests.helpers.toy_runs import call
+from train.engine import loop as loop_module
+
+BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
+sys.path.insert(0, BENCHMARKS)  # scripts there find each other as neighbours
+
+import gpu_bench  # noqa: E402
+import gpu_parts  # noqa: E402
+import gpu_smoke  # noqa: E402
+import gpu_steps  # noqa: E402
+import gpu_suite  # noqa: E402
+from gpu_report import markdown  # noqa: E402
+
+QUICK = ("parity", "ladder", "decode", "official", "model")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    return call(monkeypatch, gpu_suite, *arguments)
+
+
+def test_every_part_measures_and_reports(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(photo_dataset_path), "--out", str(tmp_path), "--toy", "--no-isolate", "--minutes", "30"]
+    assert run(monkeypatch, *arguments, "--parts", *QUICK) == 0
+    results = json.loads((tmp_path / "suite.json").read_text())
+    parts = results["parts"]
+    assert tuple(parts) == QUICK
+    assert results["failures"] == {}
+    assert parts["parity"]["whole recipe"]["mean"] < 0.5
+    assert set(parts["ladder"]["rungs"]) == {
+        *("read", "decode", "crops", "photometric", "loader", "model", "end_to_end"),
+    }
+    assert parts["ladder"]["verdict"]["gpu_bound"] > 0
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+    measured = [value for name in QUICK[2:] for value in parts[name].values() if "img_per_s" in value]
+    assert len(measured) >= 5
+    assert all(value["img_per_s"]["minimum"] > 0 and value["img_per_s"]["runs"] == 3 for value in measured)
+    text = (tmp_path / "suite.md").read_text()
+    for heading in ("Parity", "The ladder, eager", "The official recipe", "limiter", "toy size"):
+        assert heading in text
+    assert "needs a GPU" in text  # Apex
+
+
+def test_a_part_that_fails_costs_no_other(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(suite: gpu_bench.Suite) -> None:
+        suite.attempt("first", lambda: {"mean": 1.0, "p99": 1.0, "max": 1.0, "within_4": 1.0})
+        suite.attempt("second", lambda: 1 / 0)
+        suite.attempt("third", lambda: [][0], needs_s=10_000)
+
+    monkeypatch.setitem(gpu_parts.PARTS, "parity", gpu_parts.Part(broken, 30))
+    arguments = [str(photo_dataset_path), "--out", str(tmp_path), "--toy", "--no-isolate"]
+    assert run(monkeypatch, *arguments, "--parts", "parity", "decode") == 1
+    results = json.loads((tmp_path / "suite.json").read_text())
+    assert "ZeroDivisionError" in results["failures"]["parity"]
+    assert results["parts"]["parity"]["first"]["mean"] == 1.0
+    assert "failed" in results["parts"]["parity"]["second"]
+    assert "skipped" in results["parts"]["parity"]["third"]
+    assert "img_per_s" in results["parts"]["decode"]["CPU"]
+    assert "1 parts failed" in capsys.readouterr().err
+
+
+def test_a_part_in_a_process_of_its_own_is_stopped_in_time(photo_dataset_path: Path, tmp_path: Path) -> None:
+    config = gpu_suite.Config(photo_dataset_path, tmp_path, toy=True)
+    failure = gpu_suite.start_part(config, "parity", seconds=0.2 - gpu_suite.GRACE_S)
+    assert failure is not None
+    assert failure.startswith("stopped after")
+
+
+def test_a_part_in_a_process_of_its_own_leaves_its_numbers(photo_dataset_path: Path, tmp_path: Path) -> None:
+    config = gpu_suite.Config(photo_dataset_path, tmp_path, toy=True)
+    # Compiled: in this process Dynamo would trace the checks of shapes and types that only tests have.
+    assert gpu_suite.start_part(config, "compiled", seconds=400) is None
+    (step,) = json.loads((tmp_path / "part-compiled.json").read_text()).values()
+    assert step["img_per_s"]["runs"] == 3
+    failure = gpu_suite.start_part(config, "no-such-part", seconds=60)
+    assert failure is not None
+    assert "no-such-part" in failure
+
+
+def test_what_cannot_be_run_is_refused(photo_dataset_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--parts espresso: there are parity"):
+        gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path, parts=("espresso",)))
+    samples = ShardSet.open(photo_dataset_path).num_samples
+    with pytest.raises(UserError, match=f"{samples} samples, too few to measure batches of 512"):
+        gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path / "file" / "out", toy=True))
+
+
+def toy_suite(data: Path, out: Path, seconds: float) -> gpu_bench.Suite:
+    return gpu_bench.Suite.open(data, out, True, "trial", time.perf_counter() + seconds)
+
+
+def test_plain_sgd_is_what_the_steps_take(photo_dataset_path: Path, tmp_path: Path) -> None:
+    """The guard makes the steps, so it has to know of the optimizer that took the place of the run's own."""
+    with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
+        bench, run = suite.set_up(4, optimizer="foreach")
+        plain = gpu_steps.with_plain_sgd(run, foreach=False)
+        loop_module.train_step(plain, iter(bench.resident_views()))
+    assert len(plain.optimizer.state) > 10
+    assert not run.optimizer.state
+
+
+def test_contiguous_weights_have_contiguous_momentum(photo_dataset_path: Path, tmp_path: Path) -> None:
+    with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
+        _, run = suite.set_up(4, optimizer="fused")
+        gpu_steps.make_contiguous(run)
+    filters = [weight for weight in run.optimizer.state if weight.dim() == 4]
+    assert filters
+    for weight in filters:
+        assert weight.is_contiguous()
+        assert run.optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
+
+
+def test_a_part_without_time_left_measures_each_rung_once(photo_dataset_path: Path, tmp_path: Path) -> None:
+    with toy_suite(photo_dataset_path, tmp_path, 0) as suite:
+        gpu_parts.decode(suite)
+    assert json.loads((tmp_path / "part-trial.json").read_text())["CPU"]["img_per_s"]["runs"] == 1
+
+
+def test_what_a_part_knows_is_written_before_it_ends(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that is stopped in the middle of its turns keeps the turns that it has."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_parts, "judge", stopped)
+    with toy_suite(photo_dataset_path, tmp_path, 0) as suite, pytest.raises(KeyboardInterrupt):
+        gpu_parts.ladder(suite)
+    rungs = json.loads((tmp_path / "part-trial.json").read_text())["rungs"]
+    assert set(rungs) >= {"model", "end_to_end", "loader"}
+    whole = {"toy": True, "machine": {}, "failures": {}, "parts": {"ladder": {"rungs": rungs}}}
+    assert "| model step alone |" in markdown(whole)
+
+
+def test_the_report_says_what_was_skipped_or_failed() -> None:
+    part = {"a": {"skipped": "out of GPU memory"}, "b": {"failed": "RuntimeError: no"}}
+    text = markdown({"toy": False, "machine": {}, "failures": {"model": "exit code 1: no"}, "parts": {"model": part}})
+    assert "| a | out of GPU memory |" in text
+    assert "| b | failed: RuntimeError: no |" in text
+    assert "- model: exit code 1: no" in text
+
+
+SESSION = Path(__file__).resolve().parents[2] / "scripts" / "gpu_session.sh"
+
+
+def test_the_session_names_what_it_needs() -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", SESSION, "--needs"], capture_output=True, text=True, check=True, env=environment, timeout=120
+    )
+    names = {line.partition("==")[0] for line in done.stdout.splitlines()}
+    assert {"tyro", "docstring-parser", "webdataset", "braceexpand", "pytest", "beartype"} <= names
+    assert not names & {"torch", "torchvision", "triton"}
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        assert {"nvidia-dali-cuda130", "nvidia-nvjpeg", "gast"} <= names  # what DALI needs in its turn
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"], ["espresso", "OUT"], ["a", "b", "c", "d", "e"]])
+def test_a_session_that_makes_no_sense_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    words = [str(tmp_path) if word == "OUT" else word for word in arguments]
+    done = subprocess.run(["bash", SESSION, *words], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "scripts/gpu_session.sh check OUT" in done.stderr
+
+
+def test_a_session_without_data_draws_its_own(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "TOY": "1"}
+    command = ["bash", str(SESSION), "smoke", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.partition(",")[0] for line in (tmp_path / "session.txt").read_text().splitlines()] == [
+        "== synthetic: done",
+        "== smoke: done",
+    ]
+
+
+def test_the_smoke_test_says_what_failed(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_smoke.Smoke, "waits", lambda smoke: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", str(photo_dataset_path), "--toy"])
+    with pytest.raises(SystemExit) as end:
+        gpu_smoke.main()
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "failed: a step without a wait"
+    for line in ("DALI, CPU: mean", "photometric stage: mean", "training steps: losses", "a step with a nan: skipped"):
+        assert line in said.out

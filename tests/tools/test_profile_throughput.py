@@ -1,0 +1,304 @@
+"""The throughput tool: rungs that run, a verdict that follows from the numbers, and mistakes that end with code 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.backends.base import DaliConfig
+from pipeline.loader.config import LoaderConfig
+from tests.helpers.toy_runs import TINY, call
+from tools import profile_throughput
+from tools.common import gpu_monitor as gpu_watch
+from tools.common.fake_imagenet import draw_jpeg, write_pictures
+from tools.common.gpu_monitor import GpuWatch, busy_with_others
+from tools.throughput import tune as tuning
+from tools.throughput import workload as workload_module
+from tools.throughput.report import RungResult, Setting, describe, draw_ladder, judge, table
+from tools.throughput.timing import Turn
+from tools.throughput.tune import Candidate, Trial, choose
+from train.config.loader_tuning import load_tuning
+from train.config.recipes import parse_config
+
+SHORT = [*TINY, "--batch", "8", "--seconds", "0.02", "--threads", "1"]
+ON_CPU = Setting(on_gpu=False, decoder="mixed", cores=2, precision="fp32", compiled=False)
+ON_GPU = Setting(on_gpu=True, decoder="mixed", cores=16, precision="bf16", compiled=False)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    return call(monkeypatch, profile_throughput, *arguments)
+
+
+def test_the_whole_ladder(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {flag: tmp_path / name for flag, name in (("json", "l.json"), ("plot", "l.png"), ("trace", "t.json"))}
+    wanted = [word for flag, path in files.items() for word in (f"--{flag}", str(path))]
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--repeats", "3"]
+    assert run(monkeypatch, *arguments, *wanted) == 0
+    printed = capsys.readouterr().out
+    for words in ("read bytes", "photometric stage", "forward", "optimizer", "data_wait", "gpu_bound = ", "limiter: "):
+        assert words in printed
+    numbers = json.loads(files["json"].read_text())
+    assert set(numbers["rungs"]) == set(workload_module.RUNGS)
+    for rung in numbers["rungs"].values():
+        assert rung["img_per_s"]["runs"] == 3
+        assert 0 < rung["img_per_s"]["minimum"] <= rung["img_per_s"]["median"] <= rung["img_per_s"]["maximum"]
+        assert rung["cores"]["median"] > 0
+    parts = numbers["rungs"]["model"]["parts"]
+    whole = 1 / numbers["rungs"]["model"]["img_per_s"]["median"]
+    assert 0.3 * whole < sum(parts.values()) < 1.7 * whole
+    assert numbers["verdict"]["gpu_bound"] > 0
+    assert "machine" in numbers
+    Image.open(files["plot"]).verify()
+    assert json.loads(files["trace"].read_text())["traceEvents"]
+
+
+def test_the_stages_of_the_torchvision_back_end(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rungs = ["--rungs", "decode", "crops", "photometric", "loader"]
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--repeats", "3", *rungs]
+    assert run(monkeypatch, *arguments, "--backend", "torchvision") == 0
+    printed = capsys.readouterr().out
+    assert "the model was not measured" in printed
+    assert "read bytes" not in printed
+
+
+def turn(rate: float, cores: float = 1.0, **parts: float) -> Turn:
+    return Turn(images=1000, wall_s=1000 / rate, cpu_s=cores * 1000 / rate, parts=parts, gpu=None)
+
+
+def verdict_of(setting: Setting, **rates: float) -> Any:
+    turns = {name: [turn(rate * noise) for noise in (0.99, 1.0, 1.01)] for name, rate in rates.items()}
+    return judge({name: RungResult.of(of) for name, of in turns.items()}, turns, setting)
+
+
+PARTS = {"read": 9000.0, "decode": 3000.0, "crops": 5000.0, "photometric": 8000.0}
+
+
+@pytest.mark.parametrize(
+    ("rates", "setting", "limiter", "advice"),
+    [
+        ({**PARTS, "loader": 2500, "model": 1000, "end_to_end": 990}, ON_GPU, "model", "--compile"),
+        ({**PARTS, "loader": 900, "model": 2000, "end_to_end": 890}, ON_GPU, "decode", "--tune"),
+        (
+            {**PARTS, "read": 800, "loader": 790, "model": 2000, "end_to_end": 780},
+            ON_GPU,
+            "read",
+            "faster or a local disk",
+        ),
+        ({**PARTS, "crops": 500, "loader": 450, "model": 2000, "end_to_end": 440}, ON_CPU, "crops", "--threads"),
+        (
+            {**PARTS, "photometric": 500, "loader": 450, "model": 2000, "end_to_end": 440},
+            ON_CPU,
+            "photometric",
+            "--blur",
+        ),
+        ({**PARTS, "loader": 2500, "model": 2000, "end_to_end": 1500}, ON_GPU, "sharing", "--dali.decoder cpu"),
+        ({**PARTS, "loader": 2500, "model": 2000, "end_to_end": 1500}, ON_CPU, "sharing", "share the cores"),
+        (PARTS, ON_GPU, "decode", "--tune"),
+        ({"model": 100.0}, ON_GPU, "unknown", ""),
+        ({"model": 100.0, "end_to_end": 50.0}, ON_GPU, "unknown", ""),
+    ],
+)
+def test_the_limiter_follows_from_the_numbers(
+    rates: dict[str, float], setting: Setting, limiter: str, advice: str
+) -> None:
+    verdict = verdict_of(setting, **rates)
+    assert verdict.limiter == limiter
+    assert advice in describe(verdict)
+    if "model" in rates and "end_to_end" in rates:
+        assert verdict.gpu_bound == pytest.approx(rates["end_to_end"] / rates["model"])
+
+
+def test_gpu_bound_compares_turn_by_turn() -> None:
+    """A machine that slows down half-way slows both down: their ratio stays."""
+    turns = {
+        name: [turn(rate * pace) for pace in (1.0, 0.5, 0.25)] for name, rate in (("model", 100), ("end_to_end", 98))
+    }
+    verdict = judge({name: RungResult.of(of) for name, of in turns.items()}, turns, ON_GPU)
+    assert verdict.gpu_bound_spread is not None
+    assert verdict.gpu_bound_spread.minimum == pytest.approx(verdict.gpu_bound_spread.maximum) == pytest.approx(0.98)
+    assert verdict.limiter == "model"
+
+
+def test_busy_cores_change_the_advice() -> None:
+    turns = {name: [turn(rate, cores=15.5)] * 3 for name, rate in (("decode", 10.0), ("loader", 9.0))}
+    results = {name: RungResult.of(of) for name, of in turns.items()}
+    assert "all 16 cores are busy" in describe(judge(results, turns, ON_GPU))
+
+
+def test_the_plot_marks_the_limiter_and_shows_the_gpu() -> None:
+    turns = {name: [turn(rate)] * 3 for name, rate in {**PARTS, "loader": 900.0}.items()}
+    turns["model"] = [turn(2000, forward=0.2, backward=0.25, optimizer=0.05)] * 3
+    turns["end_to_end"] = [turn(890, data_wait=0.6)] * 3
+    results = {name: RungResult.of(of) for name, of in turns.items()}
+    figure = draw_ladder(results, judge(results, turns, ON_GPU), "a test")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert "»" in texts  # a bar that was broken off
+    assert any(text.startswith("890") for text in texts)
+    assert "decode" in figure.get_suptitle()
+    assert "of the time" in table(results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "1"], "--repeats 1: a single run says little; take at least 3"),
+        (["--seconds", "0"], "--seconds 0.0: it must be above 0"),
+        (["--batch", "1"], "--batch 1: batch norm needs at least 2"),
+        (["--batch", "5000"], "48 samples, too few to measure batches of 5000: lower --batch"),
+        (["--plot", "ladder.pdf"], "give a name that ends in .png"),
+        (["--json", "/no/such/folder/l.json"], "--json /no/such/folder/l.json cannot be written"),
+        (["--json", "/proc/l.json"], "--json /proc/l.json cannot be written"),
+        (["--rungs", "read", "--trace", "t.json"], "add end_to_end to --rungs"),
+        (
+            ["--tune", "--tuning-file", "/no/such/folder/t.json"],
+            "--tuning-file /no/such/folder/t.json cannot be written",
+        ),
+        (["--tune", "--budget", "-1"], "--budget -1.0: it must be above 0"),
+        (["--batch", "8", "--backbone", "resnet51"], "resnet51"),
+        (["--loader-threads", "3"], "nrecognized"),
+    ],
+)
+def test_mistakes_end_with_code_2(
+    photo_dataset_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, "--data", str(photo_dataset_path), "--device", "cpu", *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+
+
+def test_no_data_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--data", str(tmp_path / "none"), "--device", "cpu") == 2
+    assert "no dataset at" in capsys.readouterr().err
+
+
+def test_pictures_are_as_large_and_dense_as_imagenets(tmp_path: Path) -> None:
+    encoded = [draw_jpeg(0, number) for number in range(30)]
+    assert encoded[:2] == [draw_jpeg(0, 0), draw_jpeg(0, 1)]
+    pictures = [Image.open(io.BytesIO(data)) for data in encoded]
+    assert 80e3 < np.mean([len(data) for data in encoded]) < 140e3
+    width, height = np.mean([picture.size for picture in pictures], axis=0)
+    assert 420 < width < 520
+    assert 350 < height < 440
+    write_pictures(tmp_path, 12, threads=2)
+    assert len(list(tmp_path.glob("class-*/*.jpg"))) == 12
+
+
+def test_synthetic_data_is_drawn_kept_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["--data", "synthetic", "--synthetic-samples", "12", "--synthetic-dir", str(tmp_path / "kept")]
+    quick = [*SHORT, "--device", "cpu", "--rungs", "read", "--repeats", "3"]
+    assert run(monkeypatch, *kept, *quick) == 0
+    assert "12 synthetic JPEGs, mean" in capsys.readouterr().out
+    written = (tmp_path / "kept" / "dataset.json").stat().st_mtime_ns
+    assert run(monkeypatch, *kept, *quick) == 0
+    assert (tmp_path / "kept" / "dataset.json").stat().st_mtime_ns == written
+
+
+def test_tuning_writes_what_pretrain_takes(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"TURN_S": 0.001, "FEWEST_ROUNDS": 2, "MOST_ROUNDS": 2, "QUEUES": ((1, 1, 2),)}.items():
+        monkeypatch.setattr(tuning, name, value)
+    file = tmp_path / "tuning.json"
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--backend", "torchvision", "--tune"]
+    assert run(monkeypatch, *arguments, "--budget", "60", "--tune-batch", "--tuning-file", str(file)) == 0
+    printed = capsys.readouterr().out
+    for words in ("threads:", "queues:", "batch:", "<- chosen", "default against winner", "times as fast"):
+        assert words in printed
+    written = load_tuning(file)
+    assert set(written.evidence) >= {"machine", "default", "winner", "winner_over_default", "questions"}
+    config = parse_config(["--data", "d", "--run-dir", "r", "--loader-tuning", str(file)])
+    assert config.loader == written.fill(LoaderConfig())
+
+
+def test_a_budget_that_decides_nothing_is_a_mistake(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tuning.json"
+    arguments = ["--data", str(photo_dataset_path), *SHORT, "--device", "cpu", "--backend", "torchvision", "--tune"]
+    assert run(monkeypatch, *arguments, "--budget", "1e-6", "--tuning-file", str(file)) == 2
+    assert "minutes are too few" in capsys.readouterr().err
+    assert not file.exists()
+
+
+def trial(label: str, *rates: float, failure: str | None = None) -> Trial:
+    return Trial(Candidate(label, LoaderConfig(), 8), [turn(rate) for rate in rates], failure)
+
+
+def test_a_setting_changes_only_for_a_gain_that_shows() -> None:
+    now = trial("now", 100, 100, 100)
+    assert choose([now, trial("same", 100.5, 100.4, 100.6)]).label == "now"
+    assert choose([now, trial("better", 110, 111, 109)]).label == "better"
+    assert choose([now, trial("once", 300)]).label == "now"  # one turn proves nothing
+    assert choose([now, trial("broken", failure="out of GPU memory"), trial("better", 120, 120, 120)]).label == "better"
+    assert choose([trial("now"), trial("better", 120, 120, 120)]).label == "now"
+
+
+def test_every_placement_of_the_decoder_is_tried() -> None:
+    given = Candidate("as given", LoaderConfig(dali=DaliConfig(decoder="mixed", hw_decoder_load=0.65)), 8)
+    tried = [candidate.loader.dali for candidate in tuning._decoders(given)]
+    assert DaliConfig(decoder="cpu") in tried
+    assert len({dali.hw_decoder_load for dali in tried}) >= 5
+    assert given.loader.dali not in tried
+
+
+SMI = """#!/bin/sh
+echo "{answer}"
+"""
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def answering(answer: str) -> None:
+        script = tmp_path / "nvidia-smi"
+        script.write_text(SMI.format(answer=answer))
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.setattr(gpu_watch, "SAMPLE_EVERY_S", 0.01)
+        monkeypatch.setattr(gpu_watch.importlib.util, "find_spec", lambda name: None)
+
+    return answering
+
+
+def test_the_gpu_is_watched_from_outside(smi: Any) -> None:
+    smi("87, 10240")
+    begin = time.perf_counter()
+    with GpuWatch(torch.device("cuda")) as watch:
+        while watch.between(begin, time.perf_counter()) is None:
+            pass
+        use = watch.between(begin, time.perf_counter())
+    assert use is not None
+    assert (use.busy, use.memory_gib) == (pytest.approx(0.87), 10.0)
+    with GpuWatch(torch.device("cpu")) as nothing:
+        assert nothing.between(begin, time.perf_counter()) is None
+
+
+@pytest.mark.parametrize(("answer", "warns"), [("87, 10240", True), ("0, 512", False), ("[N/A], 512", False)])
+def test_a_busy_gpu_is_warned_of(smi: Any, answer: str, warns: bool) -> None:
+    smi(answer)
+    warning = busy_with_others(torch.device("cuda"))
+    assert (warning is not None) == warns
+    if warns:
+        assert warning is not None
+        assert "busy with other work (87% of the time, 10.0 GiB taken)" in warning
+    assert busy_with_others(torch.device("cpu")) is None

@@ -1,0 +1,134 @@
+"""Owns the paper's ablations: what each table varies, by which flags of train/pretrain.py, and what the paper measured.
+
+Chen & He 2020 (arXiv:2011.10566): ResNet-50, ImageNet at 224 px, linear top-1 in percent after 100 epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAPER_SCALE = "ResNet-50 at 224 px on ImageNet (1.28 million pictures), batch 512, 100 epochs, about 250,000 steps"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table."""
+
+    name: str  # of its run folder
+    label: str
+    flags: tuple[str, ...]
+    paper_top1: float | None  # linear, percent; None: the paper calls it unstable and gives no number
+    cost: float = 1.0  # time of an epoch beside that of the pilot's, estimated
+    batch: int | None = None  # global batch, where it is what varies
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table or figure; its first variant is what the others are compared with."""
+
+    title: str
+    source: str  # where in the paper
+    variants: tuple[Variant, ...]
+    least_epochs: int = 1  # fewer would leave nothing of the experiment
+
+
+def _batch(size: int, top1: float) -> Variant:
+    # Of small batches the optimizer's step and the loader's turn weigh more.
+    return Variant(f"batch-{size}", f"batch {size}", (), top1, cost=1.3 if size < 128 else 1.0, batch=size)
+
+
+DECAYED = ("--predictor-lr", "cosine")  # the baseline of figure 2 and table 1 decays the predictor's rate too
+NO_PREDICTOR = ("--predictor", "none")
+FROZEN = ("--targets", "frozen", "--target-steps")
+FROZEN_COST = 1.4  # two more passes forward
+
+
+TABLES: dict[str, PaperTable] = {
+    "stop-gradient": PaperTable(
+        "With and without stop-gradient",
+        "figure 2",
+        (
+            Variant("with", "with stop-gradient", DECAYED, 67.7),
+            Variant("without", "without stop-gradient", (*DECAYED, "--no-stop-gradient"), 0.1),
+        ),
+    ),
+    "predictor": PaperTable(
+        "The predictor",
+        "table 1",
+        (
+            Variant("learned", "learned, rate decayed", DECAYED, 67.7),
+            Variant("none", "no predictor", (*DECAYED, *NO_PREDICTOR), 0.1),
+            Variant("fixed-random", "fixed random", (*DECAYED, "--predictor", "fixed-random"), 1.5),
+            Variant("constant-lr", "learned, constant rate", ("--predictor-lr", "constant"), 68.1),
+        ),
+    ),
+    "batch-size": PaperTable(
+        "The batch size",
+        "table 2",
+        (
+            _batch(256, 68.1),
+            _batch(64, 66.1),
+            _batch(128, 67.3),
+            _batch(512, 68.1),
+            _batch(1024, 68.0),
+            _batch(2048, 67.9),
+            _batch(4096, 64.0),
+        ),
+    ),
+    "bn": PaperTable(
+        "Batch norm in projector and predictor",
+        "table 3",
+        (
+            Variant("default", "default", (), 68.1),
+            Variant("none", "none", ("--projector-bn", "none", "--predictor-bn", "none"), 34.6),
+            Variant("hidden", "hidden layers only", ("--projector-bn", "hidden", "--predictor-bn", "hidden"), 67.4),
+            Variant("all", "all, predictor's output too", ("--projector-bn", "all", "--predictor-bn", "all"), None),
+        ),
+    ),
+    "similarity": PaperTable(
+        "The similarity",
+        "section 4.5",
+        (
+            Variant("cosine", "cosine", (), 68.1),
+            Variant("cross-entropy", "cross-entropy", ("--similarity", "cross-entropy"), 63.2),
+        ),
+    ),
+    "symmetrisation": PaperTable(
+        "Symmetrisation of the loss",
+        "section 4.6",
+        (
+            Variant("symmetric", "symmetric", (), 68.1),
+            Variant("asymmetric", "asymmetric", ("--no-symmetric",), 64.8),
+            Variant("asymmetric-2x", "asymmetric, two pairs", ("--no-symmetric", "--pairs", "2"), 67.3, cost=2.0),
+        ),
+    ),
+    "alternation": PaperTable(
+        "Steps between two renewals of the targets",
+        "section 5.2, multi-step alternation",
+        (
+            Variant("1-step", "1 step (SimSiam)", (), 68.1),
+            Variant("10-steps", "10 steps", (*FROZEN, "10"), 68.7, FROZEN_COST),
+            Variant("100-steps", "100 steps", (*FROZEN, "100"), 68.9, FROZEN_COST),
+            Variant("1-epoch", "1 epoch", (*FROZEN, "epoch"), 67.0, FROZEN_COST),
+        ),
+        least_epochs=4,
+    ),
+    "moving-average": PaperTable(
+        "No predictor, but targets averaged over each picture's views",
+        "section 5.2, expectation over augmentations",
+        (
+            Variant("predictor", "predictor (SimSiam)", (), 68.1),
+            Variant("none", "no predictor", NO_PREDICTOR, 0.1),
+            Variant("average", "no predictor, averaged", (*NO_PREDICTOR, "--targets", "moving-average"), 55.0),
+        ),
+        least_epochs=3,  # an average needs a past
+    ),
+    "output-dimension": PaperTable(
+        "The width of z and p",
+        "appendix B",
+        tuple(
+            Variant(f"dim-{dim}", f"d = {dim}", ("--dim", str(dim)), top1)
+            for dim, top1 in ((2048, 68.1), (1024, 67.5), (512, 67.2), (256, 65.3))
+        ),
+    ),
+}

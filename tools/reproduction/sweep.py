@@ -1,0 +1,184 @@
+"""Sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import disk_errors, write_json
+from pipeline.common.locations import LocalPath
+from pipeline.dataset.dataset import ShardSet
+from tools.reproduction.paper_tables import PaperTable, Variant
+from tools.reproduction.scale import (
+    LINEAR_RATES,
+    PILOT_STEPS,
+    RECIPES,
+    Pilot,
+    Scale,
+    choose_recipe,
+    fit_epochs,
+    knn_every,
+)
+from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN, LINEAR = ROOT / "train" / "pretrain.py", ROOT / "train" / "linear.py"
+SCALE_FILE, PILOT_FILE = "scale.json", "pilot.json"
+PILOT_LOG_EVERY = 4  # steps; the first lines, while everything warms up, are left out
+EXIT_STOPPED = 75  # as train/pretrain.py: the same command goes on
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Repeat one of the paper's experiments at the scale of this machine."""
+
+    table: Annotated[str, tyro.conf.Positional]
+    """stop-gradient, predictor, batch-size, bn, similarity, symmetrisation, alternation, moving-average or
+    output-dimension."""
+    data: Path
+    """Labelled dataset to train on."""
+    val_data: Path
+    """Labelled dataset to measure on, of the same classes."""
+    budget: float
+    """Minutes for the whole sweep."""
+    out: LocalPath | None = None
+    """Folder of the runs; default: runs/reproduce/TABLE. A sweep that is there goes on."""
+    docs: LocalPath | None = None
+    """Folder for TABLE.md and TABLE.png; default: that of the runs."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPUs if there are any."""
+    processes: int = 0
+    """Processes of each run; 0: one for each GPU, or one."""
+    seed: int = 0
+    """Of weights, order and views of every run."""
+
+
+class Sweep:
+    """The runs of one folder."""
+
+    def __init__(self, config: ReproduceConfig, out: Path, train: ShardSet, device: str, processes: int) -> None:
+        """Nothing is written yet."""
+        self._config, self._out, self._train, self._device = config, out, train, device
+        self._processes, self._recipe_name = processes, choose_recipe(device, train)
+        self._recipe = RECIPES[self._recipe_name]
+
+    def settle_scale(self, table: PaperTable, val: ShardSet) -> Scale:
+        """That of the sweep in this folder, or a new one. Raises UserError if it is another sweep's, or too little."""
+        config, path = self._config, self._out / SCALE_FILE
+        asked: dict[str, Any] = {
+            **{"table": config.table, "data": self._train.fingerprint, "val_data": val.fingerprint},
+            **{"budget": config.budget, "device": self._device, "seed": config.seed, "recipe": self._recipe_name},
+        }
+        if path.is_file():
+            old = Scale(**_read_json(path))
+            differing = [
+                f"{name}: there {getattr(old, name)}, now {v}" for name, v in asked.items() if getattr(old, name) != v
+            ]
+            if differing:
+                raise UserError(
+                    f"--out {self._out} holds another sweep ({'; '.join(differing)}): give what it had to go on with "
+                    "it, or another --out"
+                )
+            print(f"going on with the sweep in {self._out}: {old.epochs} epochs for each variant")
+            return old
+        samples = self._train.num_samples
+        scale = Scale(**asked, epochs=fit_epochs(table, self._pilot(), self._recipe, samples, config.budget))
+        _write(path, asdict(scale))
+        return scale
+
+    def _pilot(self) -> Pilot:
+        """Measure, or read what a former call in this folder measured."""
+        folder, path = self._out / "pilot", self._out / PILOT_FILE
+        if path.is_file():
+            return Pilot(**_read_json(path))
+        shutil.rmtree(folder, ignore_errors=True)  # of a pilot that was stopped: its times would be wrong
+        print(f"pilot: {PILOT_STEPS} steps of {self._recipe.name}, batch {self._recipe.batch}", flush=True)
+        one_knn = ("--epochs", "1000", "--knn-every", "1000")
+        flags = (*one_knn, "--max-steps", str(PILOT_STEPS), "--log-every", str(PILOT_LOG_EVERY))
+        start = time.perf_counter()
+        self._launch(PRETRAIN, [*self._pretrain_flags(folder), "--global-batch", str(self._recipe.batch), *flags])
+        whole_s, start = time.perf_counter() - start, time.perf_counter()
+        self._launch(LINEAR, self._linear_flags(folder))
+        linear_s = time.perf_counter() - start
+        lines = [line for line in read_lines(folder / METRICS_FILE) if "loss" in line]
+        step_s = self._recipe.batch / statistics.median(line["img_per_s"] for line in lines[2:])
+        session_s = _read_json(folder / SUMMARY_FILE)["session_s"]
+        pilot = Pilot(step_s, whole_s - session_s, max(0.0, session_s - PILOT_STEPS * step_s), linear_s)
+        _write(path, asdict(pilot))
+        return pilot
+
+    def run(self, variant: Variant, scale: Scale) -> None:
+        """Pretrain and measure one variant, or what of it is not done yet."""
+        folder = self._out / variant.name
+        batch = variant.batch or self._recipe.batch
+        total = scale.epochs * (self._train.num_samples // batch)
+        flags = ["--epochs", str(scale.epochs), "--global-batch", str(batch), *variant.flags]
+        flags += ["--knn-every", str(knn_every(scale.epochs)), "--log-every", str(max(1, total // 100))]
+        if not _finished(folder):
+            self._launch(PRETRAIN, [*self._pretrain_flags(folder), *flags])
+        if not _finished(folder / "linear"):
+            self._launch(LINEAR, self._linear_flags(folder))
+
+    def _pretrain_flags(self, folder: Path) -> list[str]:
+        config = self._config
+        places = ["--data", str(config.data), "--knn-data", str(config.val_data), "--run-dir", str(folder)]
+        keep = ["--checkpoint-every", "1m", "--keep-checkpoints", "1", "--resume"]
+        return [*places, *keep, "--device", self._device, "--seed", str(config.seed), *self._recipe.pretrain]
+
+    def _linear_flags(self, folder: Path) -> list[str]:
+        config = self._config
+        places = ["--data", str(config.data), "--val-data", str(config.val_data), "--checkpoint", str(folder)]
+        more = ["--run-dir", str(folder / "linear"), "--resume", "--device", self._device]
+        return [*places, *more, "--lr-sweep", LINEAR_RATES, *self._recipe.linear]
+
+    def _launch(self, script: Path, arguments: list[str]) -> None:
+        """Run a script on all processes. Ends the sweep with its exit code if it fails; it has said why itself."""
+        launcher = [sys.executable]
+        if self._processes > 1:
+            several = f"--nproc-per-node={self._processes}"
+            launcher += ["-m", "torch.distributed.run", "--standalone", several]
+        print("$ " + shlex.join(["python", *launcher[1:], os.path.relpath(script), *arguments]), flush=True)
+        child = subprocess.Popen([*launcher, str(script), *arguments])
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGTERM)  # pretrain.py writes a checkpoint first
+            child.wait()
+            raise
+        if code == EXIT_STOPPED:
+            raise KeyboardInterrupt
+        if code:
+            print(f"the sweep ends here: the command above failed with exit code {code}", file=sys.stderr)
+            sys.exit(code if code > 0 else 128 - code)  # a signal, as the shell reports it
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / SUMMARY_FILE).is_file() and bool(_read_json(folder / SUMMARY_FILE)["finished"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, and the same command makes it again") from error
+    assert isinstance(value, dict)
+    return value
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    with disk_errors(f"writing {path}", f"cannot write {path}", "name another --out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)

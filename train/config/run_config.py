@@ -1,0 +1,139 @@
+"""Owns a run's configuration as a user states it: one frozen dataclass, of which each component gets its own slice."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from model.backbone import BACKBONES
+from model.methods.simsiam import SimSiamConfig
+from pipeline.common.errors import UserError
+from pipeline.common.locations import LocalPath, Location, Url
+from pipeline.loader.config import LoaderConfig
+from pipeline.sampling.order import OrderConfig
+from pipeline.sampling.views import ViewRecipe
+from train.evaluation.knn_monitor import KnnConfig
+from train.optimization.optimizer import OptimConfig
+from train.optimization.precision import PrecisionName
+
+# Fields of SimSiamConfig that the first checkpoints lack; at their defaults they change nothing for them.
+NEWER_SWITCHES = ("pairs", "targets", "target_steps", "target_momentum")
+# Those of train/config/recipes.py; the tests compare them
+RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """SimSiam pretraining from a dataset that tools/make_shards.py wrote."""
+
+    # Dataset folder; or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into --cache-dir
+    data: Location
+    run_dir: LocalPath  # where checkpoints, metrics and the plan go; on a file system that all machines share
+    recipe: RecipeName | None = None  # take the defaults from train/config/recipes.py; with --help it shows them
+    # Start from these weights: a checkpoint or run folder of ours, an official SimSiam checkpoint, torchvision's or
+    # timm's weights, .safetensors. Heads of the same shape are taken too
+    init: Path | None = None
+    epochs: int = 100  # Chen & He 2020, section 4
+    global_batch: int = 512  # source images of a step over all ranks: section 3
+    accumulate: int = 1  # forward passes of a step, each over global_batch / ranks / accumulate images
+    seed: int = 0  # of weights, order and views
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
+    precision: PrecisionName = "auto"  # auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
+    sync_bn: bool = True  # batch statistics over all ranks: section 3
+    compile: bool = False  # torch.compile the model; pays in long runs on a GPU
+    resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none
+    max_steps: int | None = None  # stop after so many steps of the schedule that --epochs lays out
+    max_bad_steps: int = 20  # steps in a row with nan or inf gradients, all of them skipped, before the run stops
+    # When z_std, the effective rank of z or the kNN accuracy say that the encoder collapses: warn and go on, or stop
+    # with exit code 2. Looked at with every log line; a sign must last for three of them
+    on_collapse: Literal["warn", "stop"] = "warn"
+    checkpoint_every: str = "1epoch"  # how often to save: 1epoch, 500steps, or 10m (minutes)
+    keep_checkpoints: int = 3  # how many of the newest checkpoints stay on disk
+    # When no rank has gone on for so long: say which one hangs, and exit with code 70. 90s, 10m, 2h, or off. With a
+    # remote dataset at least 5 minutes more than --retry-minutes
+    hang_timeout: str = "10m"
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    loader_tuning: Path | None = None  # file of profile_throughput.py --tune: sets the loader where no flag does
+    record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
+    # Nested fields are flags of their own name, without their component's; --dali.* and the augmentations beyond the
+    # paper's (--erasing.* and so on) keep a prefix.
+    model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
+    views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
+    order: Annotated[OrderConfig, tyro.conf.arg(name="")] = field(default_factory=OrderConfig)
+    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
+    knn: Annotated[KnnConfig, tyro.conf.arg(name="")] = field(default_factory=KnnConfig)
+
+    @property
+    def longest_fetch_s(self) -> float:
+        """How long a step may have to wait for pictures before their failure is told."""
+        return 60.0 * (self.loader.cache.retry_minutes + 5) if isinstance(self.data, Url) else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The configuration for config.json."""
+        return _plain(asdict(self))
+
+    def identity(self, dataset_fingerprint: str) -> dict[str, Any]:
+        """What decides a run's numbers, as one flat dictionary; a checkpoint is resumed only where all of it is equal.
+
+        The number of processes, the loader, the precision and the optimizer's implementation are free to change: they
+        decide no batch and no draw, only how sums, and with --backend and some of --dali.* also pixels, are rounded.
+        Nor is --accumulate held fast, by which a run may go on on fewer GPUs: over how many pictures batch norm takes
+        its statistics may then be another number, which resuming says.
+        """
+        run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
+        parts: dict[str, Any] = {"model": self.model, "views": self.views, "optim": self.optim}
+        fields = {f"{part}.{name}": value for part, config in parts.items() for name, value in asdict(config).items()}
+        del fields["optim.optimizer"], fields["model.target_memory"]
+        fields["model.predictor_hidden"] = self.model.predictor_width
+        if self.init is not None:
+            fields["init"] = str(self.init)
+        del fields["views.extra"]  # where only those that are on matter, also to checkpoints that lack some
+        for name, (_, augmentation) in self.views.extra.active().items():
+            fields[f"views.{name}"] = asdict(augmentation)
+        for name in NEWER_SWITCHES:
+            if getattr(self.model, name) == getattr(SimSiamConfig, name):
+                del fields[f"model.{name}"]
+        return _plain({**run, **fields, "dataset": dataset_fingerprint})
+
+
+def check_model(model: SimSiamConfig) -> None:
+    """Raise UserError for a model that cannot be built."""
+    if model.backbone not in BACKBONES:
+        near = difflib.get_close_matches(model.backbone, BACKBONES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--backbone {model.backbone} is unknown; known are {', '.join(BACKBONES)}{hint}")
+    stems = BACKBONES[model.backbone].stems
+    if model.stem not in ("default", *stems):
+        raise UserError(f"--stem {model.stem}: {model.backbone} has {', '.join(stems)}")
+    for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden", "pairs", "target_steps"):
+        number = getattr(model, name)
+        if isinstance(number, int) and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} {number}: it must be at least 1")
+    if not 0 <= model.target_momentum < 1:
+        raise UserError(
+            f"--target-momentum {model.target_momentum}: it must be at least 0 and below 1; the paper's is 0.8"
+        )
+    if model.targets != "encoder" and not model.stop_gradient:
+        raise UserError(
+            f"--targets {model.targets} with --no-stop-gradient: only --targets encoder has a gradient to let through"
+        )
+    if model.target_steps != 1 and model.targets != "frozen":
+        raise UserError(f"--target-steps {model.target_steps} is for --targets frozen, not for {model.targets}")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON gives it back, so that what was saved compares equal to what is now."""
+    match value:
+        case dict():
+            return {key: _plain(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_plain(entry) for entry in value]
+        case Path() | Url():
+            return str(value)
+        case _:
+            return value

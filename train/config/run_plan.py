@@ -1,0 +1,114 @@
+"""Owns the run's plan: everything that follows from the configuration, the dataset and the number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import inf
+
+from pipeline.common.errors import UserError, check_at_least_1, check_divisible, check_seed, require
+from pipeline.sampling.sampler import steps_per_epoch
+from train.config.run_config import PretrainConfig
+from train.evaluation.knn_monitor import check_temperature
+from train.optimization.optimizer import Schedule, check_sgd, make_schedule
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Computed once, printed before the first step, written to plan.json."""
+
+    num_samples: int
+    world_size: int
+    global_batch: int  # source images of an optimizer step
+    rank_batch: int  # of them on one rank
+    micro_batch: int  # of them in one forward pass
+    accumulate: int  # forward passes of an optimizer step
+    bn_batch: int  # source images over which batch norm takes its statistics
+    epochs: int
+    steps_per_epoch: int
+    total_steps: int
+    stop_step: int  # total_steps, or --max-steps if that comes first
+    schedule: Schedule
+
+    def describe(self) -> str:
+        """The plan for people."""
+        dropped = self.num_samples - self.steps_per_epoch * self.global_batch
+        batch = f"{self.world_size} ranks x {self.rank_batch}" if self.world_size > 1 else "1 process"
+        if self.accumulate > 1:
+            batch += f" in {self.accumulate} passes of {self.micro_batch}"
+        lines = [
+            f"samples      {self.num_samples:,} ({dropped:,} left out of each epoch, others each time)",
+            f"batch        {self.global_batch:,} = {batch}",
+            f"steps        {self.total_steps:,} = {self.epochs:,} epochs x {self.steps_per_epoch:,}",
+            f"lr           {self.schedule.peak_lr:g}; {self.schedule.warmup_steps:,} steps of warm-up, then cosine",
+        ]
+        if self.stop_step < self.total_steps:
+            lines.append(f"stop         after step {self.stop_step:,} (--max-steps)")
+        return "\n".join("  " + line for line in lines)
+
+    def as_json(self) -> dict[str, object]:
+        """The plan for plan.json."""
+        return asdict(self)
+
+
+def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunPlan:
+    """Compute the plan. Raises UserError for numbers that do not fit together."""
+    _check_numbers(config)
+    parts = world_size * config.accumulate
+    by = f"{world_size} processes" + (f" x --accumulate {config.accumulate}" if config.accumulate > 1 else "")
+    check_divisible(config.global_batch, parts, by)
+    config.order.check(config.global_batch)
+    if num_samples < config.global_batch:
+        raise UserError(
+            f"the dataset has {num_samples} samples, fewer than one --global-batch of {config.global_batch}: "
+            f"lower it to at most {num_samples // parts * parts or parts}, or add pictures"
+        )
+    micro_batch = config.global_batch // parts
+    if micro_batch < 2:
+        raise UserError(
+            f"--global-batch {config.global_batch} leaves one picture per forward pass, and batch norm needs two: "
+            f"take at least {2 * parts}"
+        )
+    steps = steps_per_epoch(num_samples, config.global_batch)
+    schedule = make_schedule(config.optim, config.global_batch, config.epochs, steps)
+    if schedule.warmup_steps >= schedule.total_steps:
+        raise UserError(f"--warmup-epochs {config.optim.warmup_epochs} is not shorter than --epochs {config.epochs}")
+    total = config.epochs * steps
+    return RunPlan(
+        num_samples=num_samples,
+        world_size=world_size,
+        global_batch=config.global_batch,
+        rank_batch=config.global_batch // world_size,
+        micro_batch=micro_batch,
+        accumulate=config.accumulate,
+        bn_batch=micro_batch * (world_size if config.sync_bn else 1),
+        epochs=config.epochs,
+        steps_per_epoch=steps,
+        total_steps=total,
+        stop_step=total if config.max_steps is None else min(total, config.max_steps),
+        schedule=schedule,
+    )
+
+
+def _check_numbers(config: PretrainConfig) -> None:
+    for flag, count in (
+        ("--global-batch", config.global_batch),
+        ("--accumulate", config.accumulate),
+        ("--epochs", config.epochs),
+        ("--log-every", config.log_every),
+        ("--keep-checkpoints", config.keep_checkpoints),
+        ("--max-bad-steps", config.max_bad_steps),
+        ("--max-steps", 1 if config.max_steps is None else config.max_steps),
+        ("--knn-k", config.knn.k),
+        ("--knn-bank-size", config.knn.bank_size),
+    ):
+        check_at_least_1(flag, count)
+    check_seed(config.seed)
+    check_temperature("--knn-temperature", config.knn.temperature)
+    require("--knn-every", config.knn.every, config.knn.every >= 0, "it must be a number of epochs, or 0 for never")
+    optim = config.optim
+    check_sgd(optim.momentum, optim.weight_decay)
+    rule = "it must be above 0 and finite; the paper's is 0.05"
+    require("--base-lr", optim.base_lr, 0 < optim.base_lr < inf, rule)
+    if optim.warmup_epochs is not None:
+        rule = f"it must be at least 0 and below --epochs {config.epochs}"
+        require("--warmup-epochs", optim.warmup_epochs, 0 <= optim.warmup_epochs < config.epochs, rule)

@@ -1,0 +1,152 @@
+"""Owns how the ranks agree between steps, on whether to stop for instance, without the host waiting for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as td
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from pipeline.common.errors import UserError
+from train.distributed.process_group import Dist, SharedError, T
+
+GPU_LAG = 2  # steps; the host prepares about as many while the device computes, so that these votes are counted already
+
+
+class Agreement:
+    """Flags that any rank may raise, and that all ranks hear of at the same step.
+
+    On GPUs the votes of each step are summed behind its work and read ``lag`` steps later, on every rank alike: the
+    host waits for a step that the device has most likely done, and never lets it run dry. On CPUs there is no lag.
+    """
+
+    def __init__(self, dist: Dist, lag: int | None = None) -> None:
+        """``lag`` in steps; None: as the device needs it."""
+        self._dist = dist
+        self._lag = lag if lag is not None else GPU_LAG if dist.device.type == "cuda" else 0
+        self._counts: deque[Callable[[], tuple[bool, ...]]] = deque()
+
+    def ask(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it was raised on any rank ``lag`` steps ago. To be called every step; a collective.
+
+        A flag that is heard is heard once: the votes of the steps since are forgotten, on every rank.
+        """
+        if self._dist.world_size == 1:
+            return flags
+        self._counts.append(self._vote(flags))
+        if len(self._counts) <= self._lag:
+            return (False,) * len(flags)
+        with self._dist.activity.waiting("agreeing on whether to stop"):
+            heard = self._counts.popleft()()
+        if any(heard):
+            self._counts.clear()
+        return heard
+
+    def _vote(self, flags: tuple[bool, ...]) -> Callable[[], tuple[bool, ...]]:
+        """Sum the votes; returns what waits for the sum."""
+        device = self._dist.device
+        votes = torch.zeros(len(flags), dtype=torch.int32, device=device)
+        for index, flag in enumerate(flags):
+            if flag:
+                votes[index].fill_(1)  # a kernel; a tensor made of the host's flags would wait for the device
+        work = td.all_reduce(votes, async_op=True)
+        assert work is not None
+        counted: Callable[[], object] = work.wait
+        if device.type == "cuda":
+            work.wait()  # lets the device's queue wait, not the host
+            votes = torch.empty_like(votes, device="cpu", pin_memory=True).copy_(votes, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            counted = copied.synchronize
+
+        def count() -> tuple[bool, ...]:
+            counted()
+            return tuple(vote > 0 for vote in votes.tolist())
+
+        return count
+
+
+def say(dist: Dist, message: str) -> None:
+    """Print a line for people, once per run."""
+    if dist.is_main:
+        print(message, flush=True)
+
+
+def together(dist: Dist, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; a UserError on any is a SharedError on all, so that none waits for another.
+
+    ``action`` must contain no collective of its own.
+    """
+    error: UserError | None = None
+    try:
+        result = action()
+    except UserError as raised:
+        error = raised
+    if dist.world_size == 1:
+        if error is not None:
+            raise error
+        return result
+    messages: list[str | None] = [None] * dist.world_size
+    with dist.activity.waiting("hearing whether every rank could do the same"):
+        td.all_gather_object(messages, None if error is None else str(error))
+    for rank, message in enumerate(messages):
+        if message is not None:
+            where = f" (on rank {rank})" if rank > 0 else ""
+            raise SharedError(message + where, dist.is_main) from error
+    return result
+
+
+def on_main(dist: Dist, action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 alone and return its (picklable) result on every rank; its UserError reaches all."""
+    result = together(dist, lambda: action() if dist.is_main else None)
+    if dist.world_size == 1:
+        return result  # type: ignore[return-value]
+    box = [result]
+    with dist.activity.waiting("hearing what rank 0 found"):
+        td.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def any_rank(dist: Dist, *flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is set on any rank. A collective and, on a GPU, a host sync."""
+    if dist.world_size == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32, device=dist.device)
+    with dist.activity.waiting("asking all ranks"):
+        td.all_reduce(votes, op=td.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes.tolist())
+
+
+def sum_over_ranks(dist: Dist, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """``values`` added up over the ranks, on the device. A collective."""
+    if dist.world_size > 1:
+        td.all_reduce(values)
+    return values
+
+
+def mean_over_ranks(dist: Dist, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The mean of ``values`` over the ranks, on the device. A collective."""
+    return sum_over_ranks(dist, values) / dist.world_size
+
+
+def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "total *rest"]:  # noqa: F821
+    """All ranks' rows in the order of the ranks, on every rank; ``counts[r]`` is how many rank r has."""
+    assert len(rows) == counts[dist.rank]
+    if dist.world_size == 1:
+        return rows
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    td.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def share_buffers(dist: Dist, module: nn.Module) -> None:
+    """Give every rank rank 0's BN statistics. They differ only where BN is local (--no-sync-bn)."""
+    if dist.world_size > 1:
+        with dist.activity.waiting("sharing rank 0's batch statistics"):
+            for buffer in module.buffers():
+                td.broadcast(buffer, src=0)

@@ -1,0 +1,148 @@
+"""The training loop and one optimizer step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from model.embedding_stats import z_std
+from model.methods.simsiam import SimSiamOutput, simsiam_loss
+from pipeline.loader.loader import Views
+from pipeline.loader.prefetch_queue import StarvedError
+from train.distributed.collectives import Agreement, on_main, say, share_buffers
+from train.distributed.process_group import SharedError
+from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest
+from train.engine.run import Run, finish_checkpoint, save, written
+from train.evaluation.features import Abandoned
+from train.evaluation.knn_monitor import OnlineKnn
+from train.monitoring.reporter import Reporter, StepResult
+from train.optimization.optimizer import set_lr
+from train.optimization.precision import diagnosis
+from train.storage.checkpoints import CHECKPOINTS, newest_checkpoint
+
+
+def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn | None, stop: StopRequest) -> bool:
+    """One turn is one optimizer step; between steps: kNN accuracy, checkpoint, a look at the signals."""
+    plan, agreement = run.plan, Agreement(run.dist)
+    run.model.train()
+    while True:
+        if knn is not None and knn_is_due(run) and not reporter.has_knn(run.step):
+            try:
+                with reporter.paused():
+                    share_buffers(run.dist, run.model)
+                    top1 = knn.evaluate(run.model.backbone)
+            except Abandoned:
+                return leave(run, stop)
+            reporter.knn(run.step // plan.steps_per_epoch, run.step, top1)
+        if run.step >= plan.stop_step:
+            break
+        try:
+            result = train_step(run, batches)
+        except StarvedError:
+            return leave_starved(run, stop)
+        run.step += 1
+        reporter.step(run.step, result)
+        if run.step % run.config.log_every == 0:
+            stop_if_too_many_steps_were_bad(run, result.lr)
+        stop_if_collapsed(run, reporter.collapse)
+        stopping, timer_rang, write_failed = agreement.ask(bool(stop), run.checkpoints.rings(), run.writer.has_failed())
+        if write_failed:
+            written(run)  # raises what went wrong
+        if stopping:
+            return leave(run, stop)
+        if timer_rang or run.checkpoints.is_due_at(run.step, plan.steps_per_epoch):
+            with reporter.paused():
+                save(run)
+    checkpoint = finish_checkpoint(run)
+    on_main(run.dist, lambda: reporter.summary(run.step, checkpoint))
+    return True
+
+
+def leave(run: Run, stop: StopRequest) -> bool:
+    """Stop between two steps, with a checkpoint: always False. A kNN accuracy that was begun comes after --resume."""
+    finish_checkpoint(run)
+    say(run.dist, f"stopped by {stop.signal_name or 'a signal'} after step {run.step:,}; go on with --resume")
+    return False
+
+
+def leave_starved(run: Run, stop: StopRequest) -> bool:
+    """Stop in a step whose pictures do not come. Had it begun, here or on other ranks, the last checkpoint stands."""
+    if run.dist.world_size == 1 and not run.midway:
+        return leave(run, stop)
+    run.writer.wait()
+    words = f"stopped by {stop.signal_name} in step {run.step + 1:,}, whose pictures do not come (rank {run.dist.rank})"
+    print(f"{words}; go on with --resume from the last checkpoint", flush=True)
+    os._exit(EXIT_PREEMPTED)  # the others may be anywhere: nothing can be agreed on any more
+
+
+def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
+    """Forward and backward over the step's micro-batches, then one optimizer step.
+
+    Nothing waits for the device, but for targets that live in the host's memory. A step whose gradients are not finite
+    changes no weight and no statistic, and is counted.
+    """
+    config, scaler = run.config, run.precision.scaler
+    lr = set_lr(run.optimizer, run.plan.schedule, run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.guard.remember()
+    losses, stds, ids, wait_s = [], [], [], 0.0
+    passes = config.accumulate * config.model.pairs
+    for number in range(passes):
+        run.dist.activity.work(f"step {run.step + 1}: waiting for the loader")
+        views = next(batches)
+        run.midway = True
+        run.dist.activity.wait(f"step {run.step + 1}: forward, backward, averaging gradients over the ranks")
+        with no_sync(run, last=number == passes - 1):
+            with run.precision.autocast():
+                out: SimSiamOutput = run.parallel(views.x1, views.x2)
+                drawn = run.targets(run.step, out, views)
+            loss = simsiam_loss(*drawn, config.model.similarity, config.model.symmetric)
+            scaler.scale(loss / passes).backward()
+        losses.append(loss.detach())
+        stds.append((z_std(out.z1) + z_std(out.z2)) / 2)
+        if views.pair == 0:
+            ids.append(views.ids)
+        wait_s += views.wait_s
+    run.guard.step(scaler)
+    run.midway = False
+    run.dist.activity.work(f"step {run.step + 1}: between two steps")
+    loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
+    return StepResult(loss, std, out.z1.detach(), run.guard.skipped, lr, wait_s, np.concatenate(ids))
+
+
+def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:
+    """Gradients travel between ranks once a step, with the last micro-batch."""
+    called = getattr(run.parallel, "_orig_mod", run.parallel)  # torch.compile wraps it
+    if isinstance(called, DistributedDataParallel) and not last:
+        return called.no_sync()
+    return nullcontext()
+
+
+def knn_is_due(run: Run) -> bool:
+    """Before the first step, at every n-th epoch's end, and at the end of the run."""
+    epoch, rest = divmod(run.step, run.plan.steps_per_epoch)
+    return rest == 0 and (epoch % run.config.knn.every == 0 or run.step == run.plan.total_steps)
+
+
+def stop_if_collapsed(run: Run, collapse: str | None) -> None:
+    """Raise SharedError, on every rank alike, if the guard has spoken and --on-collapse is stop."""
+    if collapse is not None and run.config.on_collapse == "stop":
+        written(run)
+        newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
+        rest = f"Stopped (--on-collapse stop); newest checkpoint: {newest.name if newest else 'none so far'}"
+        raise SharedError(f"{collapse}\n{rest}", run.dist.is_main)
+
+
+def stop_if_too_many_steps_were_bad(run: Run, lr: float) -> None:
+    """Raise SharedError, on every rank alike, if --max-bad-steps in a row were skipped. Waits for the device."""
+    row, limit = run.guard.longest_row(), run.config.max_bad_steps
+    if row >= limit:
+        written(run)
+        newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
+        text = diagnosis(row, limit, run.step, lr, run.precision.name, newest.name if newest else "none so far")
+        raise SharedError(text, run.dist.is_main)

@@ -1,0 +1,200 @@
+"""Owns a run's state (what a checkpoint holds) and its life after build.py: claimed, resumed, saved, stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.methods.simsiam import SimSiam
+from pipeline.common.errors import UserError
+from pipeline.common.files import disk_errors, write_json
+from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.format import DATASET_FILE
+from train.config.run_config import PretrainConfig
+from train.config.run_plan import RunPlan
+from train.distributed.collectives import on_main, say, share_buffers, together
+from train.distributed.process_group import Dist
+from train.engine.sample_memory import Targets
+from train.evaluation.features import PictureSource
+from train.evaluation.knn_monitor import OnlineKnn
+from train.optimization.precision import Precision, StepGuard
+from train.storage.checkpoints import (
+    CHECKPOINTS,
+    CheckpointTimer,
+    CheckpointWriter,
+    check_same_run,
+    find_checkpoint,
+    host_copy,
+    load_checkpoint,
+    save_checkpoint,
+)
+from train.storage.run_folder import CONFIG_FILE, METRICS_FILE, PLAN_FILE, cut_off
+
+
+@dataclass
+class Run:
+    """One run on one rank. ``step`` moves; the rest stays."""
+
+    config: PretrainConfig
+    dist: Dist
+    dataset: ShardSet
+    plan: RunPlan
+    precision: Precision
+    model: SimSiam
+    parallel: nn.Module  # the model as the loop calls it: under DDP, compiled
+    targets: Targets
+    optimizer: torch.optim.Optimizer
+    checkpoints: CheckpointTimer
+    guard: StepGuard  # of the optimizer's steps
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
+    step: int = 0  # optimizer steps done
+    midway: bool = False  # the next one has begun
+
+
+def check_run_dir(run: Run) -> None:
+    """Look whether the run may live in its folder; write nothing yet. Raises SharedError if another run lives there."""
+    run_dir = run.config.run_dir
+
+    def check() -> None:
+        if (run_dir / DATASET_FILE).exists():
+            raise UserError(f"--run-dir {run_dir} is a dataset: name another folder")
+        taken = any((run_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS))
+        if taken and not run.config.resume:
+            raise UserError(f"--run-dir {run_dir} already holds a run: add --resume to go on with it, or name another")
+
+    on_main(run.dist, check)
+
+
+def claim_run_dir(run: Run) -> None:
+    """Write config.json and plan.json, once everything is checked. SharedError if the folder cannot be written."""
+    run_dir = run.config.run_dir
+    together(run.dist, lambda: run.targets.claim(run_dir))
+
+    def claim() -> None:
+        with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / CONFIG_FILE, run.config.as_json())
+            write_json(run_dir / PLAN_FILE, run.plan.as_json())
+
+    on_main(run.dist, claim)
+
+
+def resume(run: Run) -> None:
+    """Take the newest intact checkpoint, or say that there is none. Raises SharedError if it is another run's."""
+    folder = run.config.run_dir / CHECKPOINTS
+    found = on_main(run.dist, lambda: find_checkpoint(folder))
+    for path in found.damaged:
+        say(run.dist, f"warning: the checkpoint {path} is damaged; going back to the one before")
+    if found.path is None:
+        say(run.dist, f"--resume: no checkpoint in {folder}; starting at step 0")
+    else:
+        path = found.path
+        former_bn_batch = together(run.dist, lambda: _load(run, path))
+        run.checkpoints.saved(run.step)
+        run.writer.newest = path
+        say(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
+        if former_bn_batch != run.plan.bn_batch:
+            now = f"over {run.plan.bn_batch:,} pictures at a time from here on, {former_bn_batch:,} before"
+            say(run.dist, f"note: batch norm takes its statistics {now} (--accumulate, --no-sync-bn, processes)")
+    on_main(run.dist, lambda: _cut_off(run))
+
+
+def _load(run: Run, path: Path) -> int:
+    """Take up a checkpoint; returns the former session's plan.bn_batch."""
+    state = load_checkpoint(path)
+    check_same_run(state["identity"], run.config.identity(run.dataset.fingerprint), path)
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
+    if run.precision.scaler.is_enabled() and state["scaler"]:
+        run.precision.scaler.load_state_dict(state["scaler"])
+    run.targets.claim(run.config.run_dir)
+    run.targets.load(state.get("targets", {}), path.parent)
+    run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
+    return int(state.get("bn_batch", run.plan.bn_batch))  # older checkpoints do not say
+
+
+def _cut_off(run: Run) -> None:
+    """Drop samples of steps after the checkpoint: they come again. MetricsLog does so with its own lines."""
+    with disk_errors(f"writing {run.config.run_dir}"):
+        for path in run.config.run_dir.glob("samples-rank*.jsonl"):
+            cut_off(path, run.step)
+
+
+def save(run: Run) -> None:
+    """Copy the state after ``run.step`` steps and let it be written as a checkpoint while training goes on.
+
+    Waits for the write before it, and raises SharedError if that has failed. A collective.
+    """
+    share_buffers(run.dist, run.model)
+    written(run)
+    on_main(run.dist, lambda: _start_write(run))
+    run.checkpoints.saved(run.step)
+
+
+def _start_write(run: Run) -> None:
+    folder, keep, done = run.config.run_dir / CHECKPOINTS, run.config.keep_checkpoints, run.step
+    epoch, step = divmod(done, run.plan.steps_per_epoch)
+    numbers: dict[str, Any] = {
+        "epoch": epoch,  # the next step to do is step ``step`` of epoch ``epoch``
+        "step": step,
+        "bn_batch": run.plan.bn_batch,
+        "scaler": run.precision.scaler.state_dict(),
+        "config": run.config.as_json(),
+        "identity": run.config.identity(run.dataset.fingerprint),
+    }
+    tensors = host_copy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]})
+    targets = run.targets.save(folder, done)
+
+    def write() -> Path:
+        run.dataset.wait_until_verified()  # rows that are not the recorded ones must not leave a trace in a checkpoint
+        return save_checkpoint(folder, {**numbers, **tensors(), "targets": targets()}, done, keep)
+
+    run.writer.start(write)
+
+
+def written(run: Run) -> Path | None:
+    """Wait for the checkpoint that is being written; returns the newest on disk. SharedError for a full disk.
+
+    A collective.
+    """
+    run.dist.activity.work("waiting for a checkpoint to be written")
+    return on_main(run.dist, run.writer.wait)
+
+
+def finish_checkpoint(run: Run) -> Path:
+    """The checkpoint after ``run.step`` steps, saved now if it is not yet, and on disk. Raises as ``written``.
+
+    A collective.
+    """
+    if not run.checkpoints.is_saved(run.step):
+        save(run)
+    path = written(run)
+    assert path is not None
+    return path
+
+
+def open_knn(run: Run, asked_to_stop: Callable[[], bool]) -> OnlineKnn | None:
+    """The kNN monitor, if it is wanted and the samples have labels. Raises SharedError if --knn-data does not fit.
+
+    It gives up when any rank is ``asked_to_stop``.
+    """
+    config, source = run.config, replace(_picture_source(run), asked_to_stop=asked_to_stop)
+    if config.knn.every == 0:
+        return None
+    if not run.dataset.has_labels:
+        say(run.dist, "  kNN          none: the dataset has no labels")
+        return None
+    knn = together(run.dist, lambda: OnlineKnn(run.dataset, config.knn, source))
+    say(run.dist, f"  kNN          {knn.describe()}")
+    return knn
+
+
+def _picture_source(run: Run) -> PictureSource:
+    return PictureSource(
+        run.config.views, run.config.loader, run.dist, run.precision.autocast, run.precision.view_dtype
+    )

@@ -1,0 +1,248 @@
+"""Owns features: pictures through a frozen trunk, each sample exactly once over all ranks, and the labels to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as td
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+
+from model.backbone import Stem
+from pipeline.common.errors import UserError, check_seed
+from pipeline.common.locations import Url
+from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.loader import open_dataset, open_pictures
+from pipeline.sampling.views import ViewRecipe
+from train.distributed.collectives import any_rank, together
+from train.distributed.process_group import Dist
+from train.storage.encoder_files import Pixels, Weights, open_encoder
+
+PICTURES_PER_PASS = 256
+NOT_SEEN = -1  # label of a picture that could not be read
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which encoder is evaluated."""
+
+    # Checkpoint of train/pretrain.py or the folder of a run (its newest), official SimSiam checkpoint, weights of
+    # torchvision or timm, .safetensors; or untrained:BACKBONE, as in untrained:resnet50
+    checkpoint: str
+    backbone: str | None = None  # what the checkpoint holds; None: found out
+    stem: Stem | None = None  # its first layers, where their shape leaves it open; None: found out
+    image_size: int | None = None  # px; None: as in training if the checkpoint says so, else 224
+    seed: int = 0  # of untrained weights, and of all that is drawn
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An encoder to evaluate: in evaluation mode, without gradients, on its device."""
+
+    trunk: nn.Module
+    width: int  # of its features
+    pixels: Pixels
+    weights: Weights
+
+    @property
+    def recipe(self) -> ViewRecipe:
+        """The size and normalisation of pictures that it expects, otherwise untouched."""
+        return ViewRecipe(image_size=self.pixels.image_size, mean=self.pixels.mean, std=self.pixels.std)
+
+
+def open_frozen(config: EncoderConfig, device: torch.device) -> Frozen:
+    """Read the encoder. Raises UserError if there is none in the file, or another one than said."""
+    check_seed(config.seed)
+    trunk, width, weights = open_encoder(config.checkpoint, config.backbone, config.stem, config.seed)
+    pixels = weights.pixels or Pixels()
+    if config.image_size is not None:
+        pixels = replace(pixels, image_size=config.image_size)
+    trunk = trunk.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = Frozen(trunk, width, pixels, weights)
+    _ = frozen.recipe  # a size or colours that cannot be are told before any data is opened
+    return frozen
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of a dataset."""
+
+    dataset: ShardSet
+    ids: Int64[np.ndarray, " n"]
+
+    @classmethod
+    def all_of(cls, dataset: ShardSet) -> Samples:
+        """Every sample, in the order of the shards."""
+        return cls(dataset, np.arange(dataset.num_samples))
+
+    @classmethod
+    def sorted(cls, dataset: ShardSet, ids: Int64[np.ndarray, " n"]) -> Samples:
+        """Samples ``ids`` in the order of the shards, so that one is read after the other."""
+        return cls(dataset, np.sort(ids))
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """How features are made: from which pictures, through which loader, on how many ranks, in which number format."""
+
+    recipe: ViewRecipe
+    loader: LoaderConfig
+    dist: Dist
+    autocast: Callable[[], AbstractContextManager[object]]
+    dtype: torch.dtype  # of the pictures
+    asked_to_stop: Callable[[], bool] = lambda: False  # looked at between batches; true ends them with Abandoned
+
+
+class Abandoned(Exception):
+    """The features are not made, since a process was asked to stop. ``labelled_features`` raises it on every rank."""
+
+
+def refuse_bad_sample(error: BadSampleError) -> None:
+    """A picture that cannot be read ends an evaluation: counted with another's pixels it would be silently wrong."""
+    raise UserError(
+        f"{error}\nAn accuracy counts every picture once, so none may be left out or replaced: copy the dataset again "
+        "from where it came from, or write it again without this picture"
+    )
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module,
+    dataset: ShardSet,
+    ids: Int64[np.ndarray, " n"],
+    source: PictureSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    on_bad_sample: Callable[[BadSampleError], None] = refuse_bad_sample,
+) -> Float[Tensor, "part d"]:
+    """This rank's part of the features of samples ``ids``: rows ``split_ids(...)``, in ``dtype``, on its device.
+
+    The backbone computes in evaluation mode and is given back in the mode it came in. A picture that cannot be read
+    goes to ``on_bad_sample``; if that returns, the row holds another picture's features. Raises Abandoned. Contains no
+    collective.
+    """
+    dist = source.dist
+    mine = split_ids(ids, dist.world_size)[dist.rank]
+    features, filled = torch.empty(0), 0
+    with (
+        _evaluating(backbone),
+        open_pictures(
+            dataset,
+            source.recipe,
+            source.loader,
+            dist,
+            ids=mine if len(mine) else ids[:1],  # a rank without pictures still learns how wide features are
+            batch=PICTURES_PER_PASS,
+            dtype=source.dtype,
+            on_bad_sample=on_bad_sample,
+        ) as batches,
+    ):
+        for x, _ in batches:
+            dist.activity.work(f"features of pictures, {filled:,} of {len(mine):,} done")
+            if source.asked_to_stop():
+                raise Abandoned
+            with source.autocast():
+                part = backbone(x)
+            if filled == 0:
+                features = torch.empty((max(len(mine), 1), part.shape[1]), dtype=dtype, device=part.device)
+            features[filled : filled + len(part)] = part
+            filled += len(part)
+    return features[: len(mine)]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def labelled_features(
+    backbone: nn.Module,
+    samples: Samples,
+    source: PictureSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tolerant: bool = False,
+) -> tuple[Float[Tensor, "part d"], Int64[Tensor, " part"]]:
+    """This rank's features with their labels.
+
+    A picture that cannot be read raises SharedError; if ``tolerant`` it is warned of and labelled NOT_SEEN instead.
+    Raises Abandoned if any rank is asked to stop. A collective.
+    """
+    dist, bad = source.dist, set[int]()
+
+    def note(error: BadSampleError) -> None:
+        if error.sample_id not in bad:
+            print(f"bad sample, left out of the accuracy: {error}", flush=True)
+        bad.add(error.sample_id)
+
+    def extract() -> Float[Tensor, "part d"] | None:
+        on_bad_sample = note if tolerant else refuse_bad_sample
+        try:
+            return extract_features(
+                backbone, samples.dataset, samples.ids, source, dtype=dtype, on_bad_sample=on_bad_sample
+            )
+        except Abandoned:
+            return None
+
+    features = together(dist, extract)
+    (abandoned,) = any_rank(dist, features is None)
+    if features is None or abandoned:
+        raise Abandoned
+    mine = split_ids(samples.ids, dist.world_size)[dist.rank]
+    labels = samples.dataset.labels(mine).astype(np.int64)
+    labels[np.isin(mine, list(bad))] = NOT_SEEN
+    return features, torch.from_numpy(labels).to(dist.device)
+
+
+def split_ids(ids: Int64[np.ndarray, " n"], parts: int) -> list[Int64[np.ndarray, " part"]]:
+    """Contiguous parts that differ by at most one in length; together they are ``ids``, none doubled or dropped."""
+    return np.array_split(ids, parts)
+
+
+def each_rank(
+    dist: Dist,
+    rows: Shaped[Tensor, "n *rest"],  # noqa: F821
+    counts: list[int],
+) -> Iterator[Shaped[Tensor, "count *rest"]]:  # noqa: F821
+    """Every rank's rows in turn, on every rank; only one rank's are held beside one's own. A collective."""
+    assert len(rows) == counts[dist.rank]
+    for rank, count in enumerate(counts):
+        part = rows if rank == dist.rank else rows.new_empty((count, *rows.shape[1:]))
+        if dist.world_size > 1 and count > 0:
+            td.broadcast(part, src=rank)
+        yield part
+
+
+def open_labelled(path: Path | Url, flag: str, loader: LoaderConfig) -> ShardSet:
+    """Open a dataset that must have labels. Raises UserError otherwise."""
+    dataset = open_dataset(path, loader)
+    if not dataset.has_labels:
+        raise UserError(f"{flag} {path} has no labels: shard it from class folders, or with a label file (--labels)")
+    return dataset
+
+
+def check_same_classes(flag: str, dataset: ShardSet, train: ShardSet) -> None:
+    """Raise UserError unless ``dataset``, given by ``flag``, numbers the same classes alike."""
+    if dataset.classes == train.classes:
+        return
+    only = {
+        "there": sorted(set(dataset.classes) - set(train.classes)),
+        "in --data": sorted(set(train.classes) - set(dataset.classes)),
+    }
+    told = [f"only {where} {len(names)}, {', '.join(names[:5])}" for where, names in only.items() if names]
+    raise UserError(
+        f"{flag} {dataset.path} has other classes than --data {train.path} "
+        f"({'; '.join(told) or 'the same names, but numbered in another order'}): shard it with --classes-from "
+        f"{train.path}"
+    )

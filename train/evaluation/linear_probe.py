@@ -1,0 +1,147 @@
+"""Owns the linear classifiers on frozen features: heads, optimizer, rates, counting. Chen & He 2020, appendix A."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, Shaped
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from pipeline.common.errors import UserError
+from pipeline.sampling.order import epoch_order
+from train.optimization.optimizer import Schedule, lr_at
+
+TRUST_COEFFICIENT = 0.001  # You et al. 2017, section 5; the official code's
+TOP = (1, 5)
+FEATURES_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How the classifier is trained. The defaults are the official code's (main_lincls.py --lars)."""
+
+    epochs: int = 90  # Chen & He 2020, appendix A
+    global_batch: int = 4096  # appendix A
+    # lr at a global batch of 256, scaled linearly. TRAP: the paper's text says 0.02, the official code's default is
+    # 0.1, and a reimplementation got 66.0 with 0.02 and 67.8 with 0.1 (ResNet-50, 100 epochs)
+    base_lr: float = 0.1
+    # Several base_lr separated by commas, as in 0.02,0.1,0.3: a classifier for each, trained in the same pass over the
+    # data on the same features
+    lr_sweep: str = ""
+    momentum: float = 0.9  # appendix A
+    weight_decay: float = 0.0  # appendix A
+
+    def base_lrs(self) -> tuple[float, ...]:
+        """One for each classifier. Raises UserError for what are no rates."""
+        if not self.lr_sweep:
+            rates: tuple[float, ...] = (self.base_lr,)
+        elif re.fullmatch(r"[0-9.eE+-]+(,[0-9.eE+-]+)*", self.lr_sweep):
+            try:
+                rates = tuple(float(text) for text in self.lr_sweep.split(","))
+            except ValueError:
+                rates = ()
+        else:
+            rates = ()
+        if not rates or len(set(rates)) < len(rates) or not all(0 < rate < float("inf") for rate in rates):
+            flag = f"--lr-sweep {self.lr_sweep}" if self.lr_sweep else f"--base-lr {self.base_lr}"
+            raise UserError(f"{flag}: write different rates above 0, separated by commas, as in 0.02,0.1,0.3")
+        return rates
+
+
+class LinearHeads(nn.Module):
+    """``[n, d] -> [heads, n, classes]``: independent linear classifiers that begin alike."""
+
+    def __init__(self, heads: int, width: int, classes: int, seed: int) -> None:
+        """Weights normal with standard deviation 0.01 and biases 0, as in the official code."""
+        super().__init__()
+        weight = torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
+        for head in self.heads:
+            assert isinstance(head, nn.Linear)
+            head.weight.data.copy_(weight)
+            head.bias.data.zero_()
+
+    def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "heads n classes"]:
+        """The logits of each head."""
+        return torch.stack([head(features) for head in self.heads])
+
+
+def head_losses(logits: Float[Tensor, "heads n classes"], labels: Int64[Tensor, " n"]) -> Float[Tensor, " heads"]:
+    """Mean cross-entropy of each head. Their sum gives each head its own gradient, since they share nothing."""
+    return torch.stack([F.cross_entropy(part, labels) for part in logits])
+
+
+def build_lars(config: ProbeConfig, heads: LinearHeads) -> Lars:
+    """LARS (You et al. 2017) with a parameter group a head; its rate comes from ``set_rates``.
+
+    ``always_adapt``: otherwise timm adapts no layer without weight decay, unlike the paper's formula and Apex's LARC.
+    """
+    groups = [
+        {"params": list(head.parameters()), "peak_lr": base_lr * config.global_batch / 256}
+        for head, base_lr in zip(heads.heads, config.base_lrs(), strict=True)
+    ]
+    return Lars(
+        groups,
+        lr=0.0,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        trust_coeff=TRUST_COEFFICIENT,
+        always_adapt=True,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int) -> None:
+    """Each head's rate at step ``step`` (from 0): half a cosine from its peak to 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(Schedule(group["peak_lr"], total_steps, warmup_steps=0, unit_steps=1), step)
+
+
+@torch.no_grad()
+def count_correct(
+    heads: LinearHeads, features: Float[Tensor, "n d"], labels: Int64[Tensor, " n"]
+) -> Int64[Tensor, "heads 2"]:
+    """How many samples each head has among its first 1 and first 5 (all classes, if there are fewer)."""
+    counts = torch.zeros(len(heads.heads), len(TOP), dtype=torch.int64, device=features.device)
+    for start in range(0, len(features), FEATURES_AT_ONCE):
+        rows = slice(start, start + FEATURES_AT_ONCE)
+        logits = heads(features[rows].float())
+        best = logits.topk(min(max(TOP), logits.shape[-1]), dim=-1).indices
+        hits = best == labels[rows, None]  # [heads, n, 5]
+        counts += torch.stack([hits[..., :top].any(dim=-1).sum(dim=-1) for top in TOP], dim=-1)
+    return counts
+
+
+def stratified(
+    labels: Shaped[np.ndarray, " n"], fraction: float, classes: tuple[str, ...], seed: int
+) -> Int64[np.ndarray, " m"]:
+    """Ids of ``fraction`` of the samples of each class, rounded; sorted, a pure function of its arguments.
+
+    A smaller fraction is part of a larger one with the same seed. Raises UserError if a class would be left empty.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction}: it must be above 0 and at most 1")
+    have = np.bincount(labels, minlength=len(classes))
+    keep = np.floor(have * fraction + 0.5).astype(np.int64)
+    empty = np.flatnonzero((have > 0) & (keep == 0))
+    if len(empty):
+        named = ", ".join(f"{classes[i]} ({have[i]} samples)" for i in empty[:3])
+        raise UserError(
+            f"--fraction {fraction} leaves no sample of {len(empty)} of {len(classes)} classes, {named} among them: "
+            f"take at least {_rounded_up(0.5 / have[empty].min())}"
+        )
+    order = epoch_order(len(labels), seed, 0, np.arange(len(labels), dtype=np.int64))
+    by_class = order[np.argsort(labels[order], kind="stable")]  # each class's samples in shuffled order
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(have) - have, have)  # within its class
+    return np.sort(by_class[place < keep[labels[by_class]]])
+
+
+def _rounded_up(fraction: float) -> str:
+    """With two digits, and no less than it is: what is advised must do."""
+    unit = 10.0 ** (math.floor(math.log10(fraction)) - 1)
+    return f"{(math.floor(fraction / unit) + 1) * unit:.2g}"

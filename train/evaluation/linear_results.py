@@ -1,0 +1,155 @@
+"""Owns what a linear evaluation leaves behind: accuracies, metrics.jsonl, summary.json, and how it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import disk_errors, write_json
+from train.distributed.collectives import on_main, say, together
+from train.distributed.process_group import Dist
+from train.storage.checkpoints import CHECKPOINTS, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
+from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, cut_off, json_line
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """One classifier on the validation set."""
+
+    base_lr: float
+    loss: float  # mean over the last epoch of training
+    correct1: int
+    correct5: int
+    total: int
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in percent."""
+        return 100.0 * self.correct1 / self.total
+
+    @property
+    def top5(self) -> float:
+        """Share of the pictures whose class is among the first five, in percent."""
+        return 100.0 * self.correct5 / self.total
+
+    def describe(self) -> str:
+        """For people."""
+        return f"base lr {self.base_lr:g}: top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}"
+
+    def as_json(self) -> dict[str, float]:
+        """For metrics.jsonl and summary.json."""
+        return {**asdict(self), "val_top1": self.top1, "val_top5": self.top5}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All classifiers after an epoch."""
+
+    epoch: int  # epochs done
+    heads: tuple[HeadScore, ...]
+
+    @property
+    def best(self) -> HeadScore:
+        """The one with the highest top-1, the first of equals."""
+        return max(self.heads, key=lambda head: head.correct1)
+
+
+class LinearRun:
+    """The state and the files of one evaluation. Without a folder it only remembers."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        dist: Dist,
+        identity: dict[str, Any],
+        base_lrs: tuple[float, ...],
+        heads: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """``identity``: what must be equal for an evaluation to go on."""
+        self._folder, self._dist, self._identity, self._base_lrs = folder, dist, identity, base_lrs
+        self._heads, self._optimizer = heads, optimizer
+        self._outcome: Outcome | None = None
+
+    def open(self, resume: bool) -> int:
+        """Look at the folder; returns how many epochs are done. Raises SharedError for mistakes. A collective."""
+        if self._folder is None:
+            return 0
+        folder = self._folder
+        found = on_main(self._dist, lambda: self._look(folder, resume))
+        if found is not None:
+            together(self._dist, lambda: self._load(found))
+        done = self._outcome.epoch if self._outcome else 0
+        if resume:
+            say(self._dist, f"--resume: {done} epochs are done")
+        return done
+
+    def _look(self, folder: Path, resume: bool) -> Path | None:
+        if (folder / METRICS_FILE).exists() and not resume:
+            raise UserError(f"--run-dir {folder} already holds a run: add --resume to go on with it, or name another")
+        with disk_errors(f"writing {folder}", f"--run-dir {folder} cannot be made", "name another folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+        found = find_checkpoint(folder / CHECKPOINTS).path if resume else None
+        if found is None:
+            cut_off(folder / METRICS_FILE, 0)  # an epoch whose checkpoint was never written comes again
+        return found
+
+    def _load(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        if "heads" not in state:
+            raise UserError(f"{path} is no checkpoint of a linear evaluation: name another --run-dir")
+        check_same_run(state["identity"], self._identity, path)
+        self._heads.load_state_dict(state["heads"])
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state["optimizer"]})
+        self._outcome = Outcome(state["epoch"], tuple(HeadScore(**head) for head in state["scores"]))
+        if self._dist.is_main:
+            cut_off(path.parent.parent / METRICS_FILE, state["step"])
+
+    def epoch_done(self, epoch: int, step: int, losses: list[float], correct: list[list[int]], total: int) -> Outcome:
+        """Note the accuracies after ``epoch`` epochs, write them and a checkpoint. SharedError for a full disk."""
+        heads = (
+            HeadScore(base_lr, loss, correct1, correct5, total)
+            for base_lr, loss, (correct1, correct5) in zip(self._base_lrs, losses, correct, strict=True)
+        )
+        outcome = self._outcome = Outcome(epoch, tuple(heads))
+        if self._folder is not None:
+            folder = self._folder
+            on_main(self._dist, lambda: self._write(folder, outcome, step))
+        return outcome
+
+    def _write(self, folder: Path, outcome: Outcome, step: int) -> None:
+        lines = [{"epoch": outcome.epoch, "step": step, **head.as_json()} for head in outcome.heads]
+        with disk_errors(f"writing {folder}"), open(folder / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write("".join(map(json_line, lines)))
+        state = {
+            "epoch": outcome.epoch,
+            "step": step,
+            "heads": self._heads.state_dict(),
+            "optimizer": self._optimizer.state_dict()["state"],
+            "scores": [asdict(head) for head in outcome.heads],
+            "identity": self._identity,
+        }
+        save_checkpoint(folder / CHECKPOINTS, state, outcome.epoch, keep=1)
+
+    def outcome(self) -> Outcome:
+        """The accuracies after the last epoch."""
+        assert self._outcome is not None
+        return self._outcome
+
+    def finish(self, more: dict[str, Any]) -> None:
+        """Write summary.json. A collective."""
+        if self._folder is None:
+            return
+        folder, outcome = self._folder, self.outcome()
+        values = {"epochs": outcome.epoch, **outcome.best.as_json(), "heads": [h.as_json() for h in outcome.heads]}
+
+        def write() -> None:
+            with disk_errors(f"writing {folder}"):
+                write_json(folder / SUMMARY_FILE, {"finished": True, **values, **more})
+
+        on_main(self._dist, write)

@@ -1,0 +1,88 @@
+"""Owns what a run reports: metrics.jsonl, TensorBoard and the progress line.
+
+A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
+(optimizer steps done), loss (of that step), lr, z_std, z_rank (effective rank), img_per_s (source images) and step_s
+(seconds a step), both since the last line, data_wait (share of that time that the slowest rank waited for the loader);
+of several ranks, up to 64, data_wait_rankR too; skipped_steps (of this session, for nan or inf gradients) if there are
+any. A kNN line has epoch (epochs done), step and knn_top1 (percent); the first one is the untrained encoder's. What is
+no number (nan, inf) is null. Resuming cuts off what lies after the checkpoint: no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.files import disk_errors
+from train.storage.run_folder import METRICS_FILE, cut_off, json_line
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of one run; used on rank 0 only."""
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        """Open for appending after step ``resume_step``. Raises UserError if the disk is full or not writable."""
+        from torch.utils.tensorboard import SummaryWriter  # takes over a second to import: not for every rank
+
+        self._path = run_dir / METRICS_FILE
+        with disk_errors(f"writing {self._path}"):
+            kept = cut_off(self._path, resume_step)
+            self._knn = {line["step"]: line["knn_top1"] for line in kept if "knn_top1" in line}
+            self._last: dict[str, Any] = next((line for line in reversed(kept) if "loss" in line), {})
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    @property
+    def knn(self) -> dict[int, float]:
+        """The kNN accuracies in percent that are written, by step."""
+        return dict(self._knn)
+
+    def newest(self) -> dict[str, float]:
+        """For the summary: the values of the last step's line, the last kNN accuracy, the untrained encoder's."""
+        values = {name: value for name, value in self._last.items() if name not in ("epoch", "step")}
+        if self._knn:
+            values["knn_top1"] = self._knn[max(self._knn)]
+        if 0 in self._knn:
+            values["knn_top1_untrained"] = self._knn[0]
+        return values
+
+    def write(self, epoch: int, step: int, **values: float) -> None:
+        """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
+        line: dict[str, Any] = {"epoch": epoch, "step": step, **values}
+        with disk_errors(f"writing {self._path}"):
+            self._file.write(json_line(line))
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if "knn_top1" in values:
+            self._knn[step] = values["knn_top1"]
+        else:
+            self._last = line
+
+    def close(self) -> None:
+        """Flush and close. What could not be written before is tried once more, so this raises as ``write`` does."""
+        with disk_errors(f"writing {self._path}"):
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
+
+
+class SampleRecord:
+    """samples-rankR.jsonl: the sample ids of each step (steps done, ids in the order of the batch) on one rank."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        """Open for appending; ``cut_off`` has dropped what lies after the checkpoint. UserError as MetricsLog."""
+        self._path = run_dir / f"samples-rank{rank}.jsonl"
+        with disk_errors(f"writing {self._path}"):
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
+
+    def write(self, step: int, ids: list[int]) -> None:
+        """Append the ids of step number ``step`` (from 1). Raises UserError if there is no room."""
+        with disk_errors(f"writing {self._path}"):
+            self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+
+    def close(self) -> None:
+        """Close the file. Raises UserError if there is no room."""
+        with disk_errors(f"writing {self._path}"):
+            self._file.close()

@@ -1,0 +1,166 @@
+"""Rates, data_wait, the progress line."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import torch
+
+from pipeline.common.system import duration
+from pipeline.dataset.dataset import ShardSet
+from pipeline.loader.timing import ReadCosts
+from train.distributed.collectives import sum_over_ranks
+from train.distributed.process_group import Dist
+
+PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the loop did since the last reading."""
+
+    img_per_s: float  # source images of all ranks
+    data_wait: float  # share of the time, 0 to 1
+    step_s: float
+
+
+class RateMeter:
+    """Measures the loop between two readings; evaluation and checkpoints are left out by ``restart``."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """``clock`` gives seconds."""
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self._start, self._steps, self._images, self._wait_s = self._clock(), 0, 0, 0.0
+
+    def step(self, images: int, wait_s: float) -> None:
+        """Count a step."""
+        self._steps, self._images, self._wait_s = self._steps + 1, self._images + images, self._wait_s + wait_s
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last reading."""
+        return self._steps
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for the loader since the last reading."""
+        return self._wait_s
+
+    def read(self) -> Rates:
+        """The rates since the last reading, of at least one step; begins a new interval."""
+        seconds = max(self._clock() - self._start, 1e-9)
+        rates = Rates(self._images / seconds, min(self._wait_s / seconds, 1.0), seconds / self._steps)
+        self.restart()
+        return rates
+
+
+class ProgressLine:
+    """One line on stderr that is overwritten on a terminal, and repeated now and then elsewhere."""
+
+    def __init__(
+        self, total_steps: int, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``clock`` gives seconds; ``stream`` is stderr by default."""
+        self._total, self._stream, self._clock = total_steps, stream or sys.stderr, clock
+        self._last_line_s = -math.inf
+
+    def show(
+        self, epoch: int, step: int, loss: float, z_std: float, rates: Rates, data_wait: str | None = None
+    ) -> None:
+        """Show the state after ``step`` steps. ``data_wait`` says more of it than the rates do."""
+        now = self._clock()
+        on_terminal = self._stream.isatty()
+        if not on_terminal and now - self._last_line_s < PLAIN_LINE_EVERY_S and step < self._total:
+            return
+        self._last_line_s = now
+        left = (self._total - step) * rates.step_s
+        text = (
+            f"epoch {epoch} step {step}/{self._total} loss {loss:.4f} z_std {z_std:.4f} "
+            f"{rates.img_per_s:.0f} img/s data_wait {data_wait or format(rates.data_wait, '.0%')} left {duration(left)}"
+        )
+        self._stream.write(f"\r\x1b[K{text}" if on_terminal else text + "\n")
+        if on_terminal and step >= self._total:
+            self._stream.write("\n")
+        self._stream.flush()
+
+
+RANKS_SHOWN = 8  # more than that are summed up in the progress line
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How long each rank waited for the loader, out of a stretch of the loop."""
+
+    seconds: tuple[float, ...]  # of each rank
+    of_s: float  # the stretch, in seconds
+
+    @property
+    def shares(self) -> list[float]:
+        """data_wait of each rank: 0 to 1."""
+        return [min(seconds / max(self.of_s, 1e-9), 1.0) for seconds in self.seconds]
+
+    @property
+    def slowest(self) -> int:
+        """The rank that waited longest; the others wait for it in turn, when gradients are averaged."""
+        return int(np.argmax(self.seconds))
+
+    def __str__(self) -> str:
+        """The shares of the ranks, for the progress line; of many ranks the longest and the mean."""
+        shares, slowest = self.shares, self.slowest
+        if len(shares) == 1:
+            return f"{shares[0]:.0%}"
+        if len(shares) <= RANKS_SHOWN:
+            return f"{shares[slowest]:.0%} (ranks {' '.join(f'{share:.0%}' for share in shares)})"
+        return f"{shares[slowest]:.0%} (rank {slowest}; mean {np.mean(shares):.0%})"
+
+
+def describe_waits(waits: Waits) -> str:
+    """One line for the end of a session."""
+    line = f"data_wait: {waits}"
+    if len(waits.seconds) > 1:
+        line += f"; rank {waits.slowest} waited longest"
+    return f"{line}, {waits.seconds[waits.slowest]:.1f} s of {waits.of_s:.1f} s"
+
+
+@dataclass(frozen=True)
+class ShardCost:
+    """The shard whose samples took longest to read."""
+
+    name: str
+    reads: int
+    ms: float  # a sample, mean
+    mean_ms: float  # a sample, over all shards
+
+
+def costliest_shard(dist: Dist, dataset: ShardSet, costs: ReadCosts) -> ShardCost | None:
+    """By the time that all ranks together spent on reading it; None if nothing was read. A collective."""
+    both = torch.from_numpy(np.stack([costs.seconds, costs.reads.astype(np.float64)])).to(dist.device)
+    with dist.activity.waiting("adding up what all ranks have read"):
+        seconds, reads = sum_over_ranks(dist, both).cpu().numpy()
+    if not reads.any():
+        return None
+    worst = int(np.argmax(seconds))
+    return ShardCost(
+        dataset.shards[worst].name,
+        round(reads[worst]),
+        float(1e3 * seconds[worst] / reads[worst]),
+        float(1e3 * seconds.sum() / reads.sum()),
+    )
+
+
+def describe_shard(cost: ShardCost) -> str:
+    """One line for the end of a session."""
+    return (
+        f"reading: {cost.name} cost most, {cost.ms:.2f} ms a sample over {cost.reads:,} reads; "
+        f"the mean of all shards is {cost.mean_ms:.2f} ms"
+    )

@@ -1,0 +1,195 @@
+"""Owns the report of a running loop: every rank calls it, the means are over all ranks, rank 0 writes and prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from model.embedding_stats import effective_rank
+from pipeline.common.files import disk_errors, write_json
+from pipeline.common.system import duration
+from pipeline.dataset.dataset import ShardSet
+from pipeline.loader.timing import ReadCosts, Stalls
+from train.config.run_config import PretrainConfig
+from train.config.run_plan import RunPlan
+from train.distributed.collectives import mean_over_ranks, on_main, say, together
+from train.distributed.process_group import Dist
+from train.monitoring.collapse import CollapseGuard, Reading
+from train.monitoring.metrics import MetricsLog, SampleRecord
+from train.monitoring.progress import (
+    ProgressLine,
+    RateMeter,
+    Rates,
+    Waits,
+    costliest_shard,
+    describe_shard,
+    describe_waits,
+)
+from train.storage.run_folder import SUMMARY_FILE
+
+PREDICT_AFTER_STEPS = 20  # steps of this session after which the run's time is predicted; the first half warms up
+RANKS_LOGGED = 64  # up to so many ranks each have a data_wait of their own in metrics.jsonl
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step leaves behind; tensors stay on the device until a line is due."""
+
+    loss: Float[Tensor, ""]
+    z_std: Float[Tensor, ""]
+    z: Float[Tensor, "n d"]  # projections of one view in the step's last pass
+    skipped: Float[Tensor, ""]  # steps of this session that were skipped, this one included; the same on every rank
+    lr: float
+    wait_s: float  # time the host spent waiting for the loader
+    ids: Int64[np.ndarray, " rank_batch"]
+
+
+class Reporter:
+    """metrics.jsonl, TensorBoard, the progress line, the predicted time, the alarm and the summary of one session."""
+
+    def __init__(self, dist: Dist, config: PretrainConfig, plan: RunPlan, start_step: int, stalls: Stalls) -> None:
+        """Open for the steps after ``start_step``; what a former session wrote after it is cut off. A collective.
+
+        ``stalls`` are the loader's, of this rank.
+        """
+        self._dist, self._config, self._plan, self._start_step = dist, config, plan, start_step
+        self._metrics = together(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
+        self._stalls = stalls
+        self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
+        self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
+        self._guard = CollapseGuard(config.model, config.views, plan.schedule.peak_lr)
+        self._former_knn = on_main(dist, lambda: self._metrics.knn if self._metrics is not None else {})
+        for step in sorted(self._former_knn):
+            self._guard.recall(self._former_knn[step])
+        self.collapse: str | None = None  # what the guard said last, the same on every rank
+        self._prediction_start_s = self._start_s = time.perf_counter()
+        self._paused_s = 0.0
+        self._waited, self._logged_s = [0.0] * dist.world_size, 0.0
+
+    def __enter__(self) -> Reporter:
+        """Use as a context, so that the files are closed."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
+
+    def step(self, step: int, result: StepResult) -> None:
+        """Count step number ``step`` (from 1); every ``log_every`` steps, at the first and the last one write a line.
+
+        A collective and a host sync when a line is due.
+        """
+        self._meter.step(self._plan.global_batch, result.wait_s)
+        if self._samples is not None:
+            self._samples.write(step, result.ids.tolist())
+        if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
+            with self._dist.activity.waiting(f"step {step}: adding up the losses of all ranks"):
+                loss, z_std, rank, rates, waits = self._read(result)
+            skipped = {"skipped_steps": result.skipped.item()} if result.skipped else {}
+            epoch = (step - 1) // self._plan.steps_per_epoch
+            if self._metrics is not None:
+                more = {**asdict(rates), **_per_rank(waits), **skipped}
+                self._metrics.write(epoch, step, loss=loss, lr=result.lr, z_std=z_std, z_rank=rank, **more)
+                self._progress.show(epoch, step, loss, z_std, rates, str(waits))
+            self._warn(self._guard.check(step, Reading(z_std, rank, len(result.z))))
+        self._predict(step)
+
+    def _warn(self, collapse: str | None) -> None:
+        self.collapse = collapse or self.collapse
+        if collapse is not None and self._dist.is_main:
+            print(f"warning: {collapse}", file=sys.stderr, flush=True)
+
+    def _read(self, result: StepResult) -> tuple[float, float, float, Rates, Waits]:
+        """Loss, z_std, rank of z at the last step, the rates since the last line; data_wait is the slowest rank's."""
+        own_wait = torch.zeros(self._dist.world_size, device=result.loss.device)
+        own_wait[self._dist.rank] = (self._meter.wait_s + self._stalls.read_s()) * self._dist.world_size
+        values = torch.cat([torch.stack([result.loss, result.z_std, effective_rank(result.z)]), own_wait])
+        loss, z_std, rank, *seconds = mean_over_ranks(self._dist, values).tolist()
+        steps = self._meter.steps
+        rates = self._meter.read()
+        waits = Waits(tuple(seconds), steps * rates.step_s)
+        self._waited = [sum(both) for both in zip(self._waited, seconds, strict=True)]
+        self._logged_s += waits.of_s
+        return loss, z_std, rank, replace(rates, data_wait=max(waits.shares)), waits
+
+    def say_what_cost_most(self, dataset: ShardSet, costs: ReadCosts) -> None:
+        """Print which rank waited longest for its data, and which shard cost most to read. A collective."""
+        shard = costliest_shard(self._dist, dataset, costs)
+        say(self._dist, describe_waits(Waits(tuple(self._waited), self._logged_s)))
+        if shard is not None:
+            say(self._dist, describe_shard(shard))
+
+    def _predict(self, step: int) -> None:
+        done = step - self._start_step
+        if done == PREDICT_AFTER_STEPS // 2:
+            self._prediction_start_s, self._paused_s = time.perf_counter(), 0.0
+        if done == PREDICT_AFTER_STEPS:
+            measured = PREDICT_AFTER_STEPS - PREDICT_AFTER_STEPS // 2
+            step_s = (time.perf_counter() - self._prediction_start_s - self._paused_s) / measured
+            left = self._plan.stop_step - step
+            say(
+                self._dist,
+                f"expected time: {duration(left * step_s)} for {left:,} more steps of {step_s:.3g} s, without kNN",
+            )
+
+    def has_knn(self, step: int) -> bool:
+        """Whether the kNN accuracy after ``step`` steps is written already, by a former session."""
+        return step in self._former_knn
+
+    def knn(self, epoch: int, step: int, top1: float) -> None:
+        """Write a kNN line: ``epoch`` epochs and ``step`` steps done, ``top1`` in percent."""
+        if self._metrics is not None:
+            self._metrics.write(epoch, step, knn_top1=top1)
+            say(self._dist, f"epoch {epoch}: kNN top-1 {top1:.2f} %" + self._start_note(step))
+        self._warn(self._guard.check_knn(step, top1))
+
+    def _start_note(self, step: int) -> str:
+        if step > 0:
+            return ""
+        return " (untrained)" if self._config.init is None else " (as --init gave it)"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the rates and the prediction."""
+        start_s = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - start_s
+        self._meter.restart()
+        self._stalls.read_s()
+
+    def summary(self, step: int, checkpoint: Path) -> None:
+        """Write summary.json. On rank 0 alone."""
+        assert self._metrics is not None
+        values = {
+            "finished": step == self._plan.total_steps,
+            "step": step,
+            "epochs": step / self._plan.steps_per_epoch,
+            **self._metrics.newest(),
+            "session_steps": step - self._start_step,
+            "session_s": time.perf_counter() - self._start_s,
+            "checkpoint": str(checkpoint.relative_to(self._config.run_dir)),
+        }
+        with disk_errors(f"writing {self._config.run_dir}"):
+            write_json(self._config.run_dir / SUMMARY_FILE, values)
+
+
+def _per_rank(waits: Waits) -> dict[str, float]:
+    """data_wait of each rank for metrics.jsonl, where there are several."""
+    if not 1 < len(waits.seconds) <= RANKS_LOGGED:
+        return {}
+    return {f"data_wait_rank{rank}": share for rank, share in enumerate(waits.shares)}

@@ -1,0 +1,105 @@
+"""Owns the number formats of a run: autocast, the loss scaler of fp16, and the views' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.common.errors import UserError
+
+PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a run computes in. Weights, BN statistics, the loss and the optimizer stay float32."""
+
+    name: str
+    autocast: Callable[[], AbstractContextManager[object]]
+    view_dtype: torch.dtype  # of the views that the loader makes
+    scaler: torch.amp.GradScaler  # does nothing but for fp16
+
+
+def choose_precision(name: PrecisionName, device: torch.device) -> Precision:
+    """``auto`` is bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU. UserError for fp16 on a CPU."""
+    on_gpu = device.type == "cuda"
+    if name == "auto":  # which older GPUs emulate
+        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = ("bf16" if has_bf16 else "fp16") if on_gpu else "fp32"
+    if name == "fp16" and not on_gpu:
+        raise UserError("--precision fp16 needs a GPU: take fp32 or bf16 on a CPU")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    return Precision(
+        name=name,
+        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=name != "fp32"),
+        view_dtype=dtype if on_gpu else torch.float32,  # what the first convolution takes: autocast converts nothing
+        scaler=torch.amp.GradScaler(device.type, enabled=name == "fp16"),
+    )
+
+
+class StepGuard:
+    """Lets the optimizer make a step only if all gradients are finite."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        """``model``'s running statistics are guarded as well: one forward pass with a nan would stay in them."""
+        self._optimizer = optimizer
+        self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._remembered = torch.empty(0)
+        self.skipped = torch.zeros((), device=device)  # steps of this session
+        self._in_row = torch.zeros((), device=device)
+        self._longest = torch.zeros((), device=device)  # row since the last look
+
+    def remember(self) -> None:
+        """To be called before the step's first forward pass."""
+        if self._statistics:
+            self._remembered = torch.cat([buffer.flatten() for buffer in self._statistics])
+
+    def step(self, scaler: torch.amp.GradScaler) -> None:
+        """Make the optimizer's step, or none. Gradients may be scaled by ``scaler``."""
+        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.isfinite(nn.utils.get_total_norm(gradients))
+        self._step_if(finite, scaler)
+        if self._statistics:
+            now = torch.cat([buffer.flatten() for buffer in self._statistics])
+            kept = torch.where(finite, now, self._remembered).split([buffer.numel() for buffer in self._statistics])
+            # A few kernels instead of one for each of the 114 buffers of SimSiam with ResNet-50.
+            torch._foreach_copy_(self._statistics, [v.view_as(b) for b, v in zip(self._statistics, kept, strict=True)])
+        self._in_row = torch.where(finite, 0.0, self._in_row + 1)
+        self._longest = torch.maximum(self._longest, self._in_row)
+        self.skipped = self.skipped + (~finite).float()
+
+    def longest_row(self) -> int:
+        """The most steps skipped in a row since the last call. Waits for the device."""
+        longest = int(self._longest.item())
+        self._longest = self._in_row.clone()
+        return longest
+
+    def _step_if(self, finite: Tensor, scaler: torch.amp.GradScaler) -> None:
+        optimizer = self._optimizer
+        if scaler.is_enabled():  # looks for itself, with the same outcome
+            scaler.step(optimizer)
+            scaler.update()
+        elif optimizer.param_groups[0].get("fused"):  # torch's fused kernels look at this tensor
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif hasattr(optimizer, "_dummy_overflow_buf"):  # and Apex's kernels at this one
+            optimizer._dummy_overflow_buf.copy_(~finite)
+            optimizer.step()
+        elif finite:  # a CPU has nothing to wait for; on a GPU --optimizer foreach does wait
+            optimizer.step()
+
+
+def diagnosis(row: int, limit: int, step: int, lr: float, precision: str, checkpoint: str) -> str:
+    """What to tell the user when ``row`` steps in a row were skipped, the last of them not after ``step``."""
+    narrow = ", or a number format too narrow for this model (take --precision fp32)" if precision == "fp16" else ""
+    return (
+        f"{row} steps in a row up to step {step} had gradients that are not finite, and --max-bad-steps is {limit}. "
+        "They changed nothing: the weights are those of before. Likely causes: a learning rate that is too high (it is "
+        f"{lr:.3g} now; start a run with a smaller --base-lr){narrow}, or hardware that computes wrongly (go on with "
+        f"--resume on another machine). The newest checkpoint is {checkpoint}"
+    )

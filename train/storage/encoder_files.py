@@ -1,0 +1,320 @@
+"""Owns encoders in files: reading ours, the official code's, torchvision's, timm's, safetensors; building them.
+
+Nothing is unpickled with code: torch's files are read with weights_only, the others are safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from model.backbone import BACKBONES, Stem, build_backbone
+from model.methods.simsiam import SimSiam
+from pipeline.common.errors import UserError
+from pipeline.dataset.format import file_sha256
+from train.storage.checkpoints import HASH_DIGITS, is_damaged, newest_checkpoint
+from train.storage.encoder_formats import Parts, State, recognise
+
+LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before torch 1.6
+UNTRAINED = "untrained:"
+METADATA = "siamstream"  # key of our entry in a safetensors header
+_COUNTER = "num_batches_tracked"  # of BN; files from before torch 0.4.1 have none, and it changes no output
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What an encoder was trained to see."""
+
+    image_size: int = 224  # px
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder out of a file, on the CPU."""
+
+    source: str  # the file, for messages
+    parts: Parts
+    backbone: str  # key of BACKBONES
+    stem: Stem
+    pixels: Pixels | None  # None: the file does not say
+    identity: str  # changes with the weights
+
+    def describe(self) -> str:
+        """One line for people."""
+        heads = [name for name in ("projector", "predictor") if getattr(self.parts, name)]
+        stem = "" if self.stem == BACKBONES[self.backbone].default_stem else f", {self.stem} stem"
+        return f"{self.backbone}{stem} from {self.source} ({' + '.join([f'{self.parts.layout} names', *heads])})"
+
+
+def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = None) -> Weights:
+    """Read an encoder from a file, or from the newest checkpoint of a run folder.
+
+    ``backbone`` and ``stem`` say what it must be; by default that is found out. Raises UserError if it is something
+    else, truncated, or no encoder at all.
+    """
+    path = _file_of(path)
+    flat, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    parts = recognise(flat) or (Parts(flat) if about.backbone else None)  # safetensors of ours may hold any trunk
+    if not flat:
+        raise UserError(f"{path} holds no tensors by name: give a checkpoint, or a state_dict saved by torch.save")
+    if parts is None:
+        raise UserError(
+            f"{path} holds no encoder: its entries ({_few(list(flat))}) are named neither as in siamstream's "
+            "checkpoints (backbone.*), nor the official SimSiam's (module.encoder.*), nor torchvision's (conv1.weight)"
+        )
+    known_backbone, known_stem = about.backbone, about.stem
+    if known_backbone is None:
+        known_backbone, known_stem = _guess(parts.backbone, path)
+    if backbone is not None or stem is not None:
+        known_backbone, known_stem = _as_asked(known_backbone, known_stem, backbone, stem)
+    known_stem = known_stem or BACKBONES[known_backbone].default_stem
+    _check_shapes(parts.backbone, known_backbone, known_stem, str(path), about)
+    identity = file_sha256(path)[:HASH_DIGITS]
+    return Weights(str(path), parts, known_backbone, known_stem, about.pixels, identity)
+
+
+def open_encoder(
+    checkpoint: str, backbone: str | None = None, stem: Stem | None = None, seed: int = 0
+) -> tuple[nn.Module, int, Weights]:
+    """The frozen trunk in evaluation mode, its width, and where it comes from.
+
+    ``checkpoint`` is a path, or ``untrained:BACKBONE``: random weights from ``seed``. Raises as ``read_weights`` does.
+    """
+    if not checkpoint.startswith(UNTRAINED):
+        weights = read_weights(Path(checkpoint), backbone, stem)
+        trunk, width = build_backbone(weights.backbone, weights.stem)
+        load_backbone(trunk, weights)
+    else:
+        name = checkpoint.removeprefix(UNTRAINED)
+        _check_known(name, "--checkpoint untrained:")
+        torch.manual_seed(seed)
+        _check_stem(name, stem or "default")
+        trunk, width = build_backbone(name, stem or "default")
+        digest = hashlib.sha256(f"{name} {stem} {seed}".encode()).hexdigest()[:HASH_DIGITS]
+        parts = Parts(dict(trunk.state_dict()))
+        weights = Weights(f"seed {seed}", parts, name, stem or BACKBONES[name].default_stem, None, digest)
+    return trunk.eval().requires_grad_(False), width, weights
+
+
+def load_backbone(trunk: nn.Module, weights: Weights) -> None:
+    """Put the weights into a trunk of the same architecture."""
+    trunk.load_state_dict(_with_counters(weights.parts.backbone, trunk))
+
+
+def initialise(model: SimSiam, weights: Weights) -> str:
+    """Start a model from weights: the backbone, and each head that the file has in the same shape.
+
+    Returns one line that says what was taken. The backbones must have been compared by ``read_weights``.
+    """
+    load_backbone(model.backbone, weights)
+    taken, random = ["backbone"], []
+    for name in ("projector", "predictor"):
+        head, state = getattr(model, name), getattr(weights.parts, name)
+        expected = head.state_dict()
+        if state and _difference(state, {key: value.shape for key, value in expected.items()}) is None:
+            head.load_state_dict(_with_counters(state, head))
+            taken.append(name)
+        elif expected:
+            random.append(name)
+    rest = f"; {' and '.join(random)} start at random" if random else ""
+    return f"{' and '.join(taken)} from {weights.source} ({weights.parts.layout} names){rest}"
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a file says about its weights."""
+
+    backbone: str | None = None
+    stem: Stem | None = None
+    pixels: Pixels | None = None
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"there is no checkpoint in {path}: name a file, or the folder of a run that has saved one")
+    return newest
+
+
+def _read_torch(path: Path) -> tuple[State, _About]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(LEGACY_START))
+            if not zipfile.is_zipfile(file) and start != LEGACY_START:
+                raise UserError(f"{path} is no checkpoint, or a truncated one: torch.save writes other files")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:  # which is a ValueError
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, and code in files is never run: save its state_dict "
+            f"alone ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
+    if is_damaged(path):
+        raise UserError(f"the checkpoint {path} is damaged: its bytes are not those that were written")
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no weights but a {type(content).__name__}")
+    return _tensors(content), _about(content.get("config"), content.get("arch"))
+
+
+def _read_safetensors(path: Path) -> tuple[State, _About]:
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dictionary
+            metadata = (file.metadata() or {}).get(METADATA)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is no safetensors file, or a truncated one: {error}") from error
+    return flat, _about(_parse_metadata(metadata, path), None)
+
+
+def _parse_metadata(text: str | None, path: Path) -> Any:
+    if not text:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path} has metadata under {METADATA!r} that are no JSON: write it again with tools/export_backbone.py, "
+            "or save its tensors without them"
+        ) from None
+
+
+def _tensors(content: Mapping[Any, Any]) -> State:
+    """The weights among what a file holds: itself, or what is called model or state_dict in it."""
+    for name in ("model", "state_dict"):
+        inner = content.get(name)
+        if isinstance(inner, Mapping):
+            content = inner
+            break
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def _about(config: Any, arch: Any) -> _About:
+    """From the configuration in our own files, or the name that the official code writes."""
+    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
+        model = config["model"]
+        if _is_known(model.get("backbone")):
+            stem: Stem | None = model.get("stem") if model.get("stem") in get_args(Stem) else None
+            return _About(model["backbone"], None if stem == "default" else stem, _pixels(config.get("views")))
+    return _About(arch) if _is_known(arch) else _About()
+
+
+def _is_known(backbone: Any) -> bool:
+    return isinstance(backbone, str) and backbone in BACKBONES
+
+
+def _pixels(views: Any) -> Pixels | None:
+    """None unless all three are there in our form: a file of others may call anything views."""
+    if not isinstance(views, Mapping) or not isinstance(views.get("image_size"), int):
+        return None
+    mean: Any = views.get("mean")
+    std: Any = views.get("std")
+    return Pixels(views["image_size"], tuple(mean), tuple(std)) if _is_colour(mean) and _is_colour(std) else None
+
+
+def _is_colour(value: Any) -> bool:
+    is_triple = isinstance(value, (list, tuple)) and len(value) == 3
+    return is_triple and all(isinstance(channel, (int, float)) for channel in value)
+
+
+def _as_asked(known: str, known_stem: Stem | None, backbone: str | None, stem: Stem | None) -> tuple[str, Stem]:
+    if backbone is not None:
+        _check_known(backbone, "--backbone ")
+    wanted = backbone or known
+    if stem is None or stem == "default":
+        stem = known_stem if backbone in (None, known) else None
+    stem = stem or BACKBONES[wanted].default_stem
+    _check_stem(wanted, stem)
+    return wanted, stem
+
+
+def _guess(state: State, path: Path) -> tuple[str, Stem]:
+    """The first architecture of which the weights have every name and shape; each one's own stem is tried first."""
+    for name, entry in BACKBONES.items():
+        for stem in (entry.default_stem, *entry.stems):
+            if _difference(state, _shapes(name, stem)) is None:
+                return name, stem
+    nearest = max(BACKBONES, key=lambda name: _common(state, _shapes(name, BACKBONES[name].default_stem)))
+    difference = _difference(state, _shapes(nearest, BACKBONES[nearest].default_stem))
+    raise UserError(
+        f"{path} holds another architecture than {', '.join(BACKBONES)}; nearest is {nearest}, and there {difference}"
+    )
+
+
+def _check_shapes(state: State, backbone: str, stem: Stem, source: str, about: _About) -> None:
+    difference = _difference(state, _shapes(backbone, stem))
+    if difference is None:
+        return
+    fitting = [
+        name for name, entry in BACKBONES.items() if stem in entry.stems and not _difference(state, _shapes(name, stem))
+    ]
+    remedy = f"; take --backbone {fitting[0]}" if fitting else ""
+    if about.backbone is not None:
+        remedy = f"; it was trained as {about.backbone}" + (f" with --stem {about.stem}" if about.stem else "")
+    raise UserError(f"{source} is no {backbone} with the {stem} stem: {difference}{remedy}")
+
+
+def _difference(state: State, expected: dict[str, torch.Size]) -> str | None:
+    """How names and shapes differ from those expected; None if they do not."""
+    missing = [key for key in expected if key not in state and not key.endswith(_COUNTER)]
+    extra = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} is {list(state[key].shape)} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    told = [f"{what} {_few(keys)}" for what, keys in (("missing are", missing), ("unknown are", extra)) if keys]
+    told += [_few(shapes)] if shapes else []
+    return "; ".join(told) or None
+
+
+def _common(state: State, expected: dict[str, torch.Size]) -> int:
+    return sum(key in state and state[key].shape == shape for key, shape in expected.items())
+
+
+@lru_cache
+def _shapes(backbone: str, stem: Stem) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        trunk, _ = build_backbone(backbone, stem)
+    return {key: value.shape for key, value in trunk.state_dict().items()}
+
+
+def _with_counters(state: State, module: nn.Module) -> State:
+    counters = {key: value for key, value in module.state_dict().items() if key.endswith(_COUNTER)}
+    return {**counters, **state}
+
+
+def _check_known(name: str, flag: str) -> None:
+    if name not in BACKBONES:
+        raise UserError(f"{flag}{name} is unknown; known are {', '.join(BACKBONES)}")
+
+
+def _check_stem(name: str, stem: Stem) -> None:
+    if stem not in ("default", *BACKBONES[name].stems):
+        raise UserError(f"--stem {stem}: {name} has {', '.join(BACKBONES[name].stems)}")
+
+
+def _few(things: list[str]) -> str:
+    return ", ".join(things[:3]) + (f" and {len(things) - 3} more" if len(things) > 3 else "")

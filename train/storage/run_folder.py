@@ -1,0 +1,108 @@
+"""Names of a run's files; reads metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import atomic_file, strict_json
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines after ``step``, and a torn last line, from a file of JSON lines; returns those that stay."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    if path.exists():
+        with atomic_file(path) as file:
+            file.write("".join(map(json_line, kept)).encode())
+    return kept
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """One line of metrics.jsonl; nan and inf become null."""
+    return json.dumps(strict_json(values), allow_nan=False) + "\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl or a samples file, nan where they have null.
+
+    A last line that a killed run left half-written is left out.
+    """
+    if not path.exists():
+        return []
+    texts = path.read_text(encoding="utf-8").split("\n")
+    lines = [json.loads(text) for text in texts[:-1]]  # a whole line ends in a newline
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+
+
+SUMMARY_FILE = "summary.json"
+CONFIG_FILE, PLAN_FILE = "config.json", "plan.json"
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """What a run folder tells: per logged step loss and z_std, per evaluation the kNN accuracy."""
+
+    name: str
+    title: str
+    steps: tuple[int, ...]
+    loss: tuple[float, ...]
+    z_std: tuple[float, ...]
+    knn_steps: tuple[int, ...]
+    knn_top1: tuple[float, ...]  # percent
+    dim: int  # width d of z
+    classes: int | None  # for the line of chance; None where it is unknown
+    steps_per_epoch: int
+
+
+def read_run(run_dir: Path) -> RunHistory:
+    """Read config.json, plan.json and metrics.jsonl. Raises UserError if they are missing, damaged or still empty."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no folder: give a run folder of train/pretrain.py (its --run-dir)")
+    config, plan = (_read_json(run_dir / name) for name in ("config.json", "plan.json"))
+    try:
+        lines = read_lines(run_dir / METRICS_FILE)
+        logged = [line for line in lines if "loss" in line]
+        knn = [line for line in lines if "knn_top1" in line]
+        if not logged:
+            raise UserError(f"{run_dir / METRICS_FILE} has no logged step yet: let the run do its first step")
+        return RunHistory(
+            name=str(run_dir),
+            title=f"{config['model']['backbone']} at {config['views']['image_size']} px, "
+            f"global batch {plan['global_batch']}, {plan['num_samples']:,} pictures",
+            steps=tuple(line["step"] for line in logged),
+            loss=tuple(line["loss"] for line in logged),
+            z_std=tuple(line["z_std"] for line in logged),
+            knn_steps=tuple(line["step"] for line in knn),
+            knn_top1=tuple(line["knn_top1"] for line in knn),
+            dim=config["model"]["dim"],
+            classes=_count_classes(Path(config["data"])),
+            steps_per_epoch=plan["steps_per_epoch"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{run_dir} is no run folder that this version wrote ({error!r}); give another one") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: give a run folder of train/pretrain.py (its --run-dir)") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give another run folder") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not what train/pretrain.py writes: give another run folder")
+    return value
+
+
+def _count_classes(data: Path) -> int | None:
+    """The dataset may have been moved since; then there is no line of chance."""
+    try:
+        return len(json.loads((data / "dataset.json").read_text(encoding="utf-8"))["classes"]) or None
+    except (OSError, ValueError, KeyError):
+        return None
