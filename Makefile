@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 RUNTIME_STAMP := $(VENV)/.installed-runtime
 TEST_STAMP    := $(VENV)/.installed-test
 
-# A picture folder, a tar, parquet files, ... as tools/make_shards.py takes them; empty: synthetic pictures.
+# An image folder, a tar, parquet files, ... as tools/make_shards.py takes them; empty: synthetic images.
 IMAGES ?=
 # More options of tools/demo.py, as in  make demo DEMO_ARGS="--out /tmp/demo"
 DEMO_ARGS ?=
@@ -20,8 +20,8 @@ TESTS ?=
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@echo "make demo                  shards, pretraining, kNN, preview and plot on synthetic pictures -> demo/"
-	@echo "make demo IMAGES=SOURCE    the same on your pictures: a folder, a tar, parquet files"
+	@echo "make demo                  shards, pretraining, kNN, preview and plot on synthetic images -> demo/"
+	@echo "make demo IMAGES=SOURCE    the same on your images: a folder, a tar, parquet files"
 	@echo "make test                  every test but the long ones of make test-faults"
 	@echo "make test-faults           runs killed at many points, restarted by torchrun, on bad data (minutes)"
 	@echo "make lint                  ruff, mypy and import-linter"
@@ -30,7 +30,7 @@ help:  ## this list
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python (3.10 or newer) that .venv is made with."
 
-demo: $(RUNTIME_STAMP)  ## the main job, from pictures to a trained encoder
+demo: $(RUNTIME_STAMP)  ## the main job, from images to a trained encoder
 	$(BIN)/python tools/demo.py $(if $(IMAGES),--images "$(IMAGES)") $(DEMO_ARGS)
 
 test: $(TEST_STAMP)  ## every test but the long fault tests

@@ -1,4 +1,4 @@
-"""What comparing every picture with its checksum costs: python benchmarks/checksums.py DATASET
+"""What comparing every image with its checksum costs: python benchmarks/checksums.py DATASET
 
 The whole CPU loader, and reading alone, each with and without `--no-verify-checksums`, in turn; and how fast one core
 computes the checksum. Cost is the time or CPU time with it over that without it, turn by turn, less one. Then how fast
@@ -34,7 +34,7 @@ from tools.throughput.stages import Advance, Bench, read_bytes, whole_loader
 
 GPU_RATE = 4000  # images/s of one rank; a fast GPU with a small backbone
 CRC_SECONDS = 1.0  # of CPU; how long the checksum alone is measured, each time
-MAX_RESIDENT = 200  # pictures kept in memory for that
+MAX_RESIDENT = 200  # images kept in memory for that
 ROWS = 1 << 21  # of a samples.npy of 59 MB
 
 
@@ -45,11 +45,11 @@ class Config:
     data: Annotated[Path, tyro.conf.Positional]
     """Dataset folder."""
     samples: int = 1000
-    """Pictures of one run of the loader; of reading alone `read_epochs` times as many."""
+    """Images of one run of the loader; of reading alone `read_epochs` times as many."""
     read_epochs: int = 10
     """Reading alone is so much faster that one pass would say little."""
     batch: int = 64
-    """Pictures a batch."""
+    """Images a batch."""
     image_size: int = 224
     """Side of the views, px."""
     repeats: int = 7
@@ -72,18 +72,18 @@ def main() -> None:
     mean = float(dataset.samples["length"].mean())
     speed = crc_speed(dataset, config.repeats)
     cost_ms = mean / speed.median / 1e6
-    print(f"one core computes {speed} GB/s: {cost_ms:.3f} ms for a picture of {mean / 1e3:.1f} KB, the mean here;")
+    print(f"one core computes {speed} GB/s: {cost_ms:.3f} ms for an image of {mean / 1e3:.1f} KB, the mean here;")
     print(f"  at {GPU_RATE} images/s of a rank {100 * GPU_RATE * cost_ms / 1e3:.1f} % of one core")
     rows = row_speed(config.repeats)
     hash_s = 1e9 * SAMPLE_DTYPE.itemsize / rows.median / 1e9
     print(f"one core compares {rows} GB/s of samples.npy: {hash_s:.0f} s for a billion samples")
     runs = alternate(contestants(config, batches), config.repeats)
-    print(f"{batches * config.batch} pictures, {config.repeats} runs each in turn; median (minimum .. maximum)")
+    print(f"{batches * config.batch} images, {config.repeats} runs each in turn; median (minimum .. maximum)")
     print(f"{'':8} {'time with / without':>28} {'CPU time with / without':>28} {'images/s with':>26}")
     results = {}
     for rung, passes in (("read", config.read_epochs), ("loader", 1)):
-        pictures = passes * batches * config.batch
-        rate = Spread.of([pictures / run.wall_s for run in runs[f"{rung}, checked"]])
+        images = passes * batches * config.batch
+        rate = Spread.of([images / run.wall_s for run in runs[f"{rung}, checked"]])
         wall, cpu = (
             ratio(runs, f"{rung}, unchecked", f"{rung}, checked", quantity) for quantity in ("wall_s", "cpu_s")
         )
@@ -95,15 +95,15 @@ def main() -> None:
 
 
 def crc_speed(dataset: ShardSet, repeats: int) -> Spread:
-    """GB/s of the checksum on one core, over pictures that lie in memory."""
-    pictures = [dataset.read(sample) for sample in range(min(MAX_RESIDENT, dataset.num_samples))]
+    """GB/s of the checksum on one core, over images that lie in memory."""
+    images = [dataset.read(sample) for sample in range(min(MAX_RESIDENT, dataset.num_samples))]
     speeds = []
     for _ in range(repeats):
         done, start_s = 0, time.thread_time()  # other work on the machine does not count
         while (seconds := time.thread_time() - start_s) < CRC_SECONDS:
-            for picture in pictures:
-                zlib.crc32(picture)
-            done += sum(map(len, pictures))
+            for image in images:
+                zlib.crc32(image)
+            done += sum(map(len, images))
         speeds.append(done / seconds / 1e9)
     return Spread.of(speeds)
 

@@ -24,7 +24,7 @@ from tools.throughput.report import RungResult
 from tools.throughput.stages import Advance, Bench, Rung
 from tools.throughput.timing import FEWEST_BATCHES, Climber, Turn
 from tools.throughput.workload import ProfileConfig, build
-from train.distributed.process_group import Dist, distributed
+from train.distributed.process_group import DistContext, distributed
 from train.engine.run import Run
 from train.optimization.optimizer import OptimConfig
 
@@ -74,7 +74,7 @@ class Suite:
     out: Path
     name: str
     end_s: float  # time.perf_counter
-    dist: Dist
+    dist: DistContext
     watch: GpuWatch
     results: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)

@@ -18,7 +18,7 @@ from gpu_steps import make_contiguous, number_format, with_plain_sgd
 from loader_vs_official import official_loader, write_folder
 
 from pipeline.common.system import share_of_cores
-from pipeline.loader.loader import Views
+from pipeline.loader.loader import ViewBatch
 from pipeline.sampling.views import ViewRecipe
 from tools.throughput.report import RungResult
 from tools.throughput.stages import Advance
@@ -26,7 +26,7 @@ from tools.throughput.timing import Climber, Turn
 from train.engine.loop import train_step
 from train.engine.run import Run
 
-OFFICIAL_PICTURES = 1000
+OFFICIAL_IMAGES = 1000
 
 
 def official(suite: Suite) -> None:
@@ -61,12 +61,12 @@ def _official_result(turns: list[Turn], batch: int) -> dict[str, Any]:
 
 
 def _fill_folder(suite: Suite, batch: int, folder: Path) -> None:
-    """Some pictures, linked to under many names: an epoch must keep all workers busy for long."""
-    pictures = min(OFFICIAL_PICTURES, suite.dataset.num_samples)
-    write_folder(suite.dataset, pictures, folder)
+    """Some images, linked to under many names: an epoch must keep all workers busy for long."""
+    images = min(OFFICIAL_IMAGES, suite.dataset.num_samples)
+    write_folder(suite.dataset, images, folder)
     files = sorted((folder / "class").iterdir())
-    for number in range(pictures, suite.size.epoch_batches * batch):
-        os.link(files[number % pictures], folder / "class" / f"{number:06d}.jpg")
+    for number in range(images, suite.size.epoch_batches * batch):
+        os.link(files[number % images], folder / "class" / f"{number:06d}.jpg")
 
 
 @contextmanager
@@ -76,11 +76,11 @@ def _official_steps(suite: Suite, run: Run, folder: Path, batch: int) -> Iterato
     device = suite.dist.device
     loader.pin_memory = device.type == "cuda"  # as the official script asks for
 
-    def views() -> Iterator[Views]:
+    def views() -> Iterator[ViewBatch]:
         while True:
             for (x1, x2), _ in loader:
                 on_device = (x.to(device, non_blocking=True) for x in (x1, x2))
-                yield Views(*on_device, np.zeros(batch, np.int64), np.zeros(batch, np.int64), 0, 0, 0.0)
+                yield ViewBatch(*on_device, np.zeros(batch, np.int64), np.zeros(batch, np.int64), 0, 0, 0.0)
 
     batches = views()
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gpu_bench import Suite
+from gpu_images import decode, loader, parity
 from gpu_official import official
-from gpu_pictures import decode, loader, parity
 from gpu_steps import compiled, model
 
 from tools.throughput.report import RungResult, as_json, describe, draw_ladder, judge, table

@@ -1,4 +1,4 @@
-"""Owns the GPU suite's parts about pictures: parity with torchvision, decoding and loading by placement."""
+"""Owns the GPU suite's parts about images: parity with torchvision, decoding and loading by placement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.backends.base import DaliConfig
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_views
-from pipeline.sampling.sampler import Process, Span
+from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import ViewRecipe
 from tools.throughput.report import RungResult
 from tools.throughput.stages import make_ladder
@@ -46,8 +46,8 @@ def _difference(suite: Suite, recipe: ViewRecipe, decoder: DaliConfig) -> dict[s
             suite.dataset,
             recipe,
             LoaderConfig(backend=backend, dali=decoder),
-            Span(seed=0, global_batch=samples, epochs=1),
-            Process.alone(device),
+            BatchSampler(seed=0, global_batch=samples, epochs=1),
+            World.alone(device),
         ) as batches:
             both = next(batches)
             std = torch.tensor(recipe.std)[:, None, None]
@@ -64,14 +64,14 @@ def _difference(suite: Suite, recipe: ViewRecipe, decoder: DaliConfig) -> dict[s
 
 
 def decoders() -> dict[str, DaliConfig]:
-    """How pictures may be decoded where there is a GPU."""
+    """How images may be decoded where there is a GPU."""
     mixed = {f"mixed, hardware load {load:g}": DaliConfig(hw_decoder_load=load) for load in HW_LOADS}
     repeated = DaliConfig(hw_decoder_load=HW_LOADS[0], smooth_chroma=False)
     return {**mixed, "CPU": DaliConfig(decoder="cpu"), "mixed, colours repeated": repeated}
 
 
 def placements(suite: Suite) -> dict[str, LoaderConfig]:
-    """Where pictures may be decoded."""
+    """Where images may be decoded."""
     known = decoders() if suite.dist.device.type == "cuda" else {"CPU": DaliConfig()}
     return {name: LoaderConfig(dali=dali) for name, dali in known.items()}
 

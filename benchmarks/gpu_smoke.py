@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import tyro
 from gpu_bench import toy_or_real
-from gpu_pictures import decoders
+from gpu_images import decoders
 
 from model.methods.simsiam import SimSiamConfig
 from pipeline.backends import reference
@@ -37,11 +37,11 @@ from pipeline.sampling.views import ViewRecipe, draw_views
 from tools.common.measuring import describe_machine
 from tools.throughput.stages import Bench
 from tools.throughput.workload import ProfileConfig, build
-from train.distributed.process_group import Dist, distributed
+from train.distributed.process_group import DistContext, distributed
 from train.engine.loop import train_step
 from train.engine.run import Run
 
-PICTURES = 16
+IMAGES = 16
 BATCH = 32
 CLOSE = 2.0  # of 255, in the mean: what is only another rounding lies far below, what is wrong far above
 
@@ -59,7 +59,7 @@ class Config:
 class Smoke:
     """The checks of one device."""
 
-    def __init__(self, dataset: ShardSet, dist: Dist, model: SimSiamConfig, image_size: int) -> None:
+    def __init__(self, dataset: ShardSet, dist: DistContext, model: SimSiamConfig, image_size: int) -> None:
         """``model`` takes the training steps, on views of ``image_size`` px."""
         self._dataset, self._dist, self._model = dataset, dist, model
         self._recipe = ViewRecipe(image_size=image_size)
@@ -77,8 +77,8 @@ class Smoke:
         print(f"{name}: {said} ({time.perf_counter() - start_s:.1f} s)", flush=True)
 
     def batch(self) -> Batch:
-        """Some encoded pictures."""
-        ids = np.arange(min(PICTURES, self._dataset.num_samples), dtype=np.int64)
+        """Some encoded images."""
+        ids = np.arange(min(IMAGES, self._dataset.num_samples), dtype=np.int64)
         encoded = [np.frombuffer(self._dataset.read(int(sample)), dtype=np.uint8) for sample in ids]
         params = draw_views(self._recipe, 0, 0, ids, self._dataset.sizes(ids))
         return Batch(0, 0, ids, ids, encoded, params)
@@ -91,9 +91,9 @@ class Smoke:
         _, made = next(DaliSquares(iter([batch]), side, len(batch), 2, self._dist.device, decoder))
         apart = []
         for sample, encoded in enumerate(batch.encoded):
-            picture = reference.decode(encoded.tobytes())
+            image = reference.decode(encoded.tobytes())
             for view, squares in enumerate(made):
-                crop = reference.resized_crop(picture, batch.windows, sample, view, side)  # type: ignore[arg-type]
+                crop = reference.resized_crop(image, batch.windows, sample, view, side)  # type: ignore[arg-type]
                 apart.append((squares[sample].cpu().permute(2, 0, 1).float() - crop.float()).abs())
         return _judged(torch.stack(apart))
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from gpu_bench import Suite
 
-from pipeline.loader.loader import Views
+from pipeline.loader.loader import ViewBatch
 from tools.throughput.report import RungResult
 from tools.throughput.stages import model_step
 from train.engine.run import Run
 from train.optimization.optimizer import parameter_groups
-from train.optimization.precision import StepGuard
+from train.optimization.precision import SkipNonFinite
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 
@@ -78,7 +78,7 @@ def _steps(suite: Suite, variants: list[Variant], needs_s: float) -> None:
         suite.attempt(str(variant), measure, needs_s if on_gpu else 0.0)
 
 
-def _measure_step(suite: Suite, variant: Variant, views: list[Views]) -> dict[str, Any]:
+def _measure_step(suite: Suite, variant: Variant, views: list[ViewBatch]) -> dict[str, Any]:
     bench, run = suite.set_up(
         variant.batch,
         precision="fp32" if variant.precision == "tf32" else variant.precision,
@@ -97,7 +97,7 @@ def _measure_step(suite: Suite, variant: Variant, views: list[Views]) -> dict[st
     return {**asdict(RungResult.of(turns)), "torch_memory_gib": memory}
 
 
-def _cut(views: Views, variant: Variant, dtype: torch.dtype) -> Views:
+def _cut(views: ViewBatch, variant: Variant, dtype: torch.dtype) -> ViewBatch:
     """The views in a variant's size, number format and layout."""
     layout = torch.contiguous_format if variant.layout == "contiguous" else torch.channels_last
     x1, x2 = (x[: variant.batch].to(dtype).contiguous(memory_format=layout) for x in (views.x1, views.x2))
@@ -124,7 +124,7 @@ def with_plain_sgd(run: Run, foreach: bool | None) -> Run:
         foreach=foreach,
         fused=False,
     )
-    return replace(run, optimizer=sgd, guard=StepGuard(run.model, sgd, run.dist.device))
+    return replace(run, optimizer=sgd, guard=SkipNonFinite(run.model, sgd, run.dist.device))
 
 
 @contextmanager

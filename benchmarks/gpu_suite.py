@@ -6,8 +6,8 @@
 DATASET should have some 20,000 samples, so that an epoch lasts. A small sample is made larger by unpacking it several
 times over into an image folder, which need not be ImageNet's:
 
-    for i in $(seq 20); do mkdir -p pictures/$i; tar xf sample.tar -C pictures/$i; done
-    python tools/make_shards.py pictures DATASET --labels none --verify header
+    for i in $(seq 20); do mkdir -p images/$i; tar xf sample.tar -C images/$i; done
+    python tools/make_shards.py images DATASET --labels none --verify header
 
 Each part runs in a process of its own with a time limit, so that a crash, a hang or a GPU in a bad state costs that
 part alone; what it had measured by then is kept. The failures are listed, and the exit code is 1 if there was one.

@@ -1,7 +1,7 @@
 """The whole CPU loader against a rewrite of the official one: python benchmarks/loader_vs_official.py DATASET
 
 The yardstick is what facebookresearch/simsiam's main_simsiam.py does: an image folder, PIL, torchvision's transforms
-with PIL's Gaussian blur, and a DataLoader with as many worker processes as cores. Both read the same pictures with the
+with PIL's Gaussian blur, and a DataLoader with as many worker processes as cores. Both read the same images with the
 same recipe on the same cores, in turn. Reported: source images per second and CPU milliseconds an image.
 """
 
@@ -26,7 +26,7 @@ from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_views
-from pipeline.sampling.sampler import Process, Span
+from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import ViewRecipe
 from tools.common.measuring import Spread, alternate, describe_machine, ratio, write_results
 
@@ -36,11 +36,11 @@ class Config:
     """Loader against loader."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """Dataset folder; its pictures are copied to a temporary image folder for the yardstick."""
+    """Dataset folder; its images are copied to a temporary image folder for the yardstick."""
     samples: int = 1000
-    """Pictures a run, at most."""
+    """Images a run, at most."""
     batch: int = 64
-    """Pictures a batch."""
+    """Images a batch."""
     repeats: int = 5
     """Runs of each after a warm-up."""
     json: Path | None = None
@@ -55,7 +55,7 @@ class PilBlur:
         self.sigma = sigma
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Blur one picture."""
+        """Blur one image."""
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.sigma)))
 
 
@@ -67,7 +67,7 @@ class TwoViews:
         self.transform = transform
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:
-        """Both views of one picture."""
+        """Both views of one image."""
         return [self.transform(image), self.transform(image)]
 
 
@@ -90,7 +90,7 @@ def official_loader(folder: Path, recipe: ViewRecipe, batch: int, workers: int) 
 
 
 def write_folder(dataset: ShardSet, samples: int, folder: Path) -> None:
-    """The pictures as the official loader wants them: files in a class folder."""
+    """The images as the official loader wants them: files in a class folder."""
     (folder / "class").mkdir()
     for sample in range(samples):
         (folder / "class" / f"{sample:06d}.jpg").write_bytes(dataset.read(sample))
@@ -111,8 +111,8 @@ def main() -> None:
             dataset,
             recipe,
             LoaderConfig(threads=cores),
-            Span(seed=0, global_batch=config.batch, epochs=1),
-            Process.alone(torch.device("cpu")),
+            BatchSampler(seed=0, global_batch=config.batch, epochs=1),
+            World.alone(torch.device("cpu")),
         ) as batches:
             for _, _views in zip(range(samples // config.batch), batches, strict=False):
                 pass
@@ -130,7 +130,7 @@ def main() -> None:
     rates = {name: Spread.of([samples / run.wall_s for run in of]) for name, of in runs.items()}
     cpu_ms = {name: Spread.of([1e3 * run.cpu_s / samples for run in of]) for name, of in runs.items()}
     faster, cheaper = ratio(runs, "siamstream", "official"), ratio(runs, "siamstream", "official", "cpu_s")
-    print(f"{samples} pictures, {cores} cores, {config.repeats} runs each in turn; median (minimum .. maximum)")
+    print(f"{samples} images, {cores} cores, {config.repeats} runs each in turn; median (minimum .. maximum)")
     print(f"{'':12} {'images/s':>24} {'CPU ms/image':>24}")
     for name in runs:
         print(f"{name:12} {rates[name]!s:>24} {cpu_ms[name]!s:>24}")

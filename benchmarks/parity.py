@@ -1,7 +1,7 @@
 """How far DALI's views are from torchvision's, operation by operation: python benchmarks/parity.py DATASET
 
-Decoding, cutting and the whole recipe start from the encoded pictures. Each colour operation, blur, solarize and flip
-start from the reference's own squares and are applied to every picture, so that a line shows that operation alone.
+Decoding, cutting and the whole recipe start from the encoded images. Each colour operation, blur, solarize and flip
+start from the reference's own squares and are applied to every image, so that a line shows that operation alone.
 Differences are in steps of 0 .. 255; the parameters are drawn as in training.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.backends import reference
-from pipeline.backends.base import Batch, DaliConfig, Setup
+from pipeline.backends.base import BackendContext, Batch, DaliConfig
 from pipeline.backends.photometric import Photometric
 from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, exit_on_user_error
@@ -31,7 +31,7 @@ from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 from tools.common.measuring import describe_machine
 
-BATCH = 20  # pictures at a time
+BATCH = 20  # images at a time
 CLOSE = 4  # of 255: what the share in the last column lies within
 
 
@@ -42,7 +42,7 @@ class Config:
     data: Annotated[Path, tyro.conf.Positional]
     """Dataset folder, as tools/make_shards.py wrote it."""
     samples: int = 200
-    """Pictures, at most."""
+    """Images, at most."""
     image_size: int = 224
     """Side of the views, px."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -73,14 +73,14 @@ class Difference:
     def row(self, name: str) -> str:
         """A line of the table."""
         if not self.values:
-            return f"| {name} | no picture is large enough | | |"
+            return f"| {name} | no image is large enough | | |"
         mean, share = self.total / self.values, 100 * self.close / self.values
         return f"| {name} | {self.greatest:.0f} | {mean:.4f} | {share:.4f} % |"
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Some pictures, encoded and decoded by PIL."""
+    """Some images, encoded and decoded by PIL."""
 
     ids: np.ndarray
     encoded: list[np.ndarray]
@@ -128,17 +128,17 @@ class Parity:
         }
 
     def measure(self, photos: Photos) -> None:
-        """Every stage on some pictures."""
+        """Every stage on some images."""
         side = self._config.image_size
         large = np.flatnonzero(photos.sizes.min(axis=1) >= side)
         if len(large):
             self._decode(photos.only(large))
         params = self._draw(self._recipe, photos)
-        cropped = self._refer(photos, lambda picture, i, view: reference.resized_crop(picture, params, i, view, side))
+        cropped = self._refer(photos, lambda image, i, view: reference.resized_crop(image, params, i, view, side))
         for ours, theirs in zip(self._squares(photos.batch(params)), cropped, strict=True):
             self.results["crop and resize"].add(ours, theirs)
         crops = centre_crops(side, photos.sizes)
-        centre = [reference.centre_crop(picture, crops, i, side) for i, picture in enumerate(photos.decoded)]
+        centre = [reference.centre_crop(image, crops, i, side) for i, image in enumerate(photos.decoded)]
         self.results["centre crop"].add(self._squares(photos.batch(crops))[0], _interleaved(centre))
         for name, recipe in self._operations.items():
             self._photometric(self.results[name], recipe, cropped, self._draw(recipe, photos))
@@ -148,7 +148,7 @@ class Parity:
         return draw_views(recipe, self._config.seed, 0, photos.ids, photos.sizes)
 
     def _decode(self, photos: Photos) -> None:
-        """Two corners of each picture, as large as a view, so that nothing is resized."""
+        """Two corners of each image, as large as a view, so that nothing is resized."""
         side = self._config.image_size
         params = self._draw(self._recipe, photos)
         params.crop[:, 0, :2] = 0
@@ -156,8 +156,8 @@ class Parity:
         params.crop[..., 2:] = side
         for view, ours in enumerate(self._squares(photos.batch(params))):
             corners = [
-                picture[:, top : top + side, left : left + side]
-                for picture, (top, left) in zip(photos.decoded, params.crop[:, view, :2].tolist(), strict=True)
+                image[:, top : top + side, left : left + side]
+                for image, (top, left) in zip(photos.decoded, params.crop[:, view, :2].tolist(), strict=True)
             ]
             self.results["decode"].add(ours, _interleaved(corners))
 
@@ -186,7 +186,7 @@ class Parity:
         from pipeline.backends.dali_backend import cut_squares
 
         device, pool = self._device, self._pool
-        setup = Setup(self._recipe, DaliConfig(), len(batch), device, torch.float32, pool, self._threads)
+        setup = BackendContext(self._recipe, DaliConfig(), len(batch), device, torch.float32, pool, self._threads)
         return next(cut_squares(setup, iter([batch])))[1]
 
     def _transform(
@@ -199,7 +199,7 @@ class Parity:
     def _refer(
         self, photos: Photos, make: Callable[[Tensor, int, int], UInt8[Tensor, "3 s s"]]
     ) -> list[UInt8[Tensor, "n s s 3"]]:
-        """Both views by the reference, ``make(picture, sample, view)`` each."""
+        """Both views by the reference, ``make(image, sample, view)`` each."""
         samples = range(len(photos.ids))
         return [
             _interleaved(list(self._pool.map(lambda i, view=view: make(photos.decoded[i], i, view), samples)))
@@ -207,8 +207,8 @@ class Parity:
         ]
 
 
-def _interleaved(pictures: list[UInt8[Tensor, "3 s s"]]) -> UInt8[Tensor, "n s s 3"]:
-    return torch.stack(pictures).permute(0, 2, 3, 1).contiguous()
+def _interleaved(images: list[UInt8[Tensor, "3 s s"]]) -> UInt8[Tensor, "n s s 3"]:
+    return torch.stack(images).permute(0, 2, 3, 1).contiguous()
 
 
 def photos_of(dataset: ShardSet, samples: int) -> Iterator[Photos]:
@@ -229,7 +229,7 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     choose_backend("dali")
     if config.samples < 1:
-        raise UserError(f"--samples {config.samples}: at least 1 picture must be compared")
+        raise UserError(f"--samples {config.samples}: at least 1 image must be compared")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no NVIDIA GPU that torch can use; take --device cpu")
     dataset = ShardSet.open(config.data)
@@ -240,7 +240,7 @@ def main() -> None:
             parity.measure(photos)
     table = "\n".join(
         [
-            f"{samples} pictures, two views of {config.image_size} px each, DALI on {config.device}:",
+            f"{samples} images, two views of {config.image_size} px each, DALI on {config.device}:",
             "",
             f"| stage | max of 255 | mean of 255 | within {CLOSE} |",
             "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Owns the pictures of what sharding and scale measured."""
+"""Owns the images of what sharding and scale measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a rank costs as work grows: python benchmarks/scale.py
 
 Simulates datasets of 1e6, 1e8 and 1e9 samples by their index alone, whose 28 bytes a sample are a hole in a file that
-takes no disk, and 1 to 1024 ranks. For each it starts a process that does what a rank does before its first picture and
+takes no disk, and 1 to 1024 ranks. For each it starts a process that does what a rank does before its first image and
 at every batch: open the dataset, ask for the order, look up sizes, draw parameters. Start-up is told with the first
 batch and without the import of torch, which does not grow; memory is what the process has for itself, without the pages
 of the mapped index, which all ranks of a machine share. Of a batch's time, order and parameters are computed, and sizes
@@ -134,7 +134,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
 
 
 def simulate(folder: Path, samples: int, per_shard: int) -> None:
-    """A dataset without pictures: empty tars, and an index that is a hole."""
+    """A dataset without images: empty tars, and an index that is a hole."""
     shards = -(-samples // per_shard)
     counts = [min(per_shard, samples - number * per_shard) for number in range(shards)]
     with open(folder / "samples.npy", "wb") as file:

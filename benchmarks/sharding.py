@@ -1,13 +1,13 @@
 """Sharding against webdataset's own writer and against tar: python benchmarks/sharding.py DATASET
 
-The pictures of DATASET are written out as an image folder first, again and again under other names (hard links) until
+The images of DATASET are written out as an image folder first, again and again under other names (hard links) until
 there are enough for a run of 10 seconds. Then all contestants make tars of it in turn: ours with each kind of
 verification and number of workers, webdataset's ShardWriter in one process, and `tar cf`, which does nothing but copy.
 Ours also checks, hashes, indexes, shuffles and syncs; what the disk takes when a file is copied and synced stands
-beside them. Pictures come from memory, since the same ones are read again and again.
+beside them. Images come from memory, since the same ones are read again and again.
 
 Reported: images/s and MB/s, by wall clock and per second of CPU; how long ours takes to start, which is the time for a
-handful of pictures; and how far workers scale, with and without that start, beside how far processes do that only
+handful of images; and how far workers scale, with and without that start, beside how far processes do that only
 hash, which is what the machine's cores allow.
 """
 
@@ -37,7 +37,7 @@ Verify = Literal["full", "header", "none"]
 
 CLASSES = 10
 SHARDS_A_WORKER = 8  # of the largest number of workers: none waits long for the last one
-FEW = 4  # pictures a worker, where only the start is measured
+FEW = 4  # images a worker, where only the start is measured
 HASHING = "import hashlib; data = bytes(1 << 20)\nfor _ in range(3000): hashlib.sha256(data)"
 START = "start-up"
 SHARD_WRITER = "webdataset ShardWriter"
@@ -48,11 +48,11 @@ class Config:
     """Sharding against others."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """Dataset folder whose pictures are sharded again."""
+    """Dataset folder whose images are sharded again."""
     megabytes: float = 8000
-    """Pictures for those who only copy; as much room must be free on the disk."""
+    """Images for those who only copy; as much room must be free on the disk."""
     full_megabytes: float = 2000
-    """Pictures for --verify full, which decodes them."""
+    """Images for --verify full, which decodes them."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of worker processes."""
     verify: tuple[Verify, ...] = ("full", "header", "none")
@@ -69,10 +69,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to make tars of a folder of pictures."""
+    """A way to make tars of a folder of images."""
 
     work: Callable[[], Any]
-    samples: int  # pictures in it
+    samples: int  # images in it
     size: int  # their bytes
 
 
@@ -87,7 +87,7 @@ def main() -> None:
         print(describe_machine(), flush=True)
         for kind, picked in (("copied", named[SHARD_WRITER]), ("decoded", named.get(ours("full", config.workers[0])))):
             if picked is not None:
-                print(f"{picked.samples:,} pictures, {picked.size / 1e6:,.0f} MB, where they are {kind}")
+                print(f"{picked.samples:,} images, {picked.size / 1e6:,.0f} MB, where they are {kind}")
         print(f"{config.repeats} runs each in turn; median (minimum .. maximum)", flush=True)
         works = {name: contestant.work for name, contestant in named.items()}
         runs = alternate(works, config.repeats, lambda: shutil.rmtree(folder / "out", ignore_errors=True))
@@ -138,7 +138,7 @@ def hashing(processes: int) -> str:
 
 
 def write_folders(config: Config, dataset: ShardSet, folder: Path) -> tuple[Contestant, Contestant, Contestant]:
-    """Folders of pictures to copy, to decode, and of a handful to start with; gives how much is in each."""
+    """Folders of images to copy, to decode, and of a handful to start with; gives how much is in each."""
     mean = float(dataset.samples["length"].mean())
     fewest = SHARDS_A_WORKER * max(config.workers)
     counts = [max(fewest, round(1e6 * megabytes / mean)) for megabytes in (config.megabytes, config.full_megabytes)]
@@ -150,7 +150,7 @@ def write_folders(config: Config, dataset: ShardSet, folder: Path) -> tuple[Cont
 
 
 def write_folder(dataset: ShardSet, samples: int, folder: Path) -> int:
-    """So many pictures as files in class folders, from the first on again where they run out; gives their bytes."""
+    """So many images as files in class folders, from the first on again where they run out; gives their bytes."""
     size, files = 0, []
     for number in range(samples):
         place = folder / f"class-{number % CLASSES}"
@@ -203,29 +203,29 @@ def hash_only(processes: int) -> None:
         process.wait()
 
 
-def write_with_webdataset(pictures: Path, out: Path, per_shard: int) -> None:
+def write_with_webdataset(images: Path, out: Path, per_shard: int) -> None:
     """What its users do: one process, no checks."""
     import webdataset  # here, since it imports torch, which worker processes of ours would wait for
 
     out.mkdir()
     with webdataset.ShardWriter(str(out / "shard-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
-        for picture in sorted(pictures.glob("*/*.jpg")):
-            label = int(picture.parent.name.removeprefix("class-"))
-            writer.write({"__key__": picture.stem, "jpg": picture.read_bytes(), "cls": label})
+        for image in sorted(images.glob("*/*.jpg")):
+            label = int(image.parent.name.removeprefix("class-"))
+            writer.write({"__key__": image.stem, "jpg": image.read_bytes(), "cls": label})
 
 
-def write_with_tar(pictures: Path, out: Path) -> None:
+def write_with_tar(images: Path, out: Path) -> None:
     """One tar of all."""
     out.mkdir()
-    subprocess.run(["tar", "cf", str(out / "all.tar"), "--hard-dereference", "-C", str(pictures), "."], check=True)
+    subprocess.run(["tar", "cf", str(out / "all.tar"), "--hard-dereference", "-C", str(images), "."], check=True)
 
 
-def copy_and_sync(pictures: Path, out: Path) -> None:
+def copy_and_sync(images: Path, out: Path) -> None:
     """One file after the other into one, as large as memory and disk let it."""
     out.mkdir()
     with open(out / "all", "wb", buffering=1 << 20) as file:
-        for picture in sorted(pictures.glob("*/*.jpg")):
-            file.write(picture.read_bytes())
+        for image in sorted(images.glob("*/*.jpg")):
+            file.write(image.read_bytes())
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,6 +1,6 @@
 """Does a long run grow? python benchmarks/soak.py OUT
 
-Trains a tiny model on drawn pictures for as many steps as an ImageNet run does in hours (12,000 an hour at 1,700
+Trains a tiny model on drawn images for as many steps as an ImageNet run does in hours (12,000 an hour at 1,700
 images/s and a batch of 512), with all that a run does beside stepping: checkpoints, kNN, bad samples. It is stopped by
 SIGTERM in the middle and resumed. From outside, every so many steps, its memory, open files, threads and the disk use
 of its checkpoints are read. Exit code 1 if any of them grows: if, in either session, its median over the last quarter
@@ -35,7 +35,7 @@ from train.storage.run_folder import METRICS_FILE, read_lines
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = (sys.executable, str(ROOT / "train" / "pretrain.py"))
 POLL_S = 0.02  # between two looks at metrics.jsonl
-BATCH, SIDE, KEEP = 8, 16, 2  # pictures a step; px of a view; checkpoints kept
+BATCH, SIDE, KEEP = 8, 16, 2  # images a step; px of a view; checkpoints kept
 MIB = 1 << 20
 
 
@@ -49,10 +49,10 @@ class Config:
     """Of both sessions together; 24,000 are two hours on ImageNet."""
     sample_every: int = 50
     """Steps between two samples."""
-    pictures: int = 512
+    num_images: int = 512
     """Of the dataset."""
     bad: int = 8
-    """Of them, pictures whose bytes change after sharding."""
+    """Of them, images whose bytes change after sharding."""
     checkpoint_every: int = 200
     """Steps."""
     knn_every: int = 5
@@ -143,12 +143,12 @@ def main() -> None:
 
 
 def make_data(config: Config) -> Path:
-    """A dataset of drawn pictures, some of which change after they are written."""
+    """A dataset of drawn images, some of which change after they are written."""
     path = config.out / "data"
     options = ShardingOptions(samples_per_shard=100)
-    make_dataset(f"synthetic:{config.pictures}", path, options, quiet=True, in_process=True)
+    make_dataset(f"synthetic:{config.num_images}", path, options, quiet=True, in_process=True)
     dataset = ShardSet.open(path)
-    for sample in np.linspace(0, config.pictures - 1, config.bad).astype(int).tolist():
+    for sample in np.linspace(0, config.num_images - 1, config.bad).astype(int).tolist():
         row = dataset.samples[sample]
         with open(dataset.shard_path(int(row["shard"])), "r+b") as file:
             file.seek(int(row["offset"]) + 100)
@@ -159,10 +159,10 @@ def make_data(config: Config) -> Path:
 def soak(config: Config, data: Path) -> list[Sample]:
     """Both sessions. Raises UserError if the trainer does not do its part.
 
-    The epochs are counted as the run does it: without the remainder of the pictures.
+    The epochs are counted as the run does it: without the remainder of the images.
     """
     run_dir, every = config.out / "run", config.sample_every
-    epochs = -(-config.steps // (config.pictures // BATCH))
+    epochs = -(-config.steps // (config.num_images // BATCH))
     words = ["--data", data, "--run-dir", run_dir, "--backbone", "resnet_tiny", "--image-size", SIDE, "--dim", 64]
     words += ["--projector-hidden", 64, "--predictor-hidden", 16, "--global-batch", BATCH, "--device", "cpu"]
     words += ["--epochs", epochs, "--max-steps", config.steps, "--log-every", every, "--backend", config.backend]

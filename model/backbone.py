@@ -1,4 +1,4 @@
-"""Owns the trunks: torchvision's ResNets without their classifier, so that state_dict keys stay torchvision's.
+"""Owns the backbones: torchvision's ResNets without their classifier, so that state_dict keys stay torchvision's.
 
 He et al. 2016. The last BN scale of every residual block starts at zero (Chen & He 2020, after Goyal et al. 2017).
 """
@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
 
 Stem = Literal["default", "imagenet", "cifar", "small"]
-# Channels of resnet_tiny's first stage. Forward and backward of two views of 128 pictures at 32 px on 2 cores:
+# Channels of resnet_tiny's first stage. Forward and backward of two views of 128 images at 32 px on 2 cores:
 # 52 ms at 16 channels, 107 ms at 24, 155 ms at 32. At 24 the loader still has time on the same cores.
 TINY_WIDTH = 24
 
@@ -37,21 +37,21 @@ class NarrowResNet(ResNet):
 
 @dataclass(frozen=True)
 class Backbone:
-    """One entry of ``BACKBONES``: how to build the trunk, what it yields, and which first layers it may have."""
+    """One entry of ``BACKBONES``: how to build the backbone, what it yields, and which first layers it may have."""
 
-    build: Callable[[], nn.Module]  # at random; float pictures [n, 3, h, w] -> pooled features [n, features]
+    build: Callable[[], nn.Module]  # at random; float images [n, 3, h, w] -> pooled features [n, features]
     features: int
     default_stem: Stem = "imagenet"
-    stems: tuple[Stem, ...] = ("imagenet", "cifar", "small")  # of a trunk that is no ResNet: ("default",)
+    stems: tuple[Stem, ...] = ("imagenet", "cifar", "small")  # of a backbone that is no ResNet: ("default",)
 
 
 def _resnet(build: Callable[..., ResNet]) -> Callable[[], ResNet]:
-    def trunk() -> ResNet:
+    def backbone() -> ResNet:
         made = build(zero_init_residual=True)
         made.fc = nn.Identity()
         return made
 
-    return trunk
+    return backbone
 
 
 # To add one, write a line here and run tests/model/test_backbone.py, which checks each of them. A backbone that is no
@@ -66,7 +66,7 @@ BACKBONES: dict[str, Backbone] = {
     "resnext101_32x8d": Backbone(_resnet(models.resnext101_32x8d), 2048),
     "wide_resnet50_2": Backbone(_resnet(models.wide_resnet50_2), 2048),
     "wide_resnet101_2": Backbone(_resnet(models.wide_resnet101_2), 2048),
-    # For 32-pixel pictures on a CPU: four stages of one block, 0.7 M weights.
+    # For 32-pixel images on a CPU: four stages of one block, 0.7 M weights.
     "resnet_tiny": Backbone(
         _resnet(partial(NarrowResNet, width=TINY_WIDTH, block=BasicBlock, layers=[1, 1, 1, 1])), 8 * TINY_WIDTH, "small"
     ),
@@ -74,7 +74,7 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
-    """Build a randomly initialised trunk.
+    """Build a randomly initialised backbone.
 
     Args:
         name: a key of ``BACKBONES``.
@@ -82,7 +82,7 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
             ``small`` 3x3 stride 2 without it, a quarter of the CIFAR stem's cost; ``default`` the backbone's own.
 
     Returns:
-        The module, mapping float pictures ``[n, 3, h, w]`` to pooled features ``[n, d]``, and ``d``.
+        The module, mapping float images ``[n, 3, h, w]`` to pooled features ``[n, d]``, and ``d``.
 
     Raises:
         ValueError: an unknown ``name``, or a ``stem`` that it cannot have.
@@ -93,26 +93,26 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
     chosen = entry.default_stem if stem == "default" else stem
     if chosen not in entry.stems:
         raise ValueError(f"{name} cannot have the stem {stem!r}; it has {', '.join(entry.stems)}")
-    trunk = entry.build()
-    if isinstance(trunk, ResNet):
-        _set_stem(trunk, chosen)
-    return trunk, entry.features
+    backbone = entry.build()
+    if isinstance(backbone, ResNet):
+        _set_stem(backbone, chosen)
+    return backbone, entry.features
 
 
-def has_imagenet_stem(trunk: nn.Module) -> bool:
-    """Whether the first layers take pictures down to a quarter of their side at once."""
-    return isinstance(trunk, ResNet) and isinstance(trunk.maxpool, nn.MaxPool2d)
+def has_imagenet_stem(backbone: nn.Module) -> bool:
+    """Whether the first layers take images down to a quarter of their side at once."""
+    return isinstance(backbone, ResNet) and isinstance(backbone.maxpool, nn.MaxPool2d)
 
 
-def _set_stem(trunk: ResNet, stem: Stem) -> None:
+def _set_stem(backbone: ResNet, stem: Stem) -> None:
     """Replace the first convolution, its BN and the max-pool in place, initialised as torchvision initialises them."""
-    width = trunk.layer1[0].conv1.in_channels
-    if stem == "imagenet" and width == trunk.conv1.out_channels:
+    width = backbone.layer1[0].conv1.in_channels
+    if stem == "imagenet" and width == backbone.conv1.out_channels:
         return
     if stem == "imagenet":
         conv = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
     else:
         conv = nn.Conv2d(3, width, kernel_size=3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
-        trunk.maxpool = nn.Identity()
+        backbone.maxpool = nn.Identity()
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    trunk.conv1, trunk.bn1 = conv, nn.BatchNorm2d(width)
+    backbone.conv1, backbone.bn1 = conv, nn.BatchNorm2d(width)

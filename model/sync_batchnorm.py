@@ -37,7 +37,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Pictures and vectors alike."""
+        """Images and vectors alike."""
 
 
 def synchronise(module: nn.Module) -> nn.Module:

@@ -1,1 +1,1 @@
-"""From pictures on disk to two views in memory: sources -> shards -> order -> views."""
+"""From images on disk to two views in memory: sources -> shards -> order -> views."""

@@ -4,11 +4,11 @@
 #   scripts/gpu_session.sh check OUT [DATASET]        smoke test, GPU tests, parity, two ranks on the one GPU
 #   scripts/gpu_session.sh suite OUT DATASET          benchmarks/gpu_suite.py
 #   scripts/gpu_session.sh train OUT CIFAR [CIFAR_TEST]   ResNet-18 on CIFAR-10 until the time is over; goes on if asked again
-#   scripts/gpu_session.sh data  OUT PICTURES.tar     a dataset of 20 x the pictures in a tar -> OUT/dataset
+#   scripts/gpu_session.sh data  OUT IMAGES.tar     a dataset of 20 x the images in a tar -> OUT/dataset
 #   scripts/gpu_session.sh --needs                    packages beside torch and torchvision, one a line, as installed here
 #
 # The stages smoke, tests, parity and ranks, which make up check, can be asked for by name. DATASET is a folder of
-# tools/make_shards.py; check draws synthetic pictures without one. TOY=1 before the command does the same on a CPU, at
+# tools/make_shards.py; check draws synthetic images without one. TOY=1 before the command does the same on a CPU, at
 # toy size. PYTHON names the Python. Everything said goes to OUT as it is said: a kill loses only what had not come.
 # Exit code: 0 all went well, 1 something failed, 2 the command line is wrong.
 set -u
@@ -77,7 +77,7 @@ step() {
   return "$code"
 }
 
-dataset() {  # the one that was given, or synthetic pictures
+dataset() {  # the one that was given, or synthetic images
   if [ -z "$data" ]; then
     data=$out/synthetic
     [ -f "$data/dataset.json" ] || step synthetic 60 "$python" -c "
@@ -148,12 +148,12 @@ train() {
   grep knn_top1 "$out/cifar/metrics.jsonl" | tail -n 5
 }
 
-make_data() {  # links take no room, and shards only need many samples, not many pictures
+make_data() {  # links take no room, and shards only need many samples, not many images
   [ -n "$data" ] || usage
-  local pictures=$out/pictures copy
-  mkdir -p "$pictures/1" && tar xf "$data" -C "$pictures/1" || exit 1
-  for copy in $(seq 2 "$([ -n "$toy" ] && echo 3 || echo 20)"); do cp -al "$pictures/1" "$pictures/$copy" || exit 1; done
-  step data 300 "$python" tools/make_shards.py "$pictures" "$out/dataset" --labels none --verify header --overwrite
+  local images=$out/images copy
+  mkdir -p "$images/1" && tar xf "$data" -C "$images/1" || exit 1
+  for copy in $(seq 2 "$([ -n "$toy" ] && echo 3 || echo 20)"); do cp -al "$images/1" "$images/$copy" || exit 1; done
+  step data 300 "$python" tools/make_shards.py "$images" "$out/dataset" --labels none --verify header --overwrite
 }
 
 [ "${1:-}" != --needs ] || { needs; exit; }

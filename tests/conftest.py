@@ -1,4 +1,4 @@
-"""Pictures and a small dataset that tests share. They are made once per test session and never changed by a test."""
+"""Images and a small dataset that tests share. They are made once per test session and never changed by a test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if threading.current_thread() is threading.main_thread():
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 pictures in 4 class folders."""
+    """48 images in 4 class folders."""
     return write_photo_folder(tmp_path_factory.mktemp("photos") / "photos")
 
 

@@ -5,7 +5,7 @@
     python tools/check_shards.py data/photos --repair
 
 Compares the tars with dataset.json (lengths, sha256), samples.npy (places, lengths, labels, sizes, crc32) and DALI's
-indexes, decodes some pictures of each shard or all of them, looks for pictures that are there twice, and counts the
+indexes, decodes some images of each shard or all of them, looks for images that are there twice, and counts the
 classes. --repair writes dataset.json, samples.npy, rejected.jsonl and the indexes again from the tars, which are never
 touched, and checks the result.
 Exit codes: 0 nothing is damaged; 1 something is; 2 a user's mistake.
@@ -116,11 +116,11 @@ def _classes(inspection: Inspection) -> list[str]:
 
 def _duplicates(found: Duplicates) -> list[str]:
     if found.groups == 0:
-        return ["no picture is there twice"]
+        return ["no image is there twice"]
     shown = "; ".join(str(list(group)) for group in found.listed[:CLASSES_SHOWN])
-    lines = [f"{found.groups:,} pictures are there more than once, {found.redundant:,} samples too many: ids {shown}"]
+    lines = [f"{found.groups:,} images are there more than once, {found.redundant:,} samples too many: ids {shown}"]
     if found.other_labels:
-        lines.append(f"{found.other_labels:,} of these pictures have several labels")
+        lines.append(f"{found.other_labels:,} of these images have several labels")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 Shards a training and a test set, pretrains a small ResNet at 32 px with the demo's recipe, measures 20-NN accuracy
 before and after, and draws a preview of the views and a plot of the run. Every command is printed before it runs: they
-are the ones to use on a real job. About 600 steps of 128 pictures, some minutes on 2 CPU cores; a GPU is used where
+are the ones to use on a real job. About 600 steps of 128 images, some minutes on 2 CPU cores; a GPU is used where
 there is one.
 """
 
@@ -27,11 +27,11 @@ from pipeline.sources.readers import WDS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
-TEST_PICTURES = 1024  # of the synthetic source; at 50 % accuracy its standard error is 1.6 points
-TEST_LIMIT = 2000  # pictures taken of a test set of one's own
-TEST_SEED = 1  # another draw of synthetic pictures than the training set's, which has seed 0
-LARGEST_BATCH = 128  # small batches make many steps of few pictures; the paper's table 2: 67.3 at 128, 68.1 at 256
-FEWEST_PICTURES = 16
+TEST_IMAGES = 1024  # of the synthetic source; at 50 % accuracy its standard error is 1.6 points
+TEST_LIMIT = 2000  # images taken of a test set of one's own
+TEST_SEED = 1  # another draw of synthetic images than the training set's, which has seed 0
+LARGEST_BATCH = 128  # small batches make many steps of few images; the paper's table 2: 67.3 at 128, 68.1 at 256
+FEWEST_IMAGES = 16
 EVALUATIONS = 12  # kNN accuracies along the run, besides the untrained one
 
 
@@ -40,7 +40,7 @@ class DemoConfig:
     """The demo: shards, pretraining, kNN, preview, plot."""
 
     images: str = ""
-    """Your pictures, as tools/make_shards.py takes them: a folder, a tar, parquet files. Empty: synthetic ones."""
+    """Your images, as tools/make_shards.py takes them: a folder, a tar, parquet files. Empty: synthetic ones."""
     out: LocalPath = Path("demo")
     """Folder for everything that is made; what a former demo left there is written again."""
     subtree: str = ""
@@ -50,9 +50,9 @@ class DemoConfig:
     labels: str = "auto"
     """How tools/make_shards.py finds labels; without labels there is no kNN accuracy."""
     limit: int = 20_000
-    """At most so many of your pictures, drawn at random, so that the demo ends in minutes."""
-    pictures: int = 6144
-    """Synthetic pictures to train on."""
+    """At most so many of your images, drawn at random, so that the demo ends in minutes."""
+    num_images: int = 6144
+    """Synthetic images to train on."""
     steps: int = 576
     """Optimizer steps to aim at; whole epochs are run, at least one."""
     image_size: int = 32
@@ -61,7 +61,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, from the number of pictures."""
+    """How long to train, from the number of images."""
 
     batch: int
     epochs: int
@@ -85,11 +85,11 @@ def main() -> None:
 
 def check(config: DemoConfig) -> None:
     """Raise UserError for numbers that make no sense."""
-    for name in ("limit", "pictures", "steps", "image_size"):
+    for name in ("limit", "num_images", "steps", "image_size"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     if config.test_subtree and not config.subtree:
-        raise UserError(f"--test-subtree {config.test_subtree}: name the training pictures too, with --subtree")
+        raise UserError(f"--test-subtree {config.test_subtree}: name the training images too, with --subtree")
     if config.images.startswith(WDS):
         raise UserError(
             f"--images {config.images}: index WebDataset tars with tools/make_shards.py and pretrain on them"
@@ -97,7 +97,7 @@ def check(config: DemoConfig) -> None:
 
 
 def find_splits(source: Path) -> tuple[str, str]:
-    """The folders of training and test pictures at the top of a folder or a tar; two empty names without both."""
+    """The folders of training and test images at the top of a folder or a tar; two empty names without both."""
     if source.is_dir():
         return _pick({path.name for path in source.iterdir() if path.is_dir()})
     if source.is_file() and tarfile.is_tarfile(source):
@@ -125,15 +125,15 @@ def _pick(tops: set[str]) -> tuple[str, str]:
 
 
 def make_datasets(config: DemoConfig) -> bool:
-    """Write out/train and, where there are pictures for it, out/test; returns whether there is a test set."""
+    """Write out/train and, where there are images for it, out/test; returns whether there is a test set."""
     train, test = str(config.out / "train"), str(config.out / "test")
     if not config.images:
         heading("Shards: synthetic textures of twelve classes, and a test set of other ones")
-        run_tool("make_shards.py", f"synthetic:{config.pictures}", train, "--overwrite")
+        run_tool("make_shards.py", f"synthetic:{config.num_images}", train, "--overwrite")
         seed = ("--seed", str(TEST_SEED))
-        run_tool("make_shards.py", f"synthetic:{min(TEST_PICTURES, config.pictures)}", test, *seed, "--overwrite")
+        run_tool("make_shards.py", f"synthetic:{min(TEST_IMAGES, config.num_images)}", test, *seed, "--overwrite")
         return True
-    heading(f"Shards: at most {config.limit:,} pictures of {config.images}, none larger than the demo needs")
+    heading(f"Shards: at most {config.limit:,} images of {config.images}, none larger than the demo needs")
     shared = ("--shorter-side", str(2 * config.image_size), "--labels", config.labels, "--overwrite")
     tree = ("--subtree", config.subtree) if config.subtree else ()
     run_tool("make_shards.py", config.images, train, *tree, "--limit", str(config.limit), *shared)
@@ -146,7 +146,7 @@ def make_datasets(config: DemoConfig) -> bool:
 
 
 def preview(config: DemoConfig) -> None:
-    """Draw some pictures and their views."""
+    """Draw some images and their views."""
     heading("Views: what the encoder will see")
     out = str(config.out / "preview.png")
     samples = str(min(8, dataset_of(config).num_samples))
@@ -158,7 +158,7 @@ def pretrain(config: DemoConfig, has_test: bool) -> None:
     """Train into out/run; a former demo's run is deleted first."""
     dataset, run_dir = dataset_of(config), config.out / "run"
     schedule = plan(dataset.num_samples, config.steps)
-    heading(f"Pretraining: {schedule.epochs} epochs over {dataset.num_samples:,} pictures")
+    heading(f"Pretraining: {schedule.epochs} epochs over {dataset.num_samples:,} images")
     if run_dir.exists():
         if not (run_dir / "config.json").is_file():
             raise UserError(f"{run_dir} is there, but is no run folder: choose another --out")
@@ -171,12 +171,12 @@ def pretrain(config: DemoConfig, has_test: bool) -> None:
     run_script(ROOT / "train" / "pretrain.py", arguments)
 
 
-def plan(pictures: int, steps: int) -> Schedule:
-    """Whole epochs of about ``steps`` steps together. Raises UserError for too few pictures."""
-    if pictures < FEWEST_PICTURES:
-        raise UserError(f"{pictures} pictures are too few to train on: give at least {FEWEST_PICTURES}")
-    batch = min(LARGEST_BATCH, 1 << (pictures // 2).bit_length() - 1)  # two steps an epoch at least
-    epochs = max(1, round(steps / (pictures // batch)))
+def plan(images: int, steps: int) -> Schedule:
+    """Whole epochs of about ``steps`` steps together. Raises UserError for too few images."""
+    if images < FEWEST_IMAGES:
+        raise UserError(f"{images} images are too few to train on: give at least {FEWEST_IMAGES}")
+    batch = min(LARGEST_BATCH, 1 << (images // 2).bit_length() - 1)  # two steps an epoch at least
+    epochs = max(1, round(steps / (images // batch)))
     return Schedule(batch, epochs, max(1, epochs // EVALUATIONS))
 
 
@@ -199,9 +199,9 @@ def report(config: DemoConfig, has_test: bool, seconds: float) -> str:
         if len(history.knn_top1) > 1:
             lines += [f"    gained by training {after - before:+.1f} points over the untrained encoder"]
     else:
-        lines += ["", "  no 20-NN accuracy: the pictures have no labels (class sub-folders would give them)"]
+        lines += ["", "  no 20-NN accuracy: the images have no labels (class sub-folders would give them)"]
     files = {
-        "preview.png": "pictures and their two views",
+        "preview.png": "images and their two views",
         "plot.png": "loss, z_std and kNN over the run",
         "run/checkpoints/": "the trained weights",
         "run/metrics.jsonl": "every logged number",
@@ -211,20 +211,20 @@ def report(config: DemoConfig, has_test: bool, seconds: float) -> str:
 
 
 def raw_pixel_accuracy(config: DemoConfig, has_test: bool) -> float:
-    """20-NN accuracy in percent of the pixels themselves, on the pictures that the run's own kNN compares."""
+    """20-NN accuracy in percent of the pixels themselves, on the images that the run's own kNN compares."""
     import torch
 
     from pipeline.loader.config import LoaderConfig
     from pipeline.sampling.views import ViewRecipe
-    from train.distributed.process_group import Dist
-    from train.evaluation.features import PictureSource
+    from train.distributed.process_group import DistContext
+    from train.evaluation.features import ImageSource
     from train.evaluation.knn_monitor import KnnConfig, OnlineKnn
     from train.optimization.precision import choose_precision
 
     cpu = torch.device("cpu")
     precision = choose_precision("fp32", cpu)
     recipe = ViewRecipe(image_size=config.image_size)
-    source = PictureSource(recipe, LoaderConfig(), Dist.alone(cpu), precision.autocast, precision.view_dtype)
+    source = ImageSource(recipe, LoaderConfig(), DistContext.alone(cpu), precision.autocast, precision.view_dtype)
     knn = OnlineKnn(dataset_of(config), KnnConfig(data=config.out / "test" if has_test else None), source)
     return knn.evaluate(torch.nn.Flatten())
 

@@ -29,7 +29,7 @@ from model.backbone import Stem
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import atomic_file, disk_errors
 from pipeline.common.locations import LocalPath
-from train.storage.encoder_files import METADATA, Pixels, Weights, read_weights
+from train.storage.encoder_files import METADATA, InputSpec, LoadedEncoder, read_weights
 from train.storage.encoder_formats import State, to_detectron2, to_official
 
 FormatName = Literal["torchvision", "timm", "detectron2", "official", "safetensors"]
@@ -77,7 +77,7 @@ def check_out(config: ExportConfig) -> None:
         raise UserError(f"{config.out} exists: add --overwrite, or name another file")
 
 
-def write(out: Path, layout: FormatName, weights: Weights) -> None:
+def write(out: Path, layout: FormatName, weights: LoadedEncoder) -> None:
     """Write the file, whole or not at all. Raises OSError as the disk does."""
     backbone = _plain(weights.parts.backbone)
     with atomic_file(out) as file:
@@ -95,9 +95,9 @@ def write(out: Path, layout: FormatName, weights: Weights) -> None:
                 assert_never(unreachable)
 
 
-def how_to_load(out: Path, layout: FormatName, weights: Weights) -> str:
+def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
     """What the other program needs to be told."""
-    pixels = weights.pixels or Pixels()
+    pixels = weights.pixels or InputSpec()
     name = weights.backbone
     ours_alone = not hasattr(torchvision.models, name) or weights.stem != "imagenet"
     build = f"m = torchvision.models.{name}(); m.fc = nn.Identity()"
@@ -123,7 +123,7 @@ def how_to_load(out: Path, layout: FormatName, weights: Weights) -> str:
         case unreachable:
             assert_never(unreachable)
     size = f"{pixels.image_size} px" if weights.pixels else "unknown size"
-    lines = [f"load it: {how}", f"pictures: RGB, trained at {size}, mean {pixels.mean}, std {pixels.std}"]
+    lines = [f"load it: {how}", f"images: RGB, trained at {size}, mean {pixels.mean}, std {pixels.std}"]
     if ours_alone:
         lines.append(
             f"note: {name} with the {weights.stem} stem exists here only (model/backbone.py); "
@@ -139,7 +139,7 @@ def _plain(state: State) -> State:
     return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
 
 
-def _about(weights: Weights) -> dict[str, Any]:
+def _about(weights: LoadedEncoder) -> dict[str, Any]:
     """The part of a run's configuration that ``read_weights`` looks for."""
     about: dict[str, Any] = {"model": {"backbone": weights.backbone, "stem": weights.stem}}
     return {**about, "views": asdict(weights.pixels)} if weights.pixels else about

@@ -1,4 +1,4 @@
-"""Write pictures as a dataset of WebDataset shards: checked, globally shuffled, the same bytes every time.
+"""Write images as a dataset of WebDataset shards: checked, globally shuffled, the same bytes every time.
 
     python tools/make_shards.py ~/photos data/photos
     python tools/make_shards.py cifar10.tar.gz data/cifar10-train --subtree train --split train
@@ -8,11 +8,11 @@
     python tools/make_shards.py synthetic:20000 data/synthetic
     python tools/make_shards.py "wds:/data/laion/{00000..00099}.tar" data/laion-index
 
-SOURCE is a folder of pictures (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz, or a tar of class
+SOURCE is a folder of images (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz, or a tar of class
 tars), a parquet file or a folder of them, synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are
 and are only indexed. Killed and started again it goes on with the shards that are missing.
 
-Pictures are JPEG, PNG, WebP, BMP, TIFF or PPM, and are known by their names, in small or capital letters: .jpg .jpeg
+Images are JPEG, PNG, WebP, BMP, TIFF or PPM, and are known by their names, in small or capital letters: .jpg .jpeg
 .jpe .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm
 """
 
@@ -35,7 +35,7 @@ class Command:
     """The command line: SOURCE, OUT and the options of sharding."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder of pictures, a tar, parquet files, synthetic:N or wds:PATTERN."""
+    """A folder of images, a tar, parquet files, synthetic:N or wds:PATTERN."""
     out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the dataset; made if it is not there."""
     sharding: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
@@ -54,9 +54,7 @@ def main() -> None:
 
 def describe(summary: Summary) -> str:
     """What a call did, for people."""
-    size = (
-        f"{summary.shards} shards, {summary.pictures} pictures, {summary.bytes / 1e6:.1f} MB, {summary.classes} classes"
-    )
+    size = f"{summary.shards} shards, {summary.images} images, {summary.bytes / 1e6:.1f} MB, {summary.classes} classes"
     if summary.already_there:
         return f"{summary.out} is complete already: {size}. Nothing to do; --overwrite writes it again."
     lines = [f"{summary.out}: {size} in {summary.seconds:.1f} s"]
@@ -69,9 +67,7 @@ def describe(summary: Summary) -> str:
             f"{summary.missing} shards of other parts are missing: the dataset is complete when they are built"
         )
     if summary.classes and not summary.labelled:
-        lines.append(
-            "some pictures have no label, and so the dataset counts as one without: no kNN, no train/linear.py"
-        )
+        lines.append("some images have no label, and so the dataset counts as one without: no kNN, no train/linear.py")
     return "\n".join(lines)
 
 

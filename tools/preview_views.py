@@ -23,9 +23,9 @@ from pipeline.common.errors import UserError, check_seed, exit_on_user_error, re
 from pipeline.common.locations import Location
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import Views, open_views
+from pipeline.loader.loader import ViewBatch, open_views
 from pipeline.loader.producer import PAIR_EPOCHS
-from pipeline.sampling.sampler import Process, Span
+from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import ViewRecipe
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255; shown as they are, nobody would see them
@@ -34,14 +34,14 @@ CELL_INCHES = 1.5
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Originals and their two views in one picture."""
+    """Originals and their two views in one image."""
 
     data: Annotated[Location, tyro.conf.Positional]
     """Dataset folder, as tools/make_shards.py wrote it."""
     out: Annotated[Path, tyro.conf.Positional]
     """The PNG to write."""
     samples: int = 8
-    """Pictures to show: the first of the epoch's order."""
+    """Images to show: the first of the epoch's order."""
     seed: int = 0
     """The run's seed."""
     epoch: int = 0
@@ -64,7 +64,7 @@ def main() -> None:
         figure.savefig(config.out, dpi=110)
     except OSError as error:
         raise UserError(f"cannot write {config.out}: {error.strerror}; choose another place") from error
-    print(f"{config.out}: {config.samples} pictures and their views by {' and '.join(names)}")
+    print(f"{config.out}: {config.samples} images and their views by {' and '.join(names)}")
 
 
 def check(config: PreviewConfig, dataset: ShardSet) -> None:
@@ -74,7 +74,7 @@ def check(config: PreviewConfig, dataset: ShardSet) -> None:
     if not 1 <= config.samples <= dataset.num_samples:
         raise UserError(f"--samples {config.samples}: {config.data} has {dataset.num_samples}; choose 1 up to that")
     if config.out.suffix.lower() != ".png":
-        raise UserError(f"{config.out}: the picture is written as PNG; give a name that ends in .png")
+        raise UserError(f"{config.out}: the image is written as PNG; give a name that ends in .png")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
 
@@ -91,15 +91,15 @@ def backends_of(config: PreviewConfig) -> list[Literal["dali", "torchvision"]]:
             return [choose_backend(name)[0]]
 
 
-def first_views(dataset: ShardSet, config: PreviewConfig, backend: Literal["dali", "torchvision"]) -> Views:
+def first_views(dataset: ShardSet, config: PreviewConfig, backend: Literal["dali", "torchvision"]) -> ViewBatch:
     """The views of the first samples of the epoch."""
     device = torch.device(config.device if backend == "dali" else "cpu")
     with open_views(
         dataset,
         config.recipe,
         LoaderConfig(backend=backend),
-        Span(config.seed, config.samples, config.epoch + 1, start_epoch=config.epoch),
-        Process.alone(device),
+        BatchSampler(config.seed, config.samples, config.epoch + 1, start_epoch=config.epoch),
+        World.alone(device),
     ) as batches:
         return next(batches)
 
@@ -111,7 +111,7 @@ def to_bytes(view: Tensor, recipe: ViewRecipe) -> UInt8[np.ndarray, "n s s 3"]:
     return pixels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def draw(dataset: ShardSet, recipe: ViewRecipe, views: dict[str, Views]) -> Figure:
+def draw(dataset: ShardSet, recipe: ViewRecipe, views: dict[str, ViewBatch]) -> Figure:
     """One row a sample: the original, then each view by each back end, then how far they differ."""
     first = next(iter(views.values()))
     columns: list[tuple[str, list[np.ndarray]]] = [
@@ -127,10 +127,10 @@ def draw(dataset: ShardSet, recipe: ViewRecipe, views: dict[str, Views]) -> Figu
     rows = len(first.ids)
     figure = Figure(figsize=(CELL_INCHES * len(columns), CELL_INCHES * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (title, pictures) in enumerate(columns):
+    for column, (title, images) in enumerate(columns):
         axes[0, column].set_title(title, fontsize=8)
-        for row, picture in enumerate(pictures):
-            axes[row, column].imshow(picture, interpolation="nearest")
+        for row, image in enumerate(images):
+            axes[row, column].imshow(image, interpolation="nearest")
             axes[row, column].set_axis_off()
     for row, sample in enumerate(first.ids):
         axes[row, 0].set_title(f"{'original' if row == 0 else ''}\nsample {sample}".strip(), fontsize=8)

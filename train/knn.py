@@ -27,11 +27,11 @@ from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_err
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.locations import LocalPath, Location
 from pipeline.loader.config import LoaderConfig
-from train.distributed.collectives import on_main, say, together
-from train.distributed.process_group import Dist, distributed, told_once
+from train.distributed.collectives import on_all_ranks, on_rank0, print0
+from train.distributed.process_group import DistContext, distributed, exit_once
 from train.evaluation.features import (
     EncoderConfig,
-    PictureSource,
+    ImageSource,
     Samples,
     check_same_classes,
     open_frozen,
@@ -43,10 +43,10 @@ from train.optimization.precision import PrecisionName, choose_precision
 
 @dataclass(frozen=True)
 class KnnEvalConfig:
-    """Weighted kNN accuracy of an encoder: the pictures of --val-data are classified by their neighbours in --data."""
+    """Weighted kNN accuracy of an encoder: the images of --val-data are classified by their neighbours in --data."""
 
     data: Location  # labelled dataset to compare with
-    val_data: Location  # labelled dataset to classify, of the same classes; every picture counts exactly once
+    val_data: Location  # labelled dataset to classify, of the same classes; every image counts exactly once
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
     k: str = "20"  # neighbours; several separated by commas cost one pass
     temperature: float = 0.07  # Wu et al. 2018, section 4
@@ -62,31 +62,33 @@ class KnnEvalConfig:
 def main() -> None:
     """The script."""
     config = tyro.cli(KnnEvalConfig, prog="knn.py")
-    with told_once(), distributed(config.device) as dist:
+    with exit_once(), distributed(config.device) as dist:
         evaluate(config, dist)
 
 
-def evaluate(config: KnnEvalConfig, dist: Dist) -> dict[int, Score]:
+def evaluate(config: KnnEvalConfig, dist: DistContext) -> dict[int, Score]:
     """Print the accuracies and write them. Raises UserError for mistakes. A collective."""
-    ks = together(dist, lambda: _check(config))
-    bank, queries = together(dist, lambda: _open(config))
-    encoder = together(dist, lambda: open_frozen(config.encoder, dist.device))
-    precision = together(dist, lambda: choose_precision(config.precision, dist.device))
-    source = PictureSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
-    say(
-        dist, f"encoder      {encoder.weights.describe()}, pictures of {encoder.pixels.image_size} px, {precision.name}"
+    ks = on_all_ranks(dist, lambda: _check(config))
+    bank, queries = on_all_ranks(dist, lambda: _open(config))
+    encoder = on_all_ranks(dist, lambda: open_frozen(config.encoder, dist.device))
+    precision = on_all_ranks(dist, lambda: choose_precision(config.precision, dist.device))
+    source = ImageSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
+    print0(
+        dist, f"encoder      {encoder.weights.describe()}, images of {encoder.pixels.image_size} px, {precision.name}"
     )
-    say(dist, f"kNN          {len(queries.ids):,} queries against {len(bank.ids):,} samples")
+    print0(dist, f"kNN          {len(queries.ids):,} queries against {len(bank.ids):,} samples")
     if bank.dataset.fingerprint == queries.dataset.fingerprint:
-        say(dist, "note: --data and --val-data are the same pictures, and each is its own nearest neighbour")
+        print0(dist, "note: --data and --val-data are the same images, and each is its own nearest neighbour")
     if max(ks) > len(bank.ids):
-        say(dist, f"note: --k {max(ks)} is more than there are samples to compare with: all of them vote")
+        print0(dist, f"note: --k {max(ks)} is more than there are samples to compare with: all of them vote")
     dtype = torch.float16 if config.feature_dtype == "float16" else torch.float32
-    scores = score_neighbours(encoder.trunk, bank, queries, source, ks=ks, temperature=config.temperature, dtype=dtype)
+    scores = score_neighbours(
+        encoder.backbone, bank, queries, source, ks=ks, temperature=config.temperature, dtype=dtype
+    )
     for k, score in scores.items():
-        say(dist, f"k {k:<10} top-1 {score.top1:.2f} % ({score.correct:,} of {score.total:,})")
+        print0(dist, f"k {k:<10} top-1 {score.top1:.2f} % ({score.correct:,} of {score.total:,})")
     if config.json is not None:
-        on_main(dist, lambda: _write(config, config.json, scores))
+        on_rank0(dist, lambda: _write(config, config.json, scores))
     return scores
 
 

@@ -3,9 +3,9 @@
     torchrun --standalone --nproc-per-node=8 train/linear.py --data DIR --val-data DIR --checkpoint FILE
     python train/linear.py --data DIR --val-data DIR --checkpoint untrained:resnet50                     (one process)
 
-Training sees a random crop (scale 0.08 to 1, torchvision's default) and a flip of each picture; validation the whole
-picture resized to a shorter side of 256, its centre of 224 cut out. The encoder does not change, so the validation
-features are made once, each picture's exactly once over all ranks, and every epoch is validated on them. With --run-dir
+Training sees a random crop (scale 0.08 to 1, torchvision's default) and a flip of each image; validation the whole
+image resized to a shorter side of 256, its centre of 224 cut out. The encoder does not change, so the validation
+features are made once, each image's exactly once over all ranks, and every epoch is validated on them. With --run-dir
 metrics.jsonl gets a line for each epoch and rate, summary.json the end; --resume goes on after the last whole epoch.
 """
 
@@ -36,14 +36,14 @@ from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_crops
 from pipeline.sampling.order import epoch_order
-from pipeline.sampling.sampler import Span, batch_positions, steps_per_epoch
-from train.distributed.collectives import mean_over_ranks, say, sum_over_ranks, together
-from train.distributed.process_group import Dist, distributed, told_once
+from pipeline.sampling.sampler import BatchSampler, batch_positions, steps_per_epoch
+from train.distributed.collectives import mean_over_ranks, on_all_ranks, print0, sum_over_ranks
+from train.distributed.process_group import DistContext, distributed, exit_once
 from train.evaluation.features import (
-    PICTURES_PER_PASS,
+    IMAGES_PER_PASS,
     EncoderConfig,
-    Frozen,
-    PictureSource,
+    FrozenEncoder,
+    ImageSource,
     Samples,
     check_same_classes,
     each_rank,
@@ -74,7 +74,7 @@ class LinearConfig:
     """Linear evaluation of a frozen encoder."""
 
     data: Location  # labelled dataset to train the classifier on
-    val_data: Location  # labelled dataset to measure on, of the same classes; every picture counts exactly once
+    val_data: Location  # labelled dataset to measure on, of the same classes; every image counts exactly once
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
     run_dir: LocalPath | None = None  # folder for metrics.jsonl, summary.json and what --resume needs; None: print only
     resume: bool = False  # go on after the last whole epoch in run_dir; from the start if there is none
@@ -94,18 +94,18 @@ class LinearConfig:
 def main() -> None:
     """The script."""
     config = tyro.cli(LinearConfig, prog="linear.py")
-    with told_once(), distributed(config.device) as dist:
+    with exit_once(), distributed(config.device) as dist:
         evaluate(config, dist)
 
 
 @dataclass(frozen=True)
-class Work:
+class ProbeSetup:
     """Everything that is settled before the first step."""
 
     config: LinearConfig
-    dist: Dist
-    encoder: Frozen
-    source: PictureSource
+    dist: DistContext
+    encoder: FrozenEncoder
+    source: ImageSource
     train: Samples
     val: ShardSet
     steps: int  # of an epoch
@@ -117,7 +117,7 @@ class Work:
 
     @property
     def rank_batch(self) -> int:
-        """Pictures of a step on one rank."""
+        """Images of a step on one rank."""
         return self.config.probe.global_batch // self.dist.world_size
 
     def identity(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Work:
         return {**asdict(self.config.probe), **datasets, **more, **size, "encoder": self.encoder.weights.identity}
 
 
-def evaluate(config: LinearConfig, dist: Dist) -> Outcome:
+def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
     """Train the classifiers and measure them. Raises UserError for mistakes. A collective."""
     work = prepare(config, dist)
     heads = LinearHeads(len(config.probe.base_lrs()), work.encoder.width, work.labels, config.encoder.seed).to(
@@ -137,8 +137,8 @@ def evaluate(config: LinearConfig, dist: Dist) -> Outcome:
     optimizer = build_lars(config.probe, heads)
     run = LinearRun(config.run_dir, dist, work.identity(), config.probe.base_lrs(), heads, optimizer)
     first = run.open(config.resume)
-    say(dist, f"validation   features of {work.val.num_samples:,} pictures, once")
-    val = labelled_features(work.encoder.trunk, Samples.all_of(work.val), work.source)
+    print0(dist, f"validation   features of {work.val.num_samples:,} images, once")
+    val = labelled_features(work.encoder.backbone, Samples.all_of(work.val), work.source)
     parallel = DistributedDataParallel(heads) if dist.world_size > 1 else heads
     start_s = time.perf_counter()
     with batches(work, first) as training:
@@ -147,31 +147,31 @@ def evaluate(config: LinearConfig, dist: Dist) -> Outcome:
             correct = sum_over_ranks(dist, count_correct(heads, *val)).tolist()
             outcome = run.epoch_done(epoch + 1, (epoch + 1) * work.steps, losses, correct, work.val.num_samples)
             left_s = (time.perf_counter() - start_s) / (epoch + 1 - first) * (config.probe.epochs - epoch - 1)
-            say(dist, f"epoch {epoch + 1}/{config.probe.epochs}: {outcome.best.describe()}; left {duration(left_s)}")
+            print0(dist, f"epoch {epoch + 1}/{config.probe.epochs}: {outcome.best.describe()}; left {duration(left_s)}")
     outcome = run.outcome()
     for head in outcome.heads:
-        say(dist, head.describe())
+        print0(dist, head.describe())
     run.finish({"checkpoint": work.encoder.weights.source, "train_samples": len(work.train.ids)})
     return outcome
 
 
-def prepare(config: LinearConfig, dist: Dist) -> Work:
+def prepare(config: LinearConfig, dist: DistContext) -> ProbeSetup:
     """Check everything that can be checked, read the encoder, print the plan. A collective."""
-    encoder = together(dist, lambda: open_frozen(config.encoder, dist.device))
-    precision = together(dist, lambda: choose_precision(config.precision, dist.device))
-    train, val = together(dist, lambda: open_datasets(config))
-    steps = together(dist, lambda: check_numbers(config, len(train.ids), dist.world_size))
-    source = PictureSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
+    encoder = on_all_ranks(dist, lambda: open_frozen(config.encoder, dist.device))
+    precision = on_all_ranks(dist, lambda: choose_precision(config.precision, dist.device))
+    train, val = on_all_ranks(dist, lambda: open_datasets(config))
+    steps = on_all_ranks(dist, lambda: check_numbers(config, len(train.ids), dist.world_size))
+    source = ImageSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
     probe = config.probe
     rates = ", ".join(f"{rate:g} (peak {rate * probe.global_batch / 256:g})" for rate in probe.base_lrs())
     views = "centre crops, features made once" if config.features_cache else "a new crop and flip in each epoch"
-    say(
-        dist, f"encoder      {encoder.weights.describe()}, pictures of {encoder.pixels.image_size} px, {precision.name}"
+    print0(
+        dist, f"encoder      {encoder.weights.describe()}, images of {encoder.pixels.image_size} px, {precision.name}"
     )
-    say(dist, f"training     {len(train.ids):,} samples of {len(train.dataset.classes):,} classes; {views}")
-    say(dist, f"steps        {probe.epochs * steps:,} = {probe.epochs} epochs x {steps:,} of {probe.global_batch:,}")
-    say(dist, f"LARS         base lr {rates}; cosine")
-    return Work(config, dist, encoder, source, train, val, steps)
+    print0(dist, f"training     {len(train.ids):,} samples of {len(train.dataset.classes):,} classes; {views}")
+    print0(dist, f"steps        {probe.epochs * steps:,} = {probe.epochs} epochs x {steps:,} of {probe.global_batch:,}")
+    print0(dist, f"LARS         base lr {rates}; cosine")
+    return ProbeSetup(config, dist, encoder, source, train, val, steps)
 
 
 def open_datasets(config: LinearConfig) -> tuple[Samples, ShardSet]:
@@ -203,7 +203,7 @@ def check_numbers(config: LinearConfig, samples: int, world_size: int) -> int:
 
 
 def train_epoch(
-    work: Work, heads: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], epoch: int
+    work: ProbeSetup, heads: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], epoch: int
 ) -> list[float]:
     """One pass over the data; returns each head's mean loss."""
     sums = torch.zeros(len(optimizer.param_groups), device=work.dist.device)
@@ -219,7 +219,7 @@ def train_epoch(
 
 
 @contextmanager
-def batches(work: Work, first_epoch: int) -> Iterator[Iterator[Batch]]:
+def batches(work: ProbeSetup, first_epoch: int) -> Iterator[Iterator[Batch]]:
     """This rank's features and labels of every step from ``first_epoch`` on."""
     if work.config.features_cache:
         yield cached_batches(work, first_epoch)
@@ -227,12 +227,12 @@ def batches(work: Work, first_epoch: int) -> Iterator[Iterator[Batch]]:
     recipe = replace(
         work.encoder.recipe, crop_scale=CROP_SCALE, jitter_prob=0.0, gray_prob=0.0, blur_prob=0.0, solarize_prob=0.0
     )
-    probe, passes = work.config.probe, -(-work.rank_batch // PICTURES_PER_PASS)
+    probe, passes = work.config.probe, -(-work.rank_batch // IMAGES_PER_PASS)
     with open_crops(
         work.train.dataset,
         recipe,
         work.config.loader,
-        Span(work.config.encoder.seed, probe.global_batch, probe.epochs, first_epoch, accumulate=passes),
+        BatchSampler(work.config.encoder.seed, probe.global_batch, probe.epochs, first_epoch, accumulate=passes),
         work.dist,
         ids=work.train.ids,
         dtype=work.source.dtype,
@@ -249,18 +249,18 @@ def batches(work: Work, first_epoch: int) -> Iterator[Iterator[Batch]]:
 
 
 @torch.no_grad()
-def frozen_pass(work: Work, x: Float[Tensor, "n 3 s s"], sources: Int64[np.ndarray, " n"]) -> Batch:
-    """Features of some pictures, and the labels of those that are seen: a bad picture stands with its substitute's."""
+def frozen_pass(work: ProbeSetup, x: Float[Tensor, "n 3 s s"], sources: Int64[np.ndarray, " n"]) -> Batch:
+    """Features of some images, and the labels of those that are seen: a bad image stands with its substitute's."""
     with work.source.autocast():
-        features = work.encoder.trunk(x)
+        features = work.encoder.backbone(x)
     labels = work.train.dataset.labels(sources).astype(np.int64)
     return features.float(), on_device(labels, work.dist.device)
 
 
-def cached_batches(work: Work, first_epoch: int) -> Iterator[Batch]:
+def cached_batches(work: ProbeSetup, first_epoch: int) -> Iterator[Batch]:
     """The same order of samples, their features made once from centre crops and held by every rank."""
     dist, probe = work.dist, work.config.probe
-    mine, my_labels = labelled_features(work.encoder.trunk, work.train, work.source)
+    mine, my_labels = labelled_features(work.encoder.backbone, work.train, work.source)
     counts = [len(part) for part in split_ids(work.train.ids, dist.world_size)]
     features = torch.cat([part.clone() for part in each_rank(dist, mine, counts)])
     labels = torch.cat([part.clone() for part in each_rank(dist, my_labels, counts)])

@@ -21,10 +21,10 @@ from pipeline.common.errors import exit_on_user_error
 from pipeline.loader.bad_samples import BadSampleRecord
 from pipeline.loader.loader import open_views
 from pipeline.loader.timing import ReadCosts, Stalls
-from pipeline.sampling.sampler import Span
+from pipeline.sampling.sampler import BatchSampler
 from train.config.recipes import parse_config
 from train.config.run_config import PretrainConfig
-from train.distributed.process_group import Dist, distributed, told_once
+from train.distributed.process_group import DistContext, distributed, exit_once
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
 from train.distributed.watchdog import hangs_watched
 from train.engine.build import prepare
@@ -39,7 +39,7 @@ def main() -> None:
     """The script."""
     config = parse_config()
     with (
-        told_once(),
+        exit_once(),
         stop_signals() as stop,
         distributed(config.device, COLLECTIVE_TIMEOUT) as dist,
         hangs_watched(dist, config.hang_timeout, stop, config.longest_fetch_s),
@@ -49,7 +49,7 @@ def main() -> None:
         sys.exit(EXIT_PREEMPTED)
 
 
-def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
+def pretrain(config: PretrainConfig, dist: DistContext, stop: StopRequest) -> bool:
     """Train to the end, or until a signal: then False. Raises UserError for mistakes."""
     run = prepare(config, dist)
     check_run_dir(run)
@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, dist: Dist, stop: StopRequest) -> bool:
             run.dataset,
             config.views,
             config.loader,
-            Span(config.seed, config.global_batch, config.epochs, epoch, step, config.accumulate),
+            BatchSampler(config.seed, config.global_batch, config.epochs, epoch, step, config.accumulate),
             dist,
             dtype=run.precision.view_dtype,
             order=config.order,

@@ -21,9 +21,9 @@ Similarity = Literal["cosine", "cross-entropy"]
 class SimSiamConfig:
     """The architecture and the method's switches. The defaults are the paper's (arXiv:2011.10566)."""
 
-    # ResNet trunk: section 3, "Baseline settings"; resnet_tiny is fit for 32 pixels on a CPU
+    # ResNet backbone: section 3, "Baseline settings"; resnet_tiny is fit for 32 pixels on a CPU
     backbone: str = "resnet50"
-    stem: Stem = "default"  # first layers: "cifar" as in appendix D for pictures of 32 pixels
+    stem: Stem = "default"  # first layers: "cifar" as in appendix D for images of 32 pixels
     dim: int = 2048  # width d of z and p: section 3
     projector_layers: int = 3  # section 3; appendix D takes 2 for CIFAR-10
     projector_hidden: int = 2048  # section 3
@@ -37,11 +37,11 @@ class SimSiamConfig:
     stop_gradient: bool = True  # section 4.1, figure 2: without it 0.1
     similarity: Similarity = "cosine"  # section 4.5: cosine 68.1, cross-entropy 63.2
     symmetric: bool = True  # section 4.6: symmetric 68.1, one side only 64.8
-    # Pairs of views of each picture in a step. Section 4.6: "sampling two pairs for each image in the asymmetric
+    # Pairs of views of each image in a step. Section 4.6: "sampling two pairs for each image in the asymmetric
     # version (2x)" 67.3. Each pair is a pass of its own, their gradients are averaged
     pairs: int = 1
     # What predictions are drawn to: section 5.2. encoder: the other view's z, as ever. frozen: that of a copy of the
-    # encoder, renewed every target_steps steps. moving-average: a mean with the picture's earlier z; --predictor none
+    # encoder, renewed every target_steps steps. moving-average: a mean with the image's earlier z; --predictor none
     targets: Literal["encoder", "frozen", "moving-average"] = "encoder"
     target_steps: int | Literal["epoch"] = 1  # section 5.2: 1 (as encoder) 68.1, 10 68.7, 100 68.9, an epoch 67.0
     target_momentum: float = 0.8  # section 5.2: without predictor 55.0, where encoder gives 0.1

@@ -1,4 +1,4 @@
-"""Owns the batch as it travels from the shards to a back end: encoded pictures and where to cut them."""
+"""Owns the batch as it travels from the shards to a back end: encoded images and where to cut them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Batch:
     epoch: int
     step: int  # within the epoch
     ids: Int64[np.ndarray, " n"]  # the samples that the order asked for
-    sources: Int64[np.ndarray, " n"]  # whose pictures are seen: ids, but where one was bad
-    encoded: list[NDArray[np.uint8]]  # n pictures as they lie in the shards
+    sources: Int64[np.ndarray, " n"]  # whose images are seen: ids, but where one was bad
+    encoded: list[NDArray[np.uint8]]  # n images as they lie in the shards
     windows: ViewParams | CentreCrops  # what to cut out of each
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Batch:
 
 
 class UndecodableBatchError(Exception):
-    """A back end could not decode a batch; which of its pictures is to blame is not known yet."""
+    """A back end could not decode a batch; which of its images is to blame is not known yet."""
 
     def __init__(self, batch: Batch, reason: str) -> None:
         """``reason``: the back end's own message."""
@@ -57,7 +57,7 @@ class DaliConfig:
 
     decoder: Literal["mixed", "cpu"] = "mixed"  # on a GPU: nvJPEG and the hardware decoder, or the CPU
     hw_decoder_load: float = 0.65  # share of a batch for the hardware decoder (DALI's default)
-    preallocate_side: int = 0  # px; GPU memory for pictures of this side is set aside at the start; 0: grows as needed
+    preallocate_side: int = 0  # px; GPU memory for images of this side is set aside at the start; 0: grows as needed
     prefetch: int = 2  # batches in DALI's own queue
     # On a GPU: interpolate the colours of JPEGs as PIL does; off, they are repeated, and views differ more from PIL's
     smooth_chroma: bool = True
@@ -71,16 +71,16 @@ class DaliConfig:
         require("--dali.prefetch", self.prefetch, self.prefetch >= 1, "DALI's queue holds at least 1 batch")
 
 
-Delivered = tuple[Batch, list[Float[Tensor, "n 3 s s"]]]
+BackendOutput = tuple[Batch, list[Float[Tensor, "n 3 s s"]]]
 
 
 @dataclass(frozen=True)
-class Setup:
+class BackendContext:
     """What a back end works with."""
 
     recipe: ViewRecipe
     dali: DaliConfig
-    max_batch: int  # pictures
+    max_batch: int  # images
     device: torch.device
     dtype: torch.dtype  # of the views
     pool: ThreadPoolExecutor  # of ``threads`` workers
@@ -88,11 +88,11 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Stages:
+class BackendStages:
     """The stages of one back end. Iterators end with their input; what they give is kept on the device."""
 
-    decode: Callable[[Iterator[Batch]], Iterator[object]]  # encoded pictures in, decoded ones out
-    crop: Callable[[Iterator[Batch]], Iterator[Any]]  # decoded pictures in (see decoded_batch), squares out
+    decode: Callable[[Iterator[Batch]], Iterator[object]]  # encoded images in, decoded ones out
+    crop: Callable[[Iterator[Batch]], Iterator[Any]]  # decoded images in (see decoded_batch), squares out
     photometric: Callable[[Any, ViewParams], object]  # squares in, views out
 
 
@@ -100,10 +100,10 @@ class Stages:
 class Backend(Protocol):
     """One way to make views. It holds nothing itself."""
 
-    def views(self, setup: Setup, batches: Iterator[Batch]) -> Iterator[Delivered]:
+    def views(self, setup: BackendContext, batches: Iterator[Batch]) -> Iterator[BackendOutput]:
         """Batches and their views; the iterator raises UndecodableBatchError, after which it may go on."""
 
-    def stages(self, setup: Setup) -> Stages:
+    def stages(self, setup: BackendContext) -> BackendStages:
         """The stages as ``views`` sets them up."""
 
     def release_memory(self) -> None:

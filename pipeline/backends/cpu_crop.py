@@ -1,4 +1,4 @@
-"""Owns cutting the views out of decoded pictures on a CPU: crop and resize as torchvision does, in threads.
+"""Owns cutting the views out of decoded images on a CPU: crop and resize as torchvision does, in threads.
 
 torch's antialiased resize of bytes costs a CPU far less than DALI's, and gives torchvision's bytes because it is what
 torchvision calls. On a GPU DALI cuts, in the graph that decodes: see dali.py.
@@ -24,7 +24,7 @@ from pipeline.sampling.views import CentreCrops, ViewParams
 SERIAL_SIDE = 64  # px; so small a view is made in less time than threads take to pass the interpreter's lock around
 # Where there is no AVX2 torchvision resizes in float32 and rounds.
 BYTES_RESIZED_AS_SUCH = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-Decoded = tuple[Batch, list[UInt8[Tensor, "_ _ 3"]]]  # pictures of their own height and width
+Decoded = tuple[Batch, list[UInt8[Tensor, "_ _ 3"]]]  # images of their own height and width
 
 
 class CutSquares:
@@ -44,14 +44,14 @@ class CutSquares:
 
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]:
         """The next batch and its squares. Raises UndecodableBatchError, after which the iteration may go on."""
-        batch, pictures = next(self._decoded)
+        batch, images = next(self._decoded)
         views = batch.windows.views if isinstance(batch.windows, ViewParams) else 1
         shape = (len(batch), 3, self._image_size, self._image_size)
         squares = [self._buffers.lend(shape) for _ in range(views)]
 
         def cut(part: slice) -> None:
             for sample in range(part.start, part.stop):
-                for view, square in enumerate(self._squares(batch, pictures[sample].permute(2, 0, 1), sample)):
+                for view, square in enumerate(self._squares(batch, images[sample].permute(2, 0, 1), sample)):
                     squares[view][sample].copy_(square)
 
         try:
@@ -59,31 +59,31 @@ class CutSquares:
                 cut(slice(0, len(batch)))
             else:
                 list(self._pool.map(cut, parts_of(len(batch), self._threads)))
-        except ValueError as error:  # the picture is not of the size that the windows were drawn for
+        except ValueError as error:  # the image is not of the size that the windows were drawn for
             raise UndecodableBatchError(batch, str(error)) from error
         return batch, [square.permute(0, 2, 3, 1) for square in squares]
 
-    def _squares(self, batch: Batch, picture: UInt8[Tensor, "3 h w"], sample: int) -> Iterator[UInt8[Tensor, "3 s s"]]:
+    def _squares(self, batch: Batch, image: UInt8[Tensor, "3 h w"], sample: int) -> Iterator[UInt8[Tensor, "3 s s"]]:
         match batch.windows:
             case ViewParams() as params:
                 for view in range(params.views):
-                    yield resized_crop(picture, params, sample, view, self._image_size)
+                    yield resized_crop(image, params, sample, view, self._image_size)
             case CentreCrops() as crops:
-                yield reference.centre_crop(picture, crops, sample, self._image_size)
+                yield reference.centre_crop(image, crops, sample, self._image_size)
             case _:
                 assert_never(batch.windows)
 
 
 def resized_crop(
-    picture: UInt8[Tensor, "3 h w"], params: ViewParams, sample: int, view: int, image_size: int
+    image: UInt8[Tensor, "3 h w"], params: ViewParams, sample: int, view: int, image_size: int
 ) -> UInt8[Tensor, "3 s s"]:
-    """The reference's bytes, without torchvision's way to them, which costs more than the work on a small picture.
+    """The reference's bytes, without torchvision's way to them, which costs more than the work on a small image.
 
     Raises ValueError as the reference does.
     """
     if not BYTES_RESIZED_AS_SUCH:
-        return reference.resized_crop(picture, params, sample, view, image_size)
+        return reference.resized_crop(image, params, sample, view, image_size)
     top, left, height, width = params.crop[sample, view].tolist()
-    reference.check_inside(picture, top + height, left + width)
-    window = picture[:, top : top + height, left : left + width]
+    reference.check_inside(image, top + height, left + width)
+    window = image[:, top : top + height, left : left + width]
     return interpolate(window[None], (image_size, image_size), mode="bilinear", antialias=True)[0]

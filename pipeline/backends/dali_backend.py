@@ -23,7 +23,14 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from pipeline.backends.base import Batch, DaliConfig, Delivered, Setup, Stages, UndecodableBatchError
+from pipeline.backends.base import (
+    BackendContext,
+    BackendOutput,
+    BackendStages,
+    Batch,
+    DaliConfig,
+    UndecodableBatchError,
+)
 from pipeline.backends.cpu_crop import CutSquares
 from pipeline.backends.photometric import Photometric
 from pipeline.common.buffers import HeldUntilRead
@@ -31,20 +38,20 @@ from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams
 
 _END = object()
 GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
-# In an error of DALI's: no picture caused it, and to look for one would only hide it.
+# In an error of DALI's: no image caused it, and to look for one would only hide it.
 _GPU_AT_FAULT = re.compile(r"CUDA (runtime|driver) API error|CUDA allocation failed|cudaError|CUDA_ERROR_")
 
 
 class _Inputs:
     """What DALI pulls. Apart from the pipeline, so that no cycle keeps that alive: a forked child would abort on it.
 
-    DALI 2.4 ends the process (a segmentation fault, in batches of 32 and more) when its decoder cannot read a
-    picture's header. So every header is read here first, by the parser that the decoder has, and a batch with one that
+    DALI 2.4 ends the process (a segmentation fault, in batches of 32 and more) when its decoder cannot read an
+    image's header. So every header is read here first, by the parser that the decoder has, and a batch with one that
     it cannot read is not given to DALI.
     """
 
     def __init__(self, batches: Iterator[Batch], encoded: bool) -> None:
-        """``encoded``: the batches hold encoded pictures."""
+        """``encoded``: the batches hold encoded images."""
         self._batches = batches
         self._encoded = encoded
         self._next = next(batches, None)
@@ -75,8 +82,8 @@ class _Inputs:
             raise
 
 
-class DaliPictures:
-    """An iterator over batches and their decoded pictures, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, none."""
+class DaliImages:
+    """An iterator over batches and their decoded images, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, none."""
 
     _encoded = True  # what comes in
 
@@ -100,7 +107,7 @@ class DaliPictures:
             self._pipeline.set_outputs(*self._graph())
         self._pipeline.build()
 
-    def __iter__(self) -> DaliPictures:
+    def __iter__(self) -> DaliImages:
         """Itself."""
         return self
 
@@ -144,7 +151,7 @@ class DaliPictures:
     def _tensors(self, outputs: Any) -> list[Tensor]:
         if self._device.type == "cuda":  # they are decoded to be measured
             return []
-        return [torch.from_dlpack(picture) for picture in outputs[0]]
+        return [torch.from_dlpack(image) for image in outputs[0]]
 
     def _decode(self, encoded: DataNode) -> DataNode:
         mixed = self._device.type == "cuda" and self._config.decoder == "mixed"
@@ -158,13 +165,13 @@ class DaliPictures:
             encoded,
             device="mixed" if mixed else "cpu",
             output_type=types.RGB,
-            adjust_orientation=False,  # torchvision ignores EXIF orientation; DALI would turn the picture
+            adjust_orientation=False,  # torchvision ignores EXIF orientation; DALI would turn the image
             **(options if mixed else {}),
         )
         return decoded.gpu() if self._device.type == "cuda" and not mixed else decoded
 
 
-class DaliSquares(DaliPictures):
+class DaliSquares(DaliImages):
     """An iterator over batches of cut squares, uint8 ``[n, s, s, 3]`` for each view, on ``device``."""
 
     def __init__(
@@ -176,7 +183,7 @@ class DaliSquares(DaliPictures):
         device: torch.device,
         config: DaliConfig,
     ) -> None:
-        """As of DaliPictures; ``image_size`` is the side of the squares, px."""
+        """As of DaliImages; ``image_size`` is the side of the squares, px."""
         self._image_size = image_size
         super().__init__(batches, max_batch, threads, device, config)
 
@@ -192,48 +199,48 @@ class DaliSquares(DaliPictures):
             case None:  # nothing will come
                 return self._view_squares(VIEWS)
 
-    def _resize(self, pictures: DataNode, **window: DataNode) -> DataNode:
+    def _resize(self, images: DataNode, **window: DataNode) -> DataNode:
         side = self._image_size
-        return fn.resize(pictures, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True, **window)
+        return fn.resize(images, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True, **window)
 
     def _view_squares(self, views: int) -> list[DataNode]:
         """Cut, then resize: nothing outside the window may bleed in."""
         encoded, *windows = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * views, batch=True)
         return self._cut(self._decode(encoded), windows)
 
-    def _cut(self, pictures: DataNode, windows: list[DataNode]) -> list[DataNode]:
+    def _cut(self, images: DataNode, windows: list[DataNode]) -> list[DataNode]:
         return [
-            self._resize(fn.slice(pictures, start=start, shape=shape, axes=(0, 1)))
+            self._resize(fn.slice(images, start=start, shape=shape, axes=(0, 1)))
             for start, shape in zip(windows[::2], windows[1::2], strict=True)
         ]
 
     def _centre_squares(self) -> list[DataNode]:
-        """Resize as if the whole picture were resized, but compute its centre alone."""
+        """Resize as if the whole image were resized, but compute its centre alone."""
         encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
         return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
 
 
 class DaliCrops(DaliSquares):
-    """The crops alone, for measuring; in place of encoded pictures batches hold decoded ``[h, w, 3]`` on ``device``."""
+    """The crops alone, for measuring; in place of encoded images batches hold decoded ``[h, w, 3]`` on ``device``."""
 
     _encoded = False
 
     def _graph(self) -> list[DataNode]:
-        """Pictures may lie on the GPU and windows never do, so each has a source of its own."""
+        """Images may lie on the GPU and windows never do, so each has a source of its own."""
         inputs = self._inputs
         waiting: tuple[deque, deque] = (deque(), deque())
 
         def pull(half: int) -> Any:
             if not waiting[half]:
-                pictures, *windows = inputs.pull()
-                waiting[0].append(pictures)
+                images, *windows = inputs.pull()
+                waiting[0].append(images)
                 waiting[1].append(windows)
             return waiting[half].popleft()
 
         place = "gpu" if self._device.type == "cuda" else "cpu"
-        pictures = fn.external_source(source=lambda: pull(0), device=place, layout="HWC", batch=True)
+        images = fn.external_source(source=lambda: pull(0), device=place, layout="HWC", batch=True)
         windows = fn.external_source(source=lambda: pull(1), num_outputs=2 * VIEWS, batch=True)
-        return self._cut(pictures, list(windows))
+        return self._cut(images, list(windows))
 
 
 def release_unused_memory() -> None:
@@ -242,10 +249,10 @@ def release_unused_memory() -> None:
 
 
 def _unreadable_header(batch: Batch) -> str | None:
-    """Why DALI's decoder would not take one of the pictures; None if it would take them all."""
-    for picture in batch.encoded:
+    """Why DALI's decoder would not take one of the images; None if it would take them all."""
+    for image in batch.encoded:
         try:
-            _ = nvimgcodec.CodeStream(picture).height  # the constructor alone does not look
+            _ = nvimgcodec.CodeStream(image).height  # the constructor alone does not look
         except RuntimeError as error:
             return f"DALI: its decoder cannot read the header: {' '.join(str(error).split())}"
     return None
@@ -263,11 +270,11 @@ def _reason(error: RuntimeError) -> str:
 class DaliBackend:
     """Decodes with DALI; the colours follow in the compiled photometric stage."""
 
-    def views(self, setup: Setup, batches: Iterator[Batch]) -> Iterator[Delivered]:
+    def views(self, setup: BackendContext, batches: Iterator[Batch]) -> Iterator[BackendOutput]:
         """Batches and their views; the iterator raises UndecodableBatchError, after which it may go on."""
         photometric, held = _photometric(setup), HeldUntilRead()
 
-        def finish(cut: tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]) -> Delivered:
+        def finish(cut: tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]) -> BackendOutput:
             batch, squares = cut
             views = photometric(squares, batch.windows)
             if setup.device.type == "cuda":
@@ -276,10 +283,10 @@ class DaliBackend:
 
         return map(finish, cut_squares(setup, batches))  # no generator, which an error would end
 
-    def stages(self, setup: Setup) -> Stages:
+    def stages(self, setup: BackendContext) -> BackendStages:
         """The stages as ``views`` sets them up."""
-        return Stages(
-            decode=lambda batches: DaliPictures(batches, setup.max_batch, setup.threads, setup.device, setup.dali),
+        return BackendStages(
+            decode=lambda batches: DaliImages(batches, setup.max_batch, setup.threads, setup.device, setup.dali),
             crop=lambda batches: (squares for _, squares in _cut_decoded(setup, batches)),
             photometric=_photometric(setup),
         )
@@ -289,7 +296,9 @@ class DaliBackend:
         release_unused_memory()
 
 
-def cut_squares(setup: Setup, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]]:
+def cut_squares(
+    setup: BackendContext, batches: Iterator[Batch]
+) -> Iterator[tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]]:
     """Batches decoded by DALI and cut: on a GPU by DALI too, on a CPU by torch.
 
     The iterator raises UndecodableBatchError, after which it may go on.
@@ -297,17 +306,17 @@ def cut_squares(setup: Setup, batches: Iterator[Batch]) -> Iterator[tuple[Batch,
     settings = (setup.max_batch, setup.threads, setup.device, setup.dali)
     if setup.device.type == "cuda":
         return DaliSquares(batches, setup.recipe.image_size, *settings)
-    return CutSquares(DaliPictures(batches, *settings), setup.recipe.image_size, setup.pool, setup.threads)
+    return CutSquares(DaliImages(batches, *settings), setup.recipe.image_size, setup.pool, setup.threads)
 
 
-def _cut_decoded(setup: Setup, batches: Iterator[Batch]) -> Iterator[Any]:
-    """As ``cut_squares``, from batches of decoded pictures."""
+def _cut_decoded(setup: BackendContext, batches: Iterator[Batch]) -> Iterator[Any]:
+    """As ``cut_squares``, from batches of decoded images."""
     if setup.device.type == "cuda":
         settings = (setup.max_batch, setup.threads, setup.device, setup.dali)
         return DaliCrops(batches, setup.recipe.image_size, *settings)
-    decoded = ((batch, [torch.from_numpy(picture) for picture in batch.encoded]) for batch in batches)
+    decoded = ((batch, [torch.from_numpy(image) for image in batch.encoded]) for batch in batches)
     return CutSquares(decoded, setup.recipe.image_size, setup.pool, setup.threads)
 
 
-def _photometric(setup: Setup) -> Photometric:
+def _photometric(setup: BackendContext) -> Photometric:
     return Photometric(setup.recipe, setup.device, setup.dtype, setup.pool, setup.threads)

@@ -20,7 +20,7 @@ from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams, ViewRecipe
 
 Squares = UInt8[Tensor, "n s s 3"]
 View = Float[Tensor, "n 3 s s"]
-CHUNKS_PER_THREAD = 4  # pictures differ in cost (half of them are blurred), so threads take small portions
+CHUNKS_PER_THREAD = 4  # images differ in cost (half of them are blurred), so threads take small portions
 
 
 class Photometric:
@@ -61,10 +61,10 @@ class Photometric:
                 raise AssertionError(f"no photometric stage for {other}")
 
     def _transform_on_cpu(self, squares: Squares, params: ViewParams, view: int) -> View:
-        from pipeline.backends.photometric_cpu import transform_pictures
+        from pipeline.backends.photometric_cpu import transform_images
 
         out = self._buffers.lend(tuple(squares.shape))
-        pictures, result = (
+        images, result = (
             squares.permute(0, 3, 1, 2).contiguous().numpy(),
             out.numpy(),
         )  # planar, as cut.py leaves them
@@ -75,8 +75,8 @@ class Photometric:
 
         def transform(part: slice) -> None:
             jitter, order, factors, gray, sigma, solarize, flip = (column[part] for column in columns)
-            transform_pictures(
-                pictures[part],
+            transform_images(
+                images[part],
                 jitter,
                 order,
                 factors,
@@ -91,12 +91,12 @@ class Photometric:
                 result[part],
             )
 
-        list(self._pool.map(transform, parts_of(len(pictures), self._threads)))
+        list(self._pool.map(transform, parts_of(len(images), self._threads)))
         return out.permute(0, 3, 1, 2).to(self._dtype)
 
 
 def parts_of(count: int, threads: int) -> list[slice]:
-    """``count`` pictures in portions for ``threads`` workers."""
+    """``count`` images in portions for ``threads`` workers."""
     bounds = np.linspace(0, count, threads * CHUNKS_PER_THREAD + 1).astype(int).tolist()
     return [slice(start, end) for start, end in itertools.pairwise(bounds) if end > start]
 

@@ -1,9 +1,9 @@
-"""Owns the photometric stage on the CPU: colour, gray, blur, solarize, normalise, flip; compiled, a picture at a time.
+"""Owns the photometric stage on the CPU: colour, gray, blur, solarize, normalise, flip; compiled, an image at a time.
 
 DALI's own colour operators miss torchvision's contrast and hue, and hue in DALI arithmetic costs more than all the rest
 of the loader. Numba compiles the loops below to vector code; a call holds no interpreter lock, so threads run side by
 side. pipeline/backends/reference.py does the same through torchvision, slowly; tests compare the two. Every operation
-rounds to whole bytes as torchvision's does on byte pictures.
+rounds to whole bytes as torchvision's does on byte images.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _compiled = njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan", "n
 
 
 @_compiled
-def transform_pictures(
-    pictures, jitter, order, factors, gray, sigma, blur_radius, solarize, threshold, flip, scale, offset, out
+def transform_images(
+    images, jitter, order, factors, gray, sigma, blur_radius, solarize, threshold, flip, scale, offset, out
 ):
-    """Transform uint8 ``pictures [n, 3, h, w]`` into float32 ``out [n, h, w, 3]``.
+    """Transform uint8 ``images [n, 3, h, w]`` into float32 ``out [n, h, w, 3]``.
 
     ``jitter``, ``gray``, ``solarize``, ``flip``: bool ``[n]``; ``order``: int8 ``[n, 4]``; ``factors``: float32
     ``[n, 4]``; ``sigma``: float32 ``[n]``; as in ViewParams. ``out = byte * scale + offset``, per channel.
     """
-    count, _, height, width = pictures.shape
+    count, _, height, width = images.shape
     planes = np.empty((3, height * width), dtype=np.uint8)
     rows = np.empty((height, width), dtype=np.float32)
     for index in range(count):
-        planes[:] = pictures[index].reshape(3, height * width)
+        planes[:] = images[index].reshape(3, height * width)
         if jitter[index]:
             for operation in order[index]:
                 factor = factors[index, operation]

@@ -1,6 +1,6 @@
 """Owns the photometric stage on a GPU: three Triton kernels that together touch each byte a handful of times.
 
-Colour (one program a picture, because contrast needs the picture's mean), horizontal blur, and vertical blur with
+Colour (one program an image, because contrast needs the image's mean), horizontal blur, and vertical blur with
 solarize, normalise and flip. The operations and their rounding are those of photometric_cpu.py, and the tests
 compare the two: on a GPU, and everywhere else through Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -36,7 +36,7 @@ def transform_on_gpu(
     offset: NDArray[np.float32],
     dtype: torch.dtype,
 ) -> Float[Tensor, "n 3 s s"]:
-    """One view of n pictures on the current stream: ``byte * scale + offset`` per channel, channels-last in memory."""
+    """One view of n images on the current stream: ``byte * scale + offset`` per channel, channels-last in memory."""
     count, side = squares.shape[:2]
     pixels = side * side
     squares = squares.contiguous()
@@ -67,7 +67,7 @@ def transform_on_gpu(
 
 
 def _tables(params: ViewParams, view: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The parameters of one view as two tables, a row a picture: whole numbers and real ones."""
+    """The parameters of one view as two tables, a row an image: whole numbers and real ones."""
     flags = np.column_stack(
         [
             params.jitter[:, view],
@@ -134,18 +134,18 @@ def _operate(operation, factor, mean, red, green, blue):
 
 
 @triton.jit
-def _load_pixels(picture, at, mask):
-    red = tl.load(picture + 3 * at, mask=mask, other=0).to(tl.float32)
-    green = tl.load(picture + 3 * at + 1, mask=mask, other=0).to(tl.float32)
-    blue = tl.load(picture + 3 * at + 2, mask=mask, other=0).to(tl.float32)
+def _load_pixels(image, at, mask):
+    red = tl.load(image + 3 * at, mask=mask, other=0).to(tl.float32)
+    green = tl.load(image + 3 * at + 1, mask=mask, other=0).to(tl.float32)
+    blue = tl.load(image + 3 * at + 2, mask=mask, other=0).to(tl.float32)
     return red, green, blue
 
 
 @triton.jit
 def _colour(squares, coloured, flags, numbers, pixels: tl.constexpr, BLOCK: tl.constexpr):
-    """Jitter and grayscale of one picture: interleaved bytes in, one plane a channel out."""
+    """Jitter and grayscale of one image: interleaved bytes in, one plane a channel out."""
     index = tl.program_id(0).to(tl.int64)
-    picture = squares + index * pixels * 3
+    image = squares + index * pixels * 3
     planes = coloured + index * pixels * 3
     flags += index * FLAGS
     numbers += index * NUMBERS
@@ -156,7 +156,7 @@ def _colour(squares, coloured, flags, numbers, pixels: tl.constexpr, BLOCK: tl.c
         for start in range(0, pixels, BLOCK):
             at = start + tl.arange(0, BLOCK)
             mask = at < pixels
-            red, green, blue = _load_pixels(picture, at, mask)
+            red, green, blue = _load_pixels(image, at, mask)
             before_contrast = 1
             for position in range(4):
                 operation = tl.load(flags + ORDER + position)
@@ -169,7 +169,7 @@ def _colour(squares, coloured, flags, numbers, pixels: tl.constexpr, BLOCK: tl.c
     for start in range(0, pixels, BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < pixels
-        red, green, blue = _load_pixels(picture, at, mask)
+        red, green, blue = _load_pixels(image, at, mask)
         if jitter != 0:
             for position in range(4):
                 operation = tl.load(flags + ORDER + position)
@@ -185,14 +185,14 @@ def _colour(squares, coloured, flags, numbers, pixels: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _reflect(at, side):
-    """Fold a coordinate back into the picture, the border pixel not repeated."""
+    """Fold a coordinate back into the image, the border pixel not repeated."""
     at = tl.abs(at)
     return side - 1 - tl.abs(side - 1 - at)
 
 
 @triton.jit
 def _blur_rows(coloured, rows, numbers, side: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
-    """Horizontal blur of a part of one channel; nothing where the picture is not blurred."""
+    """Horizontal blur of a part of one channel; nothing where the image is not blurred."""
     index = tl.program_id(0).to(tl.int64)
     sigma = tl.load(numbers + index * NUMBERS + SIGMA)
     if sigma > 0.0:

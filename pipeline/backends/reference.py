@@ -1,6 +1,6 @@
 """Owns the same views through PIL and torchvision: slow, obvious, the oracle that fast back ends are tested against.
 
-Serves machines without DALI too. Each function takes and returns one picture: uint8 ``[3, h, w]``, RGB.
+Serves machines without DALI too. Each function takes and returns one image: uint8 ``[3, h, w]``, RGB.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torchvision.transforms.v2 import functional as F
 from pipeline.sampling.augmentations import augment
 from pipeline.sampling.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, CentreCrops, ViewParams, ViewRecipe
 
-Picture = UInt8[Tensor, "3 h w"]
+ImageInfo = UInt8[Tensor, "3 h w"]
 Square = UInt8[Tensor, "3 s s"]
-# PIL stops at 179 million pixels with an error of a class of its own. Pictures too large were refused when sharded; the
+# PIL stops at 179 million pixels with an error of a class of its own. Images too large were refused when sharded; the
 # limit here is for bytes that came into a shard in another way.
 Image.MAX_IMAGE_PIXELS = None
 MAX_PIXELS = 1 << 28  # 1 GB decoded
 
 
-def decode(encoded: bytes) -> Picture:
-    """Decode an encoded picture as PIL does; EXIF orientation is ignored, 16 bits are scaled to 8.
+def decode(encoded: bytes) -> ImageInfo:
+    """Decode an encoded image as PIL does; EXIF orientation is ignored, 16 bits are scaled to 8.
 
-    Raises OSError, ValueError or SyntaxError, as PIL does, when the bytes are no whole picture.
+    Raises OSError, ValueError or SyntaxError, as PIL does, when the bytes are no whole image.
     """
     with Image.open(io.BytesIO(encoded)) as file:
         image: Image.Image = file
@@ -40,74 +40,74 @@ def decode(encoded: bytes) -> Picture:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def resized_crop(picture: Picture, params: ViewParams, sample: int, view: int, image_size: int) -> Square:
-    """The view's window, resized to a square of ``image_size`` px. Raises ValueError if the picture is smaller."""
+def resized_crop(image: ImageInfo, params: ViewParams, sample: int, view: int, image_size: int) -> Square:
+    """The view's window, resized to a square of ``image_size`` px. Raises ValueError if the image is smaller."""
     top, left, height, width = params.crop[sample, view].tolist()
-    check_inside(picture, top + height, left + width)
-    return F.resized_crop(picture, top, left, height, width, [image_size, image_size], antialias=True)
+    check_inside(image, top + height, left + width)
+    return F.resized_crop(image, top, left, height, width, [image_size, image_size], antialias=True)
 
 
-def centre_crop(picture: Picture, crops: CentreCrops, sample: int, image_size: int) -> Square:
-    """The evaluation view: the picture resized, then its centre. Raises ValueError if the picture is smaller."""
-    check_inside(picture, *np.rint(crops.end[sample]).astype(int).tolist())
-    resized = F.resize(picture, crops.resized[sample].tolist(), antialias=True)
+def centre_crop(image: ImageInfo, crops: CentreCrops, sample: int, image_size: int) -> Square:
+    """The evaluation view: the image resized, then its centre. Raises ValueError if the image is smaller."""
+    check_inside(image, *np.rint(crops.end[sample]).astype(int).tolist())
+    resized = F.resize(image, crops.resized[sample].tolist(), antialias=True)
     top, left = crops.corner[sample].tolist()
     return F.crop(resized, top, left, image_size, image_size)
 
 
-def check_inside(picture: Picture, bottom: int, right: int) -> None:
-    """Raise ValueError if the picture is smaller: torchvision would fill up with black what lies beyond it."""
-    height, width = picture.shape[1:]
+def check_inside(image: ImageInfo, bottom: int, right: int) -> None:
+    """Raise ValueError if the image is smaller: torchvision would fill up with black what lies beyond it."""
+    height, width = image.shape[1:]
     if bottom > height or right > width:
-        raise ValueError(f"the picture has {height} x {width} pixels, less than samples.npy says")
+        raise ValueError(f"the image has {height} x {width} pixels, less than samples.npy says")
 
 
-def colour(picture: Picture, params: ViewParams, sample: int, view: int) -> Picture:
+def colour(image: ImageInfo, params: ViewParams, sample: int, view: int) -> ImageInfo:
     """The four operations of ColorJitter in their drawn order, then grayscale."""
     if params.jitter[sample, view]:
         for operation in params.order[sample, view]:
             factor = float(params.factors[sample, view, operation])
             match operation:
                 case _ if operation == BRIGHTNESS:
-                    picture = F.adjust_brightness(picture, factor)
+                    image = F.adjust_brightness(image, factor)
                 case _ if operation == CONTRAST:
-                    picture = F.adjust_contrast(picture, factor)
+                    image = F.adjust_contrast(image, factor)
                 case _ if operation == SATURATION:
-                    picture = F.adjust_saturation(picture, factor)
+                    image = F.adjust_saturation(image, factor)
                 case _ if operation == HUE:
-                    picture = F.adjust_hue(picture, factor)
+                    image = F.adjust_hue(image, factor)
                 case _:
                     raise AssertionError(f"no colour operation {operation}")
     if params.gray[sample, view]:
-        picture = F.rgb_to_grayscale(picture, num_output_channels=3)
-    return picture
+        image = F.rgb_to_grayscale(image, num_output_channels=3)
+    return image
 
 
-def blur_and_flip(picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Picture:
+def blur_and_flip(image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> ImageInfo:
     """What follows the colours: blur, solarize, flip."""
     if params.sigma[sample, view] > 0:
         window = recipe.blur_window
-        picture = F.gaussian_blur(picture, [window, window], [float(params.sigma[sample, view])] * 2)
+        image = F.gaussian_blur(image, [window, window], [float(params.sigma[sample, view])] * 2)
     if params.solarize[sample, view]:
-        picture = F.solarize(picture, recipe.solarize_threshold)
+        image = F.solarize(image, recipe.solarize_threshold)
     if params.flip[sample, view]:
-        picture = F.horizontal_flip(picture)
-    return picture
+        image = F.horizontal_flip(image)
+    return image
 
 
-def transform(picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
-    """One view of a decoded picture, before it is normalised."""
-    cropped = resized_crop(picture, params, sample, view, recipe.image_size)
+def transform(image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
+    """One view of a decoded image, before it is normalised."""
+    cropped = resized_crop(image, params, sample, view, recipe.image_size)
     return blur_and_flip(colour(cropped, params, sample, view), params, sample, view, recipe)
 
 
-def normalise(picture: Picture, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:
+def normalise(image: ImageInfo, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:
     """Bytes to float32: scaled to 0 .. 1, less the mean, by the standard deviation."""
-    return F.normalize(F.to_dtype(picture, torch.float32, scale=True), list(recipe.mean), list(recipe.std))
+    return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(recipe.mean), list(recipe.std))
 
 
 def finish(
-    picture: Picture, params: ViewParams, sample: int, view: int, recipe: ViewRecipe
+    image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe
 ) -> Float32[Tensor, "3 h w"]:
     """What follows ``transform``: normalise, and apply what goes beyond the paper's recipe."""
-    return augment(normalise(picture, recipe)[None], params.extra[sample : sample + 1, view], recipe.extra)[0]
+    return augment(normalise(image, recipe)[None], params.extra[sample : sample + 1, view], recipe.extra)[0]

@@ -1,4 +1,4 @@
-"""Owns the choice of back end, and what happens when one of them meets a picture that it cannot decode.
+"""Owns the choice of back end, and what happens when one of them meets an image that it cannot decode.
 
 This is the one place that knows which back end runs.
 """

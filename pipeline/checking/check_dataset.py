@@ -34,17 +34,17 @@ from pipeline.dataset.format import (
 )
 from pipeline.sources.readers import WDS
 
-GROUPS_LISTED = 1000  # groups of equal pictures that a report names; all are counted
-KEYS_AT_ONCE = 1 << 25  # pictures compared at a time in the search for duplicates: 256 MB of keys
+GROUPS_LISTED = 1000  # groups of equal images that a report names; all are counted
+KEYS_AT_ONCE = 1 << 25  # images compared at a time in the search for duplicates: 256 MB of keys
 ROWS_AT_ONCE = 1 << 20  # rows of samples.npy looked at together: 32 MB
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pictures that are there more than once, byte for byte."""
+    """Images that are there more than once, byte for byte."""
 
     groups: int
-    redundant: int  # pictures that could be left out
+    redundant: int  # images that could be left out
     other_labels: int  # groups whose members do not all have one label
     listed: tuple[tuple[int, ...], ...]  # sample ids of the first GROUPS_LISTED groups
 
@@ -58,7 +58,7 @@ class Inspection:
     shards: int
     bytes: int  # of all tars
     readable_rows: int  # of samples.npy; what follows from rows is counted over these
-    decoded: int  # pictures that were decoded
+    decoded: int  # images that were decoded
     damage: tuple[Damage, ...]
     class_counts: dict[str, int]  # class name -> samples
     unlabelled: int
@@ -86,7 +86,7 @@ def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -
     decoded = 0
     with (
         ThreadPoolExecutor(options.workers or cores()) as pool,
-        progress(quiet, total=info["num_samples"], unit=" pictures", desc="checking") as bar,
+        progress(quiet, total=info["num_samples"], unit=" images", desc="checking") as bar,
     ):
         for shard, found in zip(records.dataset.shards, _in_order(pool, records, options), strict=True):
             damage += found.damage
@@ -177,7 +177,7 @@ def _open_records(path: Path, info: dict[str, Any]) -> tuple[Records, list[Damag
 
 
 def read_rejected(path: Path, found: Findings) -> list[tuple[str, str]]:
-    """(name, reason) of every refused picture, as rejected.jsonl of a dataset's folder says; none if it is lost."""
+    """(name, reason) of every refused image, as rejected.jsonl of a dataset's folder says; none if it is lost."""
     try:
         lines = [json.loads(line) for line in (path / REJECTED_FILE).read_bytes().splitlines()]
         return [(str(line["name"]), str(line["reason"])) for line in lines]
@@ -204,7 +204,7 @@ def _count_labels(dataset: ShardSet) -> tuple[list[int], int]:
 
 
 def find_duplicates(dataset: ShardSet) -> Duplicates:
-    """Pictures with equal bytes: candidates by length and crc32 from samples.npy, confirmed by sha256."""
+    """Images with equal bytes: candidates by length and crc32 from samples.npy, confirmed by sha256."""
     groups = redundant = other_labels = 0
     listed: list[tuple[int, ...]] = []
     for candidates in _candidates(dataset.samples):

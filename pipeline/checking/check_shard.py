@@ -12,9 +12,9 @@ from pipeline.common.errors import UserError, require
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import file_sha256
 from pipeline.dataset.shard_tar import Component, index_bytes
-from pipeline.sharding.index_tars import components, picture_member, read_label, tar_samples
+from pipeline.sharding.index_tars import components, image_member, read_label, tar_samples
 from pipeline.sharding.options import ShardingOptions
-from pipeline.sources.image_file import BadPictureError, inspect_picture
+from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
 from pipeline.sources.tar import Member
 
@@ -27,9 +27,9 @@ class CheckOptions:
     """How thorough a check is."""
 
     decode: Decode = "sampled"
-    """full: decode every picture. sampled: some of each shard, always the same ones. none: look at headers only."""
+    """full: decode every image. sampled: some of each shard, always the same ones. none: look at headers only."""
     decode_per_shard: int = 32
-    """Pictures of a shard that --decode sampled decodes, evenly spread."""
+    """Images of a shard that --decode sampled decodes, evenly spread."""
     workers: int = 0
     """Threads that read and decode; 0 = one per CPU core."""
 
@@ -77,10 +77,10 @@ class Findings:
 
 @dataclass(frozen=True)
 class _TarSample:
-    """One sample of a tar that has a picture."""
+    """One sample of a tar that has an image."""
 
     key: str
-    length: int  # bytes of the picture
+    length: int  # bytes of the image
     label: int | str  # -1: none; a text: why its .cls member is no label
     components: list[Component]
 
@@ -90,7 +90,7 @@ class ShardFindings:
     """What came out for one shard."""
 
     damage: list[Damage]
-    decoded: int  # pictures
+    decoded: int  # images
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Records:
     dataset: ShardSet  # its ``samples`` may be empty or those of another dataset
     first_row: np.ndarray  # int64[shards + 1]: rows first_row[n] to first_row[n + 1] are shard n's
     rejected: frozenset[str]  # names in rejected.jsonl; empty unless tars of others were indexed
-    foreign: bool  # tars of others, in which refused pictures stay
+    foreign: bool  # tars of others, in which refused images stay
 
     @property
     def options(self) -> ShardingOptions:
@@ -109,7 +109,7 @@ class Records:
 
 
 def recorded_options(recipe: dict[str, Any]) -> ShardingOptions:
-    """What a dataset's recipe says about reading tars: whether labels were taken, and the largest picture allowed."""
+    """What a dataset's recipe says about reading tars: whether labels were taken, and the largest image allowed."""
     max_pixels = recipe.get("max_pixels")
     limit = max_pixels if isinstance(max_pixels, int) and max_pixels > 0 else ShardingOptions.max_pixels
     return ShardingOptions(max_pixels=limit, labels="none" if recipe.get("labels") == "none" else "auto")
@@ -137,16 +137,16 @@ def check_shard(records: Records, number: int, options: CheckOptions) -> ShardFi
 
 
 def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarSample], bool]:
-    """The tar's samples by the offset of their picture, and whether the tar could be read to its end."""
+    """The tar's samples by the offset of their image, and whether the tar could be read to its end."""
     samples: dict[int, _TarSample] = {}
     strange: list[Rejected] = []
     with open(tar, "rb") as file:
         try:
             for key, members in tar_samples(tar, strange):
-                picture = picture_member(members)
-                if picture is not None:
+                image = image_member(members)
+                if image is not None:
                     label = _label(file.fileno(), members, records.options)
-                    samples[picture.offset] = _TarSample(key, picture.length, label, components(members))
+                    samples[image.offset] = _TarSample(key, image.length, label, components(members))
         except UserError as error:
             found.add("is no whole tar", str(error))
             return samples, False
@@ -161,7 +161,7 @@ def _label(handle: int, members: list[Member], options: ShardingOptions) -> int 
         return -1
     try:
         return read_label(handle, members)
-    except BadPictureError as error:
+    except BadImageError as error:
         return str(error)
 
 
@@ -183,7 +183,7 @@ def _check_rows(
     in_tar: Findings,
     in_rows: Findings,
 ) -> int:
-    """Each row against the tar; gives the number of pictures that were decoded."""
+    """Each row against the tar; gives the number of images that were decoded."""
     to_decode = decoded_rows(rows, options)
     for sample_id in rows:
         row = records.dataset.samples[sample_id]
@@ -193,16 +193,16 @@ def _check_rows(
         sample = samples.get(int(row["offset"]))
         if sample is None:
             if whole:
-                in_rows.add("point where no picture begins", f"row {sample_id}, byte {row['offset']}")
+                in_rows.add("point where no image begins", f"row {sample_id}, byte {row['offset']}")
                 continue
         else:
             _compare_row(sample_id, row, sample, records.dataset.classes, in_rows)
-        _check_picture(records, sample_id, sample_id in to_decode, in_tar, in_rows)
+        _check_image(records, sample_id, sample_id in to_decode, in_tar, in_rows)
     return len(to_decode)
 
 
 def decoded_rows(rows: range, options: CheckOptions) -> frozenset[int]:
-    """The rows of a shard whose pictures are decoded: all, none, or evenly spread ones."""
+    """The rows of a shard whose images are decoded: all, none, or evenly spread ones."""
     if options.decode == "none":
         return frozenset()
     if options.decode == "full" or len(rows) <= options.decode_per_shard:
@@ -224,24 +224,22 @@ def _compare_row(sample_id: int, row: np.void, sample: _TarSample, classes: tupl
         found.add("have a label that is no class", f"{who}: {label}, with {len(classes)} classes")
 
 
-def _check_picture(records: Records, sample_id: int, decode: bool, in_tar: Findings, in_rows: Findings) -> None:
+def _check_image(records: Records, sample_id: int, decode: bool, in_tar: Findings, in_rows: Findings) -> None:
     dataset = records.dataset
     try:
         data = dataset.read(sample_id)
-        picture = inspect_picture(data, "full" if decode else "header", records.options.max_pixels)
+        image = inspect_image(data, "full" if decode else "header", records.options.max_pixels)
     except BadSampleError as error:
-        in_tar.add("has pictures that are not what was written", f"row {sample_id} ({error.key}): {error.reason}")
+        in_tar.add("has images that are not what was written", f"row {sample_id} ({error.key}): {error.reason}")
         return
-    except BadPictureError as error:
+    except BadImageError as error:
         key = dataset.bad_sample(sample_id, "").key
-        in_tar.add("has pictures that cannot be used", f"row {sample_id} ({key}): {error}")
+        in_tar.add("has images that cannot be used", f"row {sample_id} ({key}): {error}")
         return
     recorded = tuple(dataset.sizes([sample_id])[0].tolist())
-    if recorded != (picture.height, picture.width):
-        is_ = f"{picture.height} x {picture.width}"
-        in_rows.add(
-            "have another size than the picture", f"row {sample_id}: {recorded[0]} x {recorded[1]}, it is {is_}"
-        )
+    if recorded != (image.height, image.width):
+        is_ = f"{image.height} x {image.width}"
+        in_rows.add("have another size than the image", f"row {sample_id}: {recorded[0]} x {recorded[1]}, it is {is_}")
 
 
 def _check_unlisted(
@@ -254,7 +252,7 @@ def _check_unlisted(
     listed = set(records.dataset.samples["offset"][rows.start : rows.stop].tolist())
     for offset, sample in samples.items():
         if offset not in listed and f"{tar}/{sample.key}" not in records.rejected:
-            found.add("leave out pictures of the tar", sample.key)
+            found.add("leave out images of the tar", sample.key)
 
 
 def _check_index(records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings) -> None:

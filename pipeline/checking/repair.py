@@ -1,7 +1,7 @@
 """Owns the repair of a dataset: dataset.json, samples.npy and DALI's indexes are made again from the tars.
 
 Tars are read and never touched, and are believed only as far as the record allows: one whose sha256 is not the recorded
-one holds something that was not written there, so nothing is rebuilt from it. Without any record every picture is
+one holds something that was not written there, so nothing is rebuilt from it. Without any record every image is
 decoded, and those that cannot be are left out. The work is that of indexing other people's tars: parallel, atomic.
 """
 
@@ -96,7 +96,7 @@ def _readable_record(path: Path) -> dict[str, Any] | None:
 
 
 def _known_job(path: Path, info: dict[str, Any], workers: int) -> RepairJob:
-    """Pictures of our own tars were checked when they were written; those of others are chosen again as they were."""
+    """Images of our own tars were checked when they were written; those of others are chosen again as they were."""
     recipe, foreign = info["recipe"], info["source"].startswith(WDS)
     verify: Verify = "full" if foreign and recipe.get("verify") == "full" else "header"
     options = replace(recorded_options(recipe), workers=workers, verify=verify)
@@ -152,9 +152,9 @@ def _losses(job: RepairJob, info: dict[str, Any] | None, done: dict[str, Any], r
         names = f"the {len(done['classes'])} classes are called by their numbers" if done["classes"] else "no classes"
         lost.append(f"the source, the seed of the shuffle, the split and the names of the classes ({names} now)")
         if refused:
-            lost.append(f"{refused} entries of the tars that hold no picture that can be decoded (see rejected.jsonl)")
+            lost.append(f"{refused} entries of the tars that hold no image that can be decoded (see rejected.jsonl)")
     elif done["num_rejected"] < info.get("num_rejected", 0):
-        lost.append(f"the names of {info['num_rejected'] - done['num_rejected']} pictures that were refused")
+        lost.append(f"the names of {info['num_rejected'] - done['num_rejected']} images that were refused")
     return lost
 
 

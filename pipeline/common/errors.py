@@ -46,7 +46,7 @@ SEEDS = 1 << 64  # torch's generators and ours take 64 bits
 
 
 def check_at_least_1(flag: str, count: int) -> None:
-    """Of what is counted: steps, pictures, passes."""
+    """Of what is counted: steps, images, passes."""
     require(flag, count, count >= 1, "it must be at least 1")
 
 

@@ -1,4 +1,4 @@
-"""Owns one dataset: reading its pictures by sample id, from a folder or, through the cache, from a URL."""
+"""Owns one dataset: reading its images by sample id, from a folder or, through the cache, from a URL."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.dataset.format import (
     too_large_to_hash,
 )
 from pipeline.dataset.remote_cache import CacheConfig
-from pipeline.dataset.remote_shards import Ahead, RemoteShards
+from pipeline.dataset.remote_shards import PrefetchPlan, RemoteShards
 from pipeline.dataset.row_check import RowCheck
 from pipeline.dataset.shard_tar import split_key
 
@@ -152,7 +152,7 @@ class ShardSet:
         dataset, samples.npy is fetched first, into ``cache``.
 
         Raises UserError if it is missing, half-written, of another version, or its files' sizes disagree with
-        dataset.json. ``verify_checksums``: compare each picture with its crc32 when it is read.
+        dataset.json. ``verify_checksums``: compare each image with its crc32 when it is read.
         """
         remote = None
         if isinstance(path, Url):
@@ -182,7 +182,7 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that identifies the content (pictures, order, labels), wherever the files lie."""
+        """sha256 that identifies the content (images, order, labels), wherever the files lie."""
         shards = [[s["samples"], s["bytes"], s["sha256"]] for s in self.info["shards"]]
         parts = [FORMAT_VERSION, self.num_samples, self.classes, self.info["samples_sha256"], shards]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -222,7 +222,7 @@ class ShardSet:
         return self.path / self.shards[shard].index
 
     def read(self, sample_id: int, cancelled: threading.Event | None = None) -> bytes:
-        """The encoded picture. Raises BadSampleError if it cannot be read or is not what was written.
+        """The encoded image. Raises BadSampleError if it cannot be read or is not what was written.
 
         Raises UserError once samples.npy has turned out not to be the recorded one, or if a remote shard cannot be had,
         and FetchCancelledError if ``cancelled`` is set while it is waited for.
@@ -255,7 +255,7 @@ class ShardSet:
         return data
 
     def _flaw(self, row: np.void, data: bytes) -> str | None:
-        """Why ``data`` is not the picture that ``row`` tells of; None if it is."""
+        """Why ``data`` is not the image that ``row`` tells of; None if it is."""
         if len(data) != int(row["length"]):
             return f"the shard ends early: {len(data)} of {int(row['length'])} bytes"
         if self.verify_checksums and zlib.crc32(data) != int(row["checksum"]):
@@ -280,17 +280,17 @@ class ShardSet:
 
     @contextmanager
     def follow(
-        self, ahead: Ahead | None, cancelled: threading.Event, slack: int, processes: int
+        self, ahead: PrefetchPlan | None, cancelled: threading.Event, max_steps_behind: int, processes: int
     ) -> Iterator[Callable[[], None]]:
         """Have the shards of a remote dataset fetched in the order of ``ahead``; call what is given as a step begins.
 
-        Arguments as in ``RemoteShards.follow``; ``ahead`` None: read picture by picture. Of a local dataset: nothing.
+        Arguments as in ``RemoteShards.follow``; ``ahead`` None: read image by image. Of a local dataset: nothing.
         """
         if self._remote is None or ahead is None:
             yield lambda: None
             return
-        turns = (np.unique(self.shards_of(ids)) for ids in ahead.steps)
-        with self._remote.follow(turns, ahead.local_rank, cancelled, slack, processes) as following:
+        upcoming = (np.unique(self.shards_of(ids)) for ids in ahead.steps)
+        with self._remote.follow(upcoming, ahead.local_rank, cancelled, max_steps_behind, processes) as following:
 
             def begin() -> None:
                 following.advance()
@@ -298,12 +298,12 @@ class ShardSet:
 
             yield begin
 
-    def pays(self, ids: ArrayLike) -> bool:
+    def worth_fetching_whole(self, ids: ArrayLike) -> bool:
         """Whether whole shards should be fetched for the sake of samples ``ids`` (int64[n])."""
         if self._remote is None:
             return False
         rows = self._rows[np.asarray(ids, np.int64)]
-        return self._remote.pays(np.unique(rows["shard"]), int(rows["length"].sum(dtype=np.int64)))
+        return self._remote.worth_fetching_whole(np.unique(rows["shard"]), int(rows["length"].sum(dtype=np.int64)))
 
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
         """Raise UserError unless the cache of a remote dataset holds so many shards; ``reason`` is what needs them."""

@@ -4,7 +4,7 @@ DIR/dataset.json       written last: without it the folder is no dataset
 DIR/shard-000000.tar   plain WebDataset: KEY.cls (if labelled) and KEY.jpg (or png, webp, bmp, tiff, ppm)
 DIR/shard-000000.idx   DALI's wds2idx v1.2 index of that tar
 DIR/samples.npy        SAMPLE_DTYPE[num_samples]; the sample id is the row
-DIR/rejected.jsonl     {"name", "reason"} of every picture that was refused
+DIR/rejected.jsonl     {"name", "reason"} of every image that was refused
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, PARTIAL_DIR = "dataset.json", "sample
 SAMPLE_DTYPE = np.dtype(
     [
         ("shard", "<u4"),
-        ("offset", "<u8"),  # bytes from the start of the tar to the picture
+        ("offset", "<u8"),  # bytes from the start of the tar to the image
         ("length", "<u4"),  # bytes
         ("label", "<i4"),  # -1 = none
         ("height", "<u2"),  # pixels as stored; EXIF orientation is ignored
         ("width", "<u2"),
-        ("checksum", "<u4"),  # zlib.crc32 of the picture's bytes
+        ("checksum", "<u4"),  # zlib.crc32 of the image's bytes
     ]
 )
 HASHED_AT_OPEN = 64 << 20  # bytes; up to here (2.4 million samples) samples.npy is hashed before anything is read

@@ -12,18 +12,18 @@ from collections.abc import Iterator, Sequence
 from jaxtyping import Int64
 from numpy import ndarray
 
-Turns = Iterator[Int64[ndarray, "_"]]  # the shards that each step reads, step by step  # noqa: F821
+Upcoming = Iterator[Int64[ndarray, "_"]]  # the shards that each step reads, step by step  # noqa: F821
 _MAX_USES = 1 << 20  # entries remembered, about 100 MB; more steps are not looked at ahead
 _LOOK = 16  # steps looked at in one call, so that none takes long
 
 
 class Window:
-    """The shards of the steps from ``slack`` ago on, as far ahead as ``budget`` bytes hold them. Not thread-safe."""
+    """Shards of the steps from ``max_steps_behind`` ago on, as far ahead as ``budget`` bytes go. Not thread-safe."""
 
-    def __init__(self, turns: Turns, sizes: Sequence[int], budget: int, slack: int) -> None:
-        """``sizes``: bytes of each shard; ``slack``: steps that may still be read after a later one was begun."""
-        self._turns, self._sizes, self._budget, self._slack = turns, sizes, budget, slack
-        self._laid: deque[list[int]] = deque()  # the shards of steps now - slack .. the last one looked at
+    def __init__(self, upcoming: Upcoming, sizes: Sequence[int], budget: int, max_steps_behind: int) -> None:
+        """``sizes``: bytes of each shard; ``max_steps_behind``: steps still read after a later one was begun."""
+        self._upcoming, self._sizes, self._budget, self._max_steps_behind = upcoming, sizes, budget, max_steps_behind
+        self._laid: deque[list[int]] = deque()  # the shards of steps now - max_steps_behind .. the last one looked at
         self._uses: dict[int, int] = {}  # shard -> steps in _laid that read it
         self._last: dict[int, int] = {}  # shard -> the last of these steps
         self._bytes, self._entries, self._now, self._ahead = 0, 0, -1, -1  # _ahead: the last step looked at
@@ -39,11 +39,11 @@ class Window:
         return iter(list(self._uses))
 
     def advance(self) -> None:
-        """The next step begins: what was read longer than ``slack`` ago leaves the window."""
+        """The next step begins: what was read longer than ``max_steps_behind`` ago leaves the window."""
         self._now += 1
         while self._ahead < self._now and self._extend(force=True):
             pass
-        while len(self._laid) > self._ahead - self._now + 1 + self._slack:
+        while len(self._laid) > self._ahead - self._now + 1 + self._max_steps_behind:
             for shard in self._laid.popleft():
                 self._entries -= 1
                 self._uses[shard] -= 1
@@ -80,7 +80,7 @@ class Window:
     def _extend(self, *, force: bool) -> bool:
         """Take one more step into the window if it fits, or anyway if ``force``."""
         if self._next is None:
-            coming = next(self._turns, None)
+            coming = next(self._upcoming, None)
             if coming is None:
                 return False
             self._next = coming.tolist()

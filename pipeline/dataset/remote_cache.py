@@ -40,7 +40,7 @@ class _Claim(Enum):
     FULL = "there is no room for it"
 
 
-NeededAs = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (False), or not ours to say (None)
+IsNeeded = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (False), or not ours to say (None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ShardCache:
                 f"--cache-dir {self.folder} cannot be used ({error.strerror}): name a folder on a disk of this machine"
             ) from error
 
-    def open(self, file: RemoteFile, needed: NeededAs, cancelled: threading.Event) -> int | None:
+    def open(self, file: RemoteFile, needed: IsNeeded, cancelled: threading.Event) -> int | None:
         """A handle for reading ``file``, which is fetched if it is not there; the caller closes it. None: no room.
 
         ``needed`` says what must not go. Raises UserError if the file cannot be had, FetchCancelledError if
@@ -122,11 +122,11 @@ class ShardCache:
                 if cancelled.wait(_BUSY_POLL_S):
                     raise FetchCancelledError(file.name)
 
-    def fetch(self, file: RemoteFile, needed: NeededAs, cancelled: threading.Event) -> bool:
+    def fetch(self, file: RemoteFile, needed: IsNeeded, cancelled: threading.Event) -> bool:
         """See that ``file`` is there or that another fetches it; False if there is no room now. Raises as ``open``."""
         with self._disk_trouble():
             if self.has(file):
-                self.announce(file)
+                self.renew_lease(file)
                 return True
             part = self._claim(file, needed)
             if isinstance(part, int):
@@ -141,7 +141,7 @@ class ShardCache:
         """Remove a file that has turned out to be damaged."""
         self._path(file).unlink(missing_ok=True)
 
-    def announce(self, file: RemoteFile) -> None:
+    def renew_lease(self, file: RemoteFile) -> None:
         """Keep the file, if it is there, from those who do not know that it will be needed."""
         with suppress(FileNotFoundError):  # gone, or not there yet: then it is fetched when it is needed
             os.utime(self._path(file))
@@ -160,7 +160,7 @@ class ShardCache:
         self.discard(file)
         return None
 
-    def _claim(self, file: RemoteFile, needed: NeededAs) -> int | _Claim:
+    def _claim(self, file: RemoteFile, needed: IsNeeded) -> int | _Claim:
         """The handle of NAME.part, locked and with room reserved for the whole, or why it cannot be had."""
         path = self.folder / f"{file.sha256}-{file.bytes}.part"
         with self._room_locked():
@@ -217,7 +217,7 @@ class ShardCache:
             offset += len(piece)
         return digest.hexdigest()
 
-    def _make_room(self, needed: NeededAs, keep: str) -> bool:
+    def _make_room(self, needed: IsNeeded, keep: str) -> bool:
         """Remove what may go, the longest unused first, until the folder is within the limit, or say that it cannot be.
 
         Only files that other users of the cache have not announced lately, or of which ``needed`` knows better.
@@ -239,7 +239,7 @@ class ShardCache:
         return used <= self.limit
 
     def _disk_trouble(self) -> AbstractContextManager[None]:
-        """What the cache's disk does is no fault of a picture, which an OSError would be taken for."""
+        """What the cache's disk does is no fault of an image, which an OSError would be taken for."""
         doing = f"using --cache-dir {self.folder}"
         again = "then run the same command again (pretrain.py with --resume)"
         return disk_errors(doing, f"{doing} failed", f"see to the disk or name another folder, {again}")

@@ -1,6 +1,6 @@
 """Owns the shards of one remote dataset in one process: fetched ahead in the order in which they will be read.
 
-A shard that the known future needs is fetched whole, into the cache. Any other picture is read alone, by its range: one
+A shard that the known future needs is fetched whole, into the cache. Any other image is read alone, by its range: one
 of a few that are looked at, one that replaces a bad sample, or one for whose shard there is no room.
 """
 
@@ -32,18 +32,18 @@ from pipeline.dataset.format import (
     open_rows,
     parse_dataset_file,
 )
-from pipeline.dataset.prefetch_window import Turns, Window
+from pipeline.dataset.prefetch_window import Upcoming, Window
 from pipeline.dataset.remote_cache import LEASE_S, CacheConfig, RemoteFile, ShardCache
 from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
 
 _READ_ATTEMPTS = 3  # of a dataset.json that comes damaged
 _IDLE_S = 0.2  # between looks for more to fetch
 _EVALUATION_SHARE = 0.25  # of a cache that does not hold everything: for what is read beside training
-_WHOLE_SHARE = 0.25  # of the shards' bytes must be wanted, or pictures are read one by one
+_WHOLE_SHARE = 0.25  # of the shards' bytes must be wanted, or images are read one by one
 
 
 @dataclass(frozen=True)
-class Ahead:
+class PrefetchPlan:
     """What is known of a loader's future."""
 
     steps: Iterator[Int64[np.ndarray, "_"]]  # the samples of each step  # noqa: F821
@@ -61,7 +61,7 @@ class RemoteShards:
         self._cache = ShardCache(self._remote, config)
         self._entries: Sequence[dict[str, Any]] = ()
         self._samples: RemoteFile | None = None
-        self._followings: list[Following] = []
+        self._followings: list[ShardPrefetcher] = []
         self._failure: Exception | None = None  # of fetching ahead; the next reader raises it
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
@@ -110,7 +110,7 @@ class RemoteShards:
         return file, open_rows(file, info, f"{SAMPLES_FILE} of {self._remote.url}")
 
     def open(self, shard: int, cancelled: threading.Event) -> int | None:
-        """A handle of the shard's tar, which the caller closes; None if its pictures should be read by their ranges.
+        """A handle of the shard's tar, which the caller closes; None if its images should be read by their ranges.
 
         Waits while it is fetched. Raises UserError if it cannot be had, FetchCancelledError if ``cancelled`` is set.
         """
@@ -131,20 +131,25 @@ class RemoteShards:
 
     @contextmanager
     def follow(
-        self, turns: Turns, local_rank: int | None, cancelled: threading.Event, slack: int, processes: int
-    ) -> Iterator[Following]:
-        """Fetch the shards of ``turns`` ahead of use; tell ``advance`` of the returned object when a step begins.
+        self,
+        upcoming: Upcoming,
+        local_rank: int | None,
+        cancelled: threading.Event,
+        max_steps_behind: int,
+        processes: int,
+    ) -> Iterator[ShardPrefetcher]:
+        """Fetch the shards of ``upcoming`` ahead of use; tell ``advance`` of the returned object when a step begins.
 
-        ``local_rank``: as in ``Ahead``. ``cancelled`` ends it all. ``slack``: steps that some process may still read
-        when a later one begins. ``processes`` of this machine.
+        ``local_rank``: as in ``PrefetchPlan``. ``cancelled`` ends it all. ``max_steps_behind``: steps that some process
+        may still read when a later one begins. ``processes`` of this machine.
         """
         if local_rank is None:
             budget = int(self._room * _EVALUATION_SHARE) // processes
         else:
             budget = self.budget
-        window = Window(turns, self._sizes, budget, slack)
+        window = Window(upcoming, self._sizes, budget, max_steps_behind)
         threads = self.config.fetch_threads if not local_rank else 0
-        following = Following(self, window, cancelled, knows_machine=local_rank is not None, fetches=threads > 0)
+        following = ShardPrefetcher(self, window, cancelled, knows_machine=local_rank is not None, fetches=threads > 0)
         self._followings.append(following)
         with ThreadPoolExecutor(max(threads, 1), "fetch") as pool:
             for _ in range(threads):
@@ -177,7 +182,7 @@ class RemoteShards:
                 f"--cache-size of {_gb(least)} at least"
             )
 
-    def pays(self, shards: np.ndarray, wanted_bytes: int) -> bool:
+    def worth_fetching_whole(self, shards: np.ndarray, wanted_bytes: int) -> bool:
         """Whether to fetch whole ``shards`` for the sake of ``wanted_bytes`` in them."""
         return wanted_bytes >= _WHOLE_SHARE * sum(self._sizes[shard] for shard in shards.tolist())
 
@@ -193,11 +198,11 @@ class RemoteShards:
             error = wrapped
         self._failure = error
 
-    def announce(self, shards: Iterator[int]) -> None:
+    def renew_leases(self, shards: Iterator[int]) -> None:
         """Keep files of the cache from its other users."""
         assert self._samples is not None
         for file in (self._samples, *map(self._file, shards)):
-            self._cache.announce(file)
+            self._cache.renew_lease(file)
 
     @cached_property
     def _sizes(self) -> list[int]:
@@ -226,7 +231,7 @@ class RemoteShards:
         return False if any(following.knows_machine for following in self._followings) else None
 
 
-class Following:
+class ShardPrefetcher:
     """One known future and the threads that fetch it."""
 
     def __init__(
@@ -280,7 +285,7 @@ class Following:
             if time.monotonic() - self._announced_s < LEASE_S / 10:
                 return
             self._announced_s, window = time.monotonic(), iter(self._window)
-        self._shards.announce(window)
+        self._shards.renew_leases(window)
 
 
 def _npy_bytes(rows: int) -> int:

@@ -1,6 +1,6 @@
 """Owns the comparison of a large samples.npy with what dataset.json records of it, beside the work that uses it.
 
-Where a picture lies and its checksum are compared with its bytes at every read, so a wrong row of that kind is a bad
+Where an image lies and its checksum are compared with its bytes at every read, so a wrong row of that kind is a bad
 sample. A wrong label or size would be noticed by nothing, and hashing 28 GB takes half a minute: so it is done in a
 thread, and whoever is about to rely on the result waits for it.
 """

@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import torch
 from PIL import UnidentifiedImageError
 
-from pipeline.backends.base import Batch, Delivered, Setup, UndecodableBatchError
+from pipeline.backends.base import BackendContext, BackendOutput, Batch, UndecodableBatchError
 from pipeline.backends.reference import decode
 from pipeline.backends.select import open_backend
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import BadSampleError, ShardSet
-from pipeline.dataset.remote_shards import Ahead
+from pipeline.dataset.remote_shards import PrefetchPlan
 from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.prefetch_queue import fed_ahead
 from pipeline.loader.read_batches import Assembler, DrawWindows
 from pipeline.loader.timing import ReadCosts, Stalls
-from pipeline.sampling.sampler import Place, Process
+from pipeline.sampling.sampler import BatchIds, World
 from pipeline.sampling.views import ViewRecipe
 
 
@@ -48,10 +48,10 @@ class ViewMaker:
         self._assembler = assembler
         self._read_ahead = config.read_ahead
         self._backend = open_backend(config.backend)
-        self._setup = Setup(recipe, config.dali, max_batch, device, dtype, pool, threads)
+        self._setup = BackendContext(recipe, config.dali, max_batch, device, dtype, pool, threads)
 
-    def deliver(self, places: Iterable[Place]) -> Iterator[Delivered]:
-        """The views of each place in order, bad pictures replaced."""
+    def deliver(self, places: Iterable[BatchIds]) -> Iterator[BackendOutput]:
+        """The views of each place in order, bad images replaced."""
         made = self._make(self._assembler.read_ahead(places, self._read_ahead))
         while True:
             try:
@@ -61,12 +61,12 @@ class ViewMaker:
             except UndecodableBatchError as error:
                 yield self._recover(error)
 
-    def _make(self, batches: Iterator[Batch]) -> Iterator[Delivered]:
+    def _make(self, batches: Iterator[Batch]) -> Iterator[BackendOutput]:
         """Views of batches by the chosen back end; goes on after an UndecodableBatchError."""
         return self._backend.views(self._setup, batches)
 
-    def _recover(self, error: UndecodableBatchError) -> Delivered:
-        """Find the pictures that spoil a batch, put others in their place, and make it again."""
+    def _recover(self, error: UndecodableBatchError) -> BackendOutput:
+        """Find the images that spoil a batch, put others in their place, and make it again."""
         while True:
             self._find_bad(error)
             batch = self._assembler.replace_bad(error.batch)
@@ -76,9 +76,9 @@ class ViewMaker:
                 error = again
 
     def _find_bad(self, error: UndecodableBatchError) -> None:
-        """Note the pictures that PIL cannot decode; if it can decode them all, those the back end cannot decode alone.
+        """Note the images that PIL cannot decode; if it can decode them all, those the back end cannot decode alone.
 
-        Raises RuntimeError when every picture is good by itself: then the trouble is not the pictures'.
+        Raises RuntimeError when every image is good by itself: then the trouble is not the images'.
         """
         for faults in (self._pil_faults(error.batch), self._backend_faults(error.batch)):
             found = False
@@ -87,10 +87,10 @@ class ViewMaker:
                 self._assembler.note_bad(int(error.batch.sources[sample]), fault)
             if found:
                 return
-        raise RuntimeError(f"a batch of pictures, each of them good, could not be decoded: {error.reason}") from error
+        raise RuntimeError(f"a batch of images, each of them good, could not be decoded: {error.reason}") from error
 
     def _pil_faults(self, batch: Batch) -> Iterator[tuple[int, str]]:
-        """(sample, fault) of the pictures that PIL cannot decode."""
+        """(sample, fault) of the images that PIL cannot decode."""
         faults = self._setup.pool.map(lambda sample: _pil_fault(batch, sample), range(len(batch)))
         for sample, fault in enumerate(faults):
             if fault is not None:
@@ -107,11 +107,11 @@ class ViewMaker:
 
 
 def _pil_fault(batch: Batch, sample: int) -> str | None:
-    """Why PIL cannot decode one picture of a batch; None if it can."""
+    """Why PIL cannot decode one image of a batch; None if it can."""
     try:
         decode(batch.encoded[sample].tobytes())
     except UnidentifiedImageError:  # its own text holds an address, and would not be the same after a resume
-        return "cannot be decoded: not a picture, or of an unknown format"
+        return "cannot be decoded: not an image, or of an unknown format"
     except (OSError, ValueError, SyntaxError) as error:
         return f"cannot be decoded: {error}"
     return None
@@ -122,20 +122,20 @@ PAIR_EPOCHS = 1 << 24
 RANKS_APART = 2  # steps by which one rank of a machine may be behind another
 
 
-def slack(config: LoaderConfig) -> int:
+def max_steps_behind(config: LoaderConfig) -> int:
     """Steps that some process of the machine may still read when another begins a later one."""
     return config.read_ahead + config.prefetch + config.dali.prefetch + RANKS_APART
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoaderContext:
     """What all kinds of loaders share."""
 
     dataset: ShardSet
     recipe: ViewRecipe
     config: LoaderConfig
     max_batch: int
-    process: Process
+    world: World
     dtype: torch.dtype
     on_bad_sample: Callable[[BadSampleError], None]
     read_costs: ReadCosts | None = None
@@ -145,12 +145,12 @@ class Settings:
 
 @contextmanager
 def deliver_ahead(
-    settings: Settings, draw: DrawWindows, places: Callable[[], Iterator[Place]], ahead: Ahead | None
-) -> Iterator[Iterator[tuple[Delivered, float]]]:
+    settings: LoaderContext, draw: DrawWindows, places: Callable[[], Iterator[BatchIds]], ahead: PrefetchPlan | None
+) -> Iterator[Iterator[tuple[BackendOutput, float]]]:
     """The views of ``places`` with the time waited for each, made ahead by a thread, shards fetched by ``ahead``."""
-    config, process = settings.config, settings.process
-    device = process.device
-    threads = config.threads or share_of_cores(process.local_world_size)
+    config, world = settings.config, settings.world
+    device = world.device
+    threads = config.threads or share_of_cores(world.local_world_size)
     with (
         ThreadPoolExecutor(threads, "read") as readers,
         ThreadPoolExecutor(threads, "transform") as transformers,
@@ -158,7 +158,7 @@ def deliver_ahead(
     ):
         cancelled = threading.Event()
         begin = innermost.enter_context(
-            settings.dataset.follow(ahead, cancelled, slack(config), process.local_world_size)
+            settings.dataset.follow(ahead, cancelled, max_steps_behind(config), world.local_world_size)
         )
         bad = BadSamples(config.max_bad_samples, settings.on_bad_sample)
         maker = ViewMaker(
@@ -172,7 +172,7 @@ def deliver_ahead(
             threads=threads,
         )
 
-        def make() -> Iterator[Delivered]:
+        def make() -> Iterator[BackendOutput]:
             return maker.deliver(_begun(places(), begin))
 
         depth, give_up = config.prefetch, settings.give_up
@@ -185,7 +185,7 @@ def deliver_ahead(
         yield delivered
 
 
-def _begun(places: Iterator[Place], begin: Callable[[], None]) -> Iterator[Place]:
+def _begun(places: Iterator[BatchIds], begin: Callable[[], None]) -> Iterator[BatchIds]:
     """The same places; ``begin`` is called with the first of each step."""
     newest = None
     for place in places:
@@ -197,8 +197,8 @@ def _begun(places: Iterator[Place], begin: Callable[[], None]) -> Iterator[Place
 
 
 def _on_side_stream(
-    delivered: Iterator[Delivered], device: torch.device
-) -> Iterator[tuple[Delivered, torch.cuda.Event]]:
+    delivered: Iterator[BackendOutput], device: torch.device
+) -> Iterator[tuple[BackendOutput, torch.cuda.Event]]:
     """Work on a stream of the feeder's own, so that it overlaps with the model; an event tells when a batch is done."""
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.stream(stream):
@@ -210,10 +210,10 @@ def _on_side_stream(
 
 
 def _to_current_stream(
-    delivered: Iterator[tuple[tuple[Delivered, torch.cuda.Event], float]],
+    delivered: Iterator[tuple[tuple[BackendOutput, torch.cuda.Event], float]],
     device: torch.device,
     stalls: Stalls | None,
-) -> Iterator[tuple[Delivered, float]]:
+) -> Iterator[tuple[BackendOutput, float]]:
     """Let the model's stream, not the host, wait for each batch."""
     for ((batch, views), done), wait_s in delivered:
         current = torch.cuda.current_stream(device)

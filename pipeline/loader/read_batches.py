@@ -1,4 +1,4 @@
-"""Owns the way from sample ids to a batch of encoded pictures: read ahead in threads, put good samples for bad ones.
+"""Owns the way from sample ids to a batch of encoded images: read ahead in threads, put good samples for bad ones.
 
 The rule of replacement: sample i that cannot be read or decoded is replaced by (i + 1) mod num_samples, again until
 one is good, with that sample's own views. It is a function of integers and of what is on disk, so every rank and every
@@ -23,11 +23,11 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.timing import ReadCosts
-from pipeline.sampling.sampler import Place
+from pipeline.sampling.sampler import BatchIds
 from pipeline.sampling.views import CentreCrops, ViewParams
 
-IDS_PER_READ = 16  # samples a thread reads at a time; small pictures cost more in hand-over than in reading
-Read = tuple[int, NDArray[np.uint8]]  # the sample that was read, and its encoded picture
+IDS_PER_READ = 16  # samples a thread reads at a time; small images cost more in hand-over than in reading
+Read = tuple[int, NDArray[np.uint8]]  # the sample that was read, and its encoded image
 DrawWindows = Callable[[int, Int64[np.ndarray, " n"]], "ViewParams | CentreCrops"]  # (epoch, ids) -> windows
 
 
@@ -54,7 +54,7 @@ class Assembler:
         self._costs = costs
         self._cancelled = cancelled or threading.Event()
 
-    def read_ahead(self, places: Iterable[Place], depth: int) -> Iterator[Batch]:
+    def read_ahead(self, places: Iterable[BatchIds], depth: int) -> Iterator[Batch]:
         """The batches of ``places`` in order, ``depth`` of them being read while one is used."""
         places = iter(places)
         waiting = deque((place, self._start(place[2])) for place in islice(places, depth))
@@ -69,7 +69,7 @@ class Assembler:
         return self._batch(batch.epoch, batch.step, batch.ids, [read for part in reads for read in part])
 
     def note_bad(self, sample_id: int, reason: str) -> None:
-        """Note that a sample's picture cannot be used. Raises UserError when there are too many."""
+        """Note that a sample's image cannot be used. Raises UserError when there are too many."""
         self._bad.add(self._dataset.bad_sample(sample_id, reason))
 
     def _start(self, ids: Int64[np.ndarray, " n"]) -> list[Future[list[Read]]]:

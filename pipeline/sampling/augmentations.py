@@ -42,7 +42,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class VerticalFlip(Augmentation):
-    """Top to bottom; for pictures without an up, as of microscopes, satellites and skin. torchvision: vertical_flip."""
+    """Top to bottom; for images without an up, as of microscopes, satellites and skin. torchvision: vertical_flip."""
 
     def apply(self, views: Finished, uniforms: Uniforms) -> Finished:
         """Rows in reverse."""

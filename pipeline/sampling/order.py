@@ -39,7 +39,7 @@ class OrderConfig:
     """In which order an epoch visits the samples."""
 
     epoch_order: Literal["random", "blocks"] = "random"  # blocks: few shards at a time, where random reads are slow
-    block_shards: int = 16  # shards whose samples are shuffled together; with 2048 ImageNet pictures each, 3.6 GB
+    block_shards: int = 16  # shards whose samples are shuffled together; with 2048 ImageNet images each, 3.6 GB
     # With blocks: equal parts of a batch, each from shards of its own. Where the number of machines divides it, each
     # machine reads only its part of the shards; a batch then holds samples of so many groups
     block_streams: int = 1

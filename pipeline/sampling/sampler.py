@@ -50,11 +50,11 @@ def node_positions(
 
 if TYPE_CHECKING:  # beartype, which checks the annotations under pytest, cannot read it on a method
     from typing_extensions import Self
-Place = tuple[int, int, Int64[np.ndarray, "_"]]  # epoch, step within the epoch, sample ids; each of its own length  # noqa: F821
+BatchIds = tuple[int, int, Int64[np.ndarray, "_"]]  # epoch, step within the epoch, sample ids; each of its own length  # noqa: F821
 
 
 @dataclass(frozen=True)
-class Process:
+class World:
     """One process among ``world_size``; ``local_*`` count within its machine."""
 
     rank: int
@@ -70,7 +70,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Span:
+class BatchSampler:
     """The steps from ``start_step`` of ``start_epoch`` to the end of ``epochs``."""
 
     seed: int  # of the order and of the views
@@ -85,16 +85,16 @@ class Span:
         assert self.global_batch % world_size == 0
         return -(-self.global_batch // world_size // self.accumulate)
 
-    def places(self, num_samples: int, order: Order, process: Process) -> Iterator[Place]:
-        """The micro-batches of one process, among ``num_samples`` samples that come in ``order``."""
+    def places(self, num_samples: int, order: Order, world: World) -> Iterator[BatchIds]:
+        """The micro-batches of one world, among ``num_samples`` samples that come in ``order``."""
         for epoch, step in self._steps(num_samples):
-            ids = order(epoch, batch_positions(step, self.global_batch, process.rank, process.world_size))
+            ids = order(epoch, batch_positions(step, self.global_batch, world.rank, world.world_size))
             for part in np.array_split(ids, self.accumulate):
                 yield epoch, step, part
 
-    def of_machine(self, num_samples: int, order: Order, process: Process) -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
+    def of_machine(self, num_samples: int, order: Order, world: World) -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
         """For each step, the samples of all processes on this one's machine."""
-        ranks = process.rank, process.world_size, process.local_world_size
+        ranks = world.rank, world.world_size, world.local_world_size
         for epoch, step in self._steps(num_samples):
             yield order(epoch, node_positions(step, self.global_batch, *ranks))
 

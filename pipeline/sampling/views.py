@@ -1,6 +1,6 @@
 """Owns what happens to a sample: the recipe of the two views and the draw of their parameters.
 
-A draw is a pure function of (recipe, seed, epoch, sample id, picture size). The back ends draw nothing themselves: they
+A draw is a pure function of (recipe, seed, epoch, sample id, image size). The back ends draw nothing themselves: they
 apply these numbers. Recipe: MoCo v2's augmentation as SimSiam uses it (Chen & He 2020, appendix A); distributions and
 their parameters are those of torchvision's transforms of the same names.
 """
@@ -43,7 +43,7 @@ class ViewRecipe:
     """How views are drawn. The defaults are SimSiam's for ImageNet (appendix A, after MoCo v2)."""
 
     image_size: int = 224  # side of a view, px
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the picture's area
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
     flip_prob: float = 0.5  # horizontal
     jitter_prob: float = 0.8  # of the four colour operations together
@@ -63,7 +63,7 @@ class ViewRecipe:
     extra: Annotated[Augmentations, tyro.conf.arg(name="")] = field(default_factory=Augmentations)
 
     def __post_init__(self) -> None:
-        """Raise UserError for a recipe that no picture can follow."""
+        """Raise UserError for a recipe that no image can follow."""
         require("--image-size", self.image_size, self.image_size >= 2, "a view has at least 2 px a side")
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             probability = getattr(self, f"{name}_prob")
@@ -72,7 +72,7 @@ class ViewRecipe:
             low, high = getattr(self, name)
             rule = "it takes two numbers, 0 < low <= high"
             require(f"--{name.replace('_', '-')}", (low, high), 0 < low <= high < math.inf, rule)
-        require("--crop-scale", self.crop_scale, self.crop_scale[1] <= 1, "a crop is no larger than its picture")
+        require("--crop-scale", self.crop_scale, self.crop_scale[1] <= 1, "a crop is no larger than its image")
         for name in ("brightness", "contrast", "saturation"):
             require(f"--{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "it lies in 0 .. 1")
         require("--hue", self.hue, 0 <= self.hue <= 0.5, "it lies in 0 .. 0.5 turns of the colour circle")
@@ -92,7 +92,7 @@ class ViewRecipe:
 class ViewParams:
     """What is done to n samples, each seen in two views, in the order of the fields; axes are sample and view."""
 
-    crop: Int32[np.ndarray, "n views 4"]  # top, left, height, width; px of the picture
+    crop: Int32[np.ndarray, "n views 4"]  # top, left, height, width; px of the image
     jitter: Bool[np.ndarray, "n views"]  # whether the four colour operations are applied
     order: Int8[np.ndarray, "n views 4"]  # in which order: BRIGHTNESS, CONTRAST, SATURATION, HUE
     factors: Float32[np.ndarray, "n views 4"]  # of brightness, contrast, saturation; and the hue's shift in turns
@@ -122,7 +122,7 @@ def draw_views(
 ) -> ViewParams:
     """Draw both views of some samples.
 
-    ``ids``: int64 ``[n]`` sample ids; ``sizes``: their pictures' height and width in px. A sample's draw depends on
+    ``ids``: int64 ``[n]`` sample ids; ``sizes``: their images' height and width in px. A sample's draw depends on
     nothing but its own row of these, the recipe, the seed and the epoch.
     """
     draws = uniforms(_bits(seed, epoch, ids, VIEW_STREAM, PHILOX_BLOCKS))
@@ -146,11 +146,11 @@ def draw_views(
 
 @dataclass(frozen=True)
 class CentreCrops:
-    """The evaluation view of n pictures: resize to ``resized``, then cut a square at ``corner``."""
+    """The evaluation view of n images: resize to ``resized``, then cut a square at ``corner``."""
 
     resized: Int32[np.ndarray, "n 2"]  # height, width; px
-    corner: Int32[np.ndarray, "n 2"]  # top, left; px of the resized picture
-    start: Float32[np.ndarray, "n 2"]  # the same square in px of the picture: top, left
+    corner: Int32[np.ndarray, "n 2"]  # top, left; px of the resized image
+    start: Float32[np.ndarray, "n 2"]  # the same square in px of the image: top, left
     end: Float32[np.ndarray, "n 2"]  # bottom, right
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ class CentreCrops:
 def centre_crops(image_size: int, sizes: Int32[np.ndarray, "n 2"]) -> CentreCrops:
     """ImageNet's evaluation view as torchvision's Resize and CenterCrop make it: 224 px out of a shorter side of 256.
 
-    Views of 64 px and below are made from small pictures, which have no margin to lose: there the shorter side becomes
+    Views of 64 px and below are made from small images, which have no margin to lose: there the shorter side becomes
     ``image_size``. ``sizes``: height and width, px.
     """
     shorter_side = image_size if image_size <= SMALL_VIEW else image_size * 256 // 224
@@ -205,28 +205,28 @@ def _draw_crops(
     recipe: ViewRecipe, draws: NDArray[np.float64], sizes: Int32[np.ndarray, "n 2"]
 ) -> Int32[np.ndarray, "n 2 4"]:
     """torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest centre crop allowed."""
-    picture_height, picture_width = (sizes[:, None, axis].astype(np.int64) for axis in range(2))  # [n, 1]
-    area = (picture_height * picture_width)[..., None] * _between(draws[..., AREAS], *recipe.crop_scale)
+    image_height, image_width = (sizes[:, None, axis].astype(np.int64) for axis in range(2))  # [n, 1]
+    area = (image_height * image_width)[..., None] * _between(draws[..., AREAS], *recipe.crop_scale)
     aspect = np.exp(_between(draws[..., ASPECTS], *map(math.log, recipe.crop_ratio)))
     widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, 2, attempts]
     heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (widths > 0) & (widths <= picture_width[..., None]) & (heights > 0) & (heights <= picture_height[..., None])
+    fits = (widths > 0) & (widths <= image_width[..., None]) & (heights > 0) & (heights <= image_height[..., None])
     first = fits.argmax(axis=-1)[..., None]
     found = fits.any(axis=-1)
-    largest_height, largest_width = _largest_crop(recipe, picture_height, picture_width)
+    largest_height, largest_width = _largest_crop(recipe, image_height, image_width)
     height = np.where(found, np.take_along_axis(heights, first, axis=-1)[..., 0], largest_height)
     width = np.where(found, np.take_along_axis(widths, first, axis=-1)[..., 0], largest_width)
-    top = np.floor(draws[..., TOP] * (picture_height - height + 1)).astype(np.int64)
-    left = np.floor(draws[..., LEFT] * (picture_width - width + 1)).astype(np.int64)
-    top = np.where(found, top, (picture_height - height) // 2)
-    left = np.where(found, left, (picture_width - width) // 2)
+    top = np.floor(draws[..., TOP] * (image_height - height + 1)).astype(np.int64)
+    left = np.floor(draws[..., LEFT] * (image_width - width + 1)).astype(np.int64)
+    top = np.where(found, top, (image_height - height) // 2)
+    left = np.where(found, left, (image_width - width) // 2)
     return np.stack((top, left, height, width), axis=-1).astype(np.int32)
 
 
 def _largest_crop(
     recipe: ViewRecipe, height: NDArray[np.int64], width: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The largest height and width of an allowed aspect: torchvision's fallback for very long pictures."""
+    """The largest height and width of an allowed aspect: torchvision's fallback for very long images."""
     narrowest, widest = recipe.crop_ratio
     aspect = width / height
     too_tall, too_wide = aspect < narrowest, aspect > widest

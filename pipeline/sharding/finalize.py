@@ -27,7 +27,7 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
     """Write samples.npy, rejected.jsonl and, last, dataset.json; gives the latter's contents. None if shards are
     missing.
 
-    ``about``: recipe, fingerprint, classes and rejected entries of the source. Raises UserError if no picture is
+    ``about``: recipe, fingerprint, classes and rejected entries of the source. Raises UserError if no image is
     usable.
     """
     out = job.out
@@ -39,7 +39,7 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
     rejected = sorted([*about["rejected"], *(entry for record in present for entry in record["rejected"])])
     reasons = dict(sorted(Counter(reason for _, reason in rejected).items()))
     if not shards:
-        raise UserError(f"none of the {len(rejected)} pictures can be used: {reasons}. Check SOURCE")
+        raise UserError(f"none of the {len(rejected)} images can be used: {reasons}. Check SOURCE")
     lowest, highest = _write_samples(job, present)
     info = {
         "format_version": FORMAT_VERSION,
@@ -73,10 +73,10 @@ def _classes(known: list[str], highest: int) -> list[str]:
 
 def _write_samples(job: Job, records: list[dict[str, Any]]) -> tuple[int, int]:
     """Join the shards' rows into samples.npy, one shard in memory at a time; gives the lowest and the highest label."""
-    pictures = sum(record["shard"]["samples"] for record in records)
+    images = sum(record["shard"]["samples"] for record in records)
     shard, lowest, highest = 0, np.iinfo(np.int32).max, -1
     with atomic_file(job.out / SAMPLES_FILE, job.out / PARTIAL_DIR) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (pictures,)}
+        header = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (images,)}
         np.lib.format.write_array_header_2_0(file, header)
         for number, record in enumerate(records):
             if record["shard"]["samples"] == 0:

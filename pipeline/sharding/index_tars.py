@@ -1,6 +1,6 @@
 """Owns turning WebDataset tars made by others into a dataset: they are indexed where they lie, never rewritten.
 
-Refused pictures stay in their tar but get no row in samples.npy, so training never sees them.
+Refused images stay in their tar but get no row in samples.npy, so training never sees them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.dataset.format import file_sha256
 from pipeline.dataset.shard_tar import Component, split_key
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.write_shard import Job, ShardParts, Tick
-from pipeline.sources.image_file import PICTURE_SUFFIXES, BadPictureError, inspect_picture
+from pipeline.sources.image_file import IMAGE_SUFFIXES, BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
 from pipeline.sources.tar import Member, scan_tar
 
@@ -71,23 +71,23 @@ class IndexJob(Job):
         """Number of tars."""
         return len(self.tars)
 
-    def pictures(self, numbers: list[int]) -> None:
+    def images(self, numbers: list[int]) -> None:
         """Unknown before the tars are read."""
         return None
 
     def build(self, number: int, tick: Tick) -> None:
-        """Check the pictures of one tar and write its index."""
+        """Check the images of one tar and write its index."""
         tar = self.tars[number]
         parts = ShardParts([], [], [])
         with open(tar, "rb") as file:
             for key, members in tar_samples(tar, parts.rejected):
                 length = 0
                 try:
-                    picture, row = self._sample(file.fileno(), members)
+                    image, row = self._sample(file.fileno(), members)
                     parts.rows.append(row)
                     parts.samples.append(components(members))
-                    length = picture.length
-                except BadPictureError as error:
+                    length = image.length
+                except BadImageError as error:
                     parts.rejected.append(Rejected(f"{tar.name}/{key}", str(error)))
                 tick(1, length)
         size, sha256 = tar.stat().st_size, file_sha256(tar)
@@ -98,14 +98,14 @@ class IndexJob(Job):
         return f"index-{number:06d}.idx"
 
     def _sample(self, handle: int, members: list[Member]) -> tuple[Member, tuple[int, ...]]:
-        """(the picture's member, its row). Raises BadPictureError."""
-        member = picture_member(members)
+        """(the image's member, its row). Raises BadImageError."""
+        member = image_member(members)
         if member is None:
-            raise BadPictureError("no picture among its members")
+            raise BadImageError("no image among its members")
         data = os.pread(handle, member.length, member.offset)
-        picture = inspect_picture(data, self.options.verify, self.options.max_pixels)
+        image = inspect_image(data, self.options.verify, self.options.max_pixels)
         label = -1 if self.options.labels == "none" else read_label(handle, members)
-        row = (0, member.offset, len(data), label, picture.height, picture.width, zlib.crc32(data))
+        row = (0, member.offset, len(data), label, image.height, image.width, zlib.crc32(data))
         return member, row
 
     def _place(self, tar: Path) -> str:
@@ -128,9 +128,9 @@ def tar_samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list
         yield key, list(members)
 
 
-def picture_member(members: list[Member]) -> Member | None:
-    """The member of a sample that is its picture: the first with a picture's extension."""
-    return next((m for m in members if split_key(m.name)[1].rpartition(".")[2].lower() in PICTURE_SUFFIXES), None)
+def image_member(members: list[Member]) -> Member | None:
+    """The member of a sample that is its image: the first with an image's extension."""
+    return next((m for m in members if split_key(m.name)[1].rpartition(".")[2].lower() in IMAGE_SUFFIXES), None)
 
 
 def components(members: list[Member]) -> list[Component]:
@@ -139,11 +139,11 @@ def components(members: list[Member]) -> list[Component]:
 
 
 def read_label(handle: int, members: list[Member]) -> int:
-    """The class number in a sample's .cls member; -1 without one. Raises BadPictureError if it is no number."""
+    """The class number in a sample's .cls member; -1 without one. Raises BadImageError if it is no number."""
     member = next((m for m in members if split_key(m.name)[1].lower() == "cls"), None)
     if member is None:
         return -1
     text = os.pread(handle, min(member.length, _LABEL_BYTES), member.offset).strip()
     if not text.isdigit() or member.length > _LABEL_BYTES or int(text) >= 2**31:
-        raise BadPictureError("its .cls file is not a class number")
+        raise BadImageError("its .cls file is not a class number")
     return int(text)

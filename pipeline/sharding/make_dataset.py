@@ -39,11 +39,11 @@ class Summary:
     out: Path
     missing: int  # shards that other parts have still to build; 0 = complete
     shards: int
-    pictures: int
+    images: int
     rejected: dict[str, int]  # reason -> count
     bytes: int  # of all tars
     classes: int
-    labelled: bool  # whether each picture has a label
+    labelled: bool  # whether each image has a label
     seconds: float
     already_there: bool = False  # the dataset was complete before the call
 
@@ -56,11 +56,11 @@ def make_dataset(
     quiet: bool = False,
     in_process: bool = False,
 ) -> Summary:
-    """Write the pictures of SOURCE as a dataset into folder ``out``; go on if an earlier call was interrupted.
+    """Write the images of SOURCE as a dataset into folder ``out``; go on if an earlier call was interrupted.
 
-    The bytes written depend on the pictures, the seed and the options, not on the number of workers or interruptions.
+    The bytes written depend on the images, the seed and the options, not on the number of workers or interruptions.
     ``quiet`` turns the progress bar off; ``in_process`` does without worker processes. Raises UserError for everything
-    a user can mend: a missing source, a full disk, an interrupted run with other options, no usable picture, ...
+    a user can mend: a missing source, a full disk, an interrupted run with other options, no usable image, ...
     """
     options = options or ShardingOptions()
     options.check()
@@ -104,9 +104,9 @@ def _make(
 
 def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
     shards = [record["shard"] for record in map(job.done, range(len(job))) if record is not None]
-    pictures = sum(shard["samples"] for shard in shards)
+    images = sum(shard["samples"] for shard in shards)
     return {
-        "num_samples": pictures,
+        "num_samples": images,
         "shards": shards,
         "classes": about["classes"],
         "rejected": {},
@@ -225,7 +225,7 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
         write_json(job_file, about)
     elif earlier["fingerprint"] != about["fingerprint"]:
         raise UserError(
-            f"{source} has changed since the interrupted run in {out} began (pictures were added, removed, renamed or "
+            f"{source} has changed since the interrupted run in {out} began (images were added, removed, renamed or "
             "have another length): restore it to go on, or say --overwrite to start again"
         )
     return job, about
@@ -247,7 +247,7 @@ def _summary(out: Path, info: dict[str, Any], started: float, already_there: boo
         out=out,
         missing=info.get("missing", 0),
         shards=len(info["shards"]),
-        pictures=info["num_samples"],
+        images=info["num_samples"],
         rejected=info["rejected"],
         bytes=sum(shard["bytes"] for shard in info["shards"]),
         classes=len(info["classes"]),

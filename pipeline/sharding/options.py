@@ -18,28 +18,28 @@ class ShardingOptions:
     """What decides the bytes of a dataset, and how the work is done."""
 
     samples_per_shard: int = 2048
-    """Pictures in one tar; 2048 ImageNet pictures are about 225 MB, the size WebDataset recommends."""
+    """Images in one tar; 2048 ImageNet images are about 225 MB, the size WebDataset recommends."""
     workers: int = 0
     """Processes that read, check and write; 0 = one per CPU core. The result does not depend on it."""
     seed: int = 0
-    """Seed of the global shuffle (and of the pictures of synthetic:N)."""
+    """Seed of the global shuffle (and of the images of synthetic:N)."""
     verify: Verify = "full"
-    """full: decode every picture and refuse the broken ones. header: refuse by format and size only. none: the same
+    """full: decode every image and refuse the broken ones. header: refuse by format and size only. none: the same
     as header, since height and width must be known."""
     max_pixels: int = 100_000_000
-    """Pictures with more pixels (height x width) are refused before they are decoded."""
+    """Images with more pixels (height x width) are refused before they are decoded."""
     shorter_side: int | None = None
-    """Re-encode pictures whose shorter side has more pixels than this as JPEG of this size. Default: keep all bytes."""
+    """Re-encode images whose shorter side has more pixels than this as JPEG of this size. Default: keep all bytes."""
     jpeg_quality: int = 90
-    """Quality (1 to 100) of pictures re-encoded by --shorter-side."""
+    """Quality (1 to 100) of images re-encoded by --shorter-side."""
     limit: int | None = None
-    """Take only this many pictures, drawn by the seed. Default: all."""
+    """Take only this many images, drawn by the seed. Default: all."""
     subtree: str = ""
     """Folder inside SOURCE to take, as in --subtree train; classes are the folders inside it. For parquet files: how
     their names begin."""
     labels: str = "auto"
     """auto: from class folders, where there are any. folders: insist on them. none: no labels. Or a FILE with a class
-    per line in the order of the sorted picture names, or with `name class` per line; or ImageNet's devkit archive."""
+    per line in the order of the sorted image names, or with `name class` per line; or ImageNet's devkit archive."""
     classes_from: Path | None = None
     """A dataset written before, whose class list is taken over, so that labels of a validation set agree with it."""
     split: str | None = None

@@ -34,7 +34,7 @@ def keep_torch_out() -> None:
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
-_REPORT_EVERY = 32  # pictures between two looks at the shared counters
+_REPORT_EVERY = 32  # images between two looks at the shared counters
 
 
 def build_missing(job: Job, options: ShardingOptions, quiet: bool, in_process: bool = False) -> None:
@@ -47,10 +47,10 @@ def build_missing(job: Job, options: ShardingOptions, quiet: bool, in_process: b
     missing = [n for n in mine if job.done(n) is None]
     check_room(job.out, job.room(missing), "writing the shards")
     workers = min(options.workers or cores(), len(missing))
-    total, left = job.pictures(mine), job.pictures(missing)
+    total, left = job.images(mine), job.images(missing)
     done = 0 if total is None or left is None else total - left
     quiet = quiet or not missing
-    with progress(quiet, total=total, initial=done, unit=" pictures", smoothing=0.05) as bar:
+    with progress(quiet, total=total, initial=done, unit=" images", smoothing=0.05) as bar:
         meter = _Meter(bar)
         if in_process:
             for number in missing:
@@ -66,16 +66,16 @@ def build_missing(job: Job, options: ShardingOptions, quiet: bool, in_process: b
 
 
 class _Meter:
-    """Shows pictures/s (by tqdm) and MB/s."""
+    """Shows images/s (by tqdm) and MB/s."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar, self.bytes, self.started = bar, 0, time.monotonic()
 
-    def add(self, pictures: int, size: int) -> None:
+    def add(self, images: int, size: int) -> None:
         self.bytes += size
         rate = self.bytes / 1e6 / max(time.monotonic() - self.started, 1e-3)
         self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-        self.bar.update(pictures)
+        self.bar.update(images)
 
 
 class _StoppedError(Exception):
@@ -84,12 +84,12 @@ class _StoppedError(Exception):
 
 def _build_parallel(job: Job, missing: list[int], workers: int, meter: _Meter) -> None:
     context = multiprocessing.get_context("spawn")
-    pictures, size, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
+    images, size, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
     shown = (0, 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, pictures, size, stop)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, images, size, stop)) as pool:
         try:
             for _ in _while_building(pool, missing, workers):
-                now = (pictures.value, size.value)
+                now = (images.value, size.value)
                 meter.add(now[0] - shown[0], now[1] - shown[1])
                 shown = now
         except BaseException:
@@ -114,11 +114,11 @@ def _while_building(pool: ProcessPoolExecutor, missing: list[int], workers: int)
 _worker: dict[str, Any] = {}  # what _start_worker was given, in a worker process
 
 
-def _start_worker(job: Job, pictures: Any, size: Any, stop: Any) -> None:
+def _start_worker(job: Job, images: Any, size: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which tells the workers
     keep_torch_out()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(job=job, pictures=pictures, size=size, stop=stop)
+    _worker.update(job=job, images=images, size=size, stop=stop)
 
 
 def _end_with_parent() -> None:
@@ -133,15 +133,15 @@ def _build_one(number: int) -> None:
     waiting = [0, 0]
 
     def flush() -> None:
-        for counter, value in zip((_worker["pictures"], _worker["size"]), waiting, strict=True):
+        for counter, value in zip((_worker["images"], _worker["size"]), waiting, strict=True):
             with counter.get_lock():
                 counter.value += value
         waiting[:] = [0, 0]
         if _worker["stop"].is_set():
             raise _StoppedError
 
-    def tick(pictures: int, size: int) -> None:
-        waiting[0] += pictures
+    def tick(images: int, size: int) -> None:
+        waiting[0] += images
         waiting[1] += size
         if waiting[0] >= _REPORT_EVERY:
             flush()

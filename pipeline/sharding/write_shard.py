@@ -1,7 +1,7 @@
-"""Owns the building of one shard: chosen pictures in, a tar, its DALI index and its rows of samples.npy out.
+"""Owns the building of one shard: chosen images in, a tar, its DALI index and its rows of samples.npy out.
 
 What comes out depends on the listing, the order and the options alone: modification times, users and modes in the tar
-are fixed, so the same pictures give the same bytes on every machine and with any number of workers.
+are fixed, so the same images give the same bytes on every machine and with any number of workers.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pipeline.common.files import atomic_file, write_json
 from pipeline.dataset.format import PARTIAL_DIR, SAMPLE_DTYPE, Shard
 from pipeline.dataset.shard_tar import BLOCK, Component, ShardTar, write_index
 from pipeline.sharding.options import ShardingOptions
-from pipeline.sources.image_file import BadPictureError, inspect_picture, shrink_picture
+from pipeline.sources.image_file import BadImageError, inspect_image, shrink_image
 from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected
 from pipeline.sources.readers import Reader
 
-Tick = Callable[[int, int], None]  # (pictures, bytes) done since the last call; may raise to stop the work
+Tick = Callable[[int, int], None]  # (images, bytes) done since the last call; may raise to stop the work
 _KEY_STEM = 60  # characters of the original name kept in a key, so that a member's name always fits a plain header
 
 
 @dataclass
 class ShardParts:
-    """What is known of a finished tar: rows (SAMPLE_DTYPE), index lines, refused pictures; all in the tar's order."""
+    """What is known of a finished tar: rows (SAMPLE_DTYPE), index lines, refused images; all in the tar's order."""
 
     rows: list[tuple[int, ...]]
     samples: list[list[Component]]
@@ -51,8 +51,8 @@ class Job(ABC):
         """Number of shards."""
 
     @abstractmethod
-    def pictures(self, numbers: list[int]) -> int | None:
-        """Number of pictures to look at in shards ``numbers``; None if it is not known before."""
+    def images(self, numbers: list[int]) -> int | None:
+        """Number of images to look at in shards ``numbers``; None if it is not known before."""
 
     def room(self, numbers: list[int]) -> int:
         """About how many bytes shards ``numbers`` will take on the disk of OUT; 0 if that is not known or nothing."""
@@ -94,7 +94,7 @@ class Job(ABC):
 
 @dataclass
 class WriteJob(Job):
-    """Pictures of a source, permuted, cut into shards of ``options.samples_per_shard``.
+    """Images of a source, permuted, cut into shards of ``options.samples_per_shard``.
 
     The listing and the order lie in OUT/.partial, where every worker maps them instead of receiving a copy.
     """
@@ -105,32 +105,32 @@ class WriteJob(Job):
 
     @cached_property
     def listing(self) -> Listing:
-        """The source's pictures."""
+        """The source's images."""
         return Listing.load(self.out / PARTIAL_DIR / "listing")
 
     @cached_property
     def order(self) -> np.ndarray:
-        """int64: the pictures in the order in which they are written."""
+        """int64: the images in the order in which they are written."""
         return np.load(self.out / PARTIAL_DIR / "order.npy", mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:
         """Number of shards."""
         return -(-len(self.order) // self.options.samples_per_shard)
 
-    def pictures(self, numbers: list[int]) -> int:
-        """Number of pictures to be written in shards ``numbers``, before any is refused."""
+    def images(self, numbers: list[int]) -> int:
+        """Number of images to be written in shards ``numbers``, before any is refused."""
         per_shard = self.options.samples_per_shard
         return sum(min(per_shard, len(self.order) - n * per_shard) for n in numbers)
 
     def room(self, numbers: list[int]) -> int:
-        """The pictures' bytes and their tar headers."""
+        """The images' bytes and their tar headers."""
         if self.options.shorter_side is not None:
             return 0
         per_shard = self.options.samples_per_shard
         return sum(_room(self.listing.lengths[self.order[n * per_shard : (n + 1) * per_shard]]) for n in numbers)
 
     def build(self, number: int, tick: Tick) -> None:
-        """Read, check and write the pictures of one shard."""
+        """Read, check and write the images of one shard."""
         first = number * self.options.samples_per_shard
         chosen = self.order[first : first + self.options.samples_per_shard]
         path = self.out / f"shard-{number:06d}.tar"
@@ -155,39 +155,39 @@ class WriteJob(Job):
                 offset = next(c.offset for c in components if c.extension == extension)
                 parts.rows.append((0, offset, length, label, *size, zlib.crc32(data)))
                 parts.samples.append(components)
-            except BadPictureError as error:
+            except BadImageError as error:
                 parts.rejected.append(Rejected(name, str(error)))
             tick(1, length)
         return parts
 
     def _sample(self, index: int) -> tuple[bytes, str, tuple[int, int]]:
-        """(bytes, extension, (height, width)) of one picture as it will be written. Raises BadPictureError."""
+        """(bytes, extension, (height, width)) of one image as it will be written. Raises BadImageError."""
         options = self.options
-        data = read_picture(self.reader, self.listing, index)
-        picture = inspect_picture(data, options.verify, options.max_pixels)
+        data = read_image(self.reader, self.listing, index)
+        image = inspect_image(data, options.verify, options.max_pixels)
         if options.shorter_side is not None:
-            small = shrink_picture(data, options.shorter_side, options.jpeg_quality, options.max_pixels)
+            small = shrink_image(data, options.shorter_side, options.jpeg_quality, options.max_pixels)
             if small is not None:
-                data, picture = small, inspect_picture(small, "none", options.max_pixels)
-        return data, picture.extension, (picture.height, picture.width)
+                data, image = small, inspect_image(small, "none", options.max_pixels)
+        return data, image.extension, (image.height, image.width)
 
 
 def _room(lengths: np.ndarray) -> int:
     return int((np.maximum(lengths, 0) + 2 * BLOCK).sum())
 
 
-def read_picture(reader: Reader, listing: Listing, index: int) -> bytes:
-    """The bytes of picture ``index``.
+def read_image(reader: Reader, listing: Listing, index: int) -> bytes:
+    """The bytes of image ``index``.
 
-    Raises BadPictureError if we may not read that one file, UserError if the source itself fails or has changed: a disk
-    or network that goes away must not turn into thousands of refused pictures.
+    Raises BadImageError if we may not read that one file, UserError if the source itself fails or has changed: a disk
+    or network that goes away must not turn into thousands of refused images.
     """
     name, expected = listing.name(index), int(listing.lengths[index])
     try:
         data = reader.read(listing, index)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise BadPictureError("cannot be read: permission denied") from None
+            raise BadImageError("cannot be read: permission denied") from None
         raise UserError(
             f"cannot read {name!r} of the source: {error.strerror}; see to the source, then run the same command again"
         ) from error
@@ -200,6 +200,6 @@ def read_picture(reader: Reader, listing: Listing, index: int) -> bytes:
 
 
 def sample_key(index: int, name: str) -> str:
-    """A unique, plain key: the picture's number in the source and what is readable of its name; no dot, no slash."""
+    """A unique, plain key: the image's number in the source and what is readable of its name; no dot, no slash."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:_KEY_STEM]
     return f"{index:09d}_{stem}"

@@ -1,7 +1,7 @@
-"""Owns the judgement of one picture: can the training pipeline decode these bytes, and how large is it?
+"""Owns the judgement of one image: can the training pipeline decode these bytes, and how large is it?
 
 PIL is the judge, since it checks strictly (a truncated file fails) where a region decode on a GPU may not. The formats
-are those that DALI decodes too: a picture that passes here must not stop a batch later.
+are those that DALI decodes too: an image that passes here must not stop a batch later.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 Verify = Literal["full", "header", "none"]
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "PPM": "ppm"}
-PICTURE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
 _TIFF_COMPRESSIONS = frozenset(
     [
         "raw",
@@ -41,37 +41,37 @@ _SEGMENT = re.compile(rb"\xff+(?P<marker>[^\x00\xff])(?P<length>..)", re.DOTALL)
 Image.MAX_IMAGE_PIXELS = None
 
 
-class BadPictureError(Exception):
+class BadImageError(Exception):
     """These bytes are refused; the message is the reason that goes into rejected.jsonl."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What is known about one accepted picture. Height and width are as stored: EXIF orientation is ignored."""
+class ImageInfo:
+    """What is known about one accepted image. Height and width are as stored: EXIF orientation is ignored."""
 
     extension: str  # of the content, without a dot: a PNG named .jpg is "png"
     height: int  # pixels
     width: int  # pixels
 
 
-def inspect_picture(data: bytes, verify: Verify, max_pixels: int) -> Picture:
+def inspect_image(data: bytes, verify: Verify, max_pixels: int) -> ImageInfo:
     """Check encoded bytes. ``full`` reads everything; ``header`` and ``none`` only look at the header.
 
-    Raises BadPictureError with the reason: not a picture, a format DALI cannot decode, too large, truncated, ...
+    Raises BadImageError with the reason: not an image, a format DALI cannot decode, too large, truncated, ...
     """
     image = _open(data, max_pixels)
-    picture = Picture(EXTENSIONS[_format(image)], image.height, image.width)
+    inspected = ImageInfo(EXTENSIONS[_format(image)], image.height, image.width)
     if verify == "full":
         # JPEGs at an eighth of their size: every code in them is read, and the arithmetic left out cannot fail
         image.draft(None, (1, 1))
         _decode(image)
-    return picture
+    return inspected
 
 
-def shrink_picture(data: bytes, shorter_side: int, quality: int, max_pixels: int) -> bytes | None:
+def shrink_image(data: bytes, shorter_side: int, quality: int, max_pixels: int) -> bytes | None:
     """JPEG bytes with the shorter side resized to ``shorter_side`` pixels; None if it is not larger than that.
 
-    Raises BadPictureError if the picture cannot be decoded.
+    Raises BadImageError if the image cannot be decoded.
     """
     image = _open(data, max_pixels)
     short = min(image.size)
@@ -87,19 +87,19 @@ def shrink_picture(data: bytes, shorter_side: int, quality: int, max_pixels: int
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
-        raise BadPictureError("empty file")
+        raise BadImageError("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata are no reason to refuse a picture
+            warnings.simplefilter("ignore")  # remarks on odd metadata are no reason to refuse an image
             image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
     except Image.UnidentifiedImageError:
-        raise BadPictureError(_describe_unknown(data)) from None
+        raise BadImageError(_describe_unknown(data)) from None
     except Exception as error:  # noqa: BLE001 a parser may raise anything on hostile bytes
-        raise BadPictureError(_reason(error, "damaged header")) from None
+        raise BadImageError(_reason(error, "damaged header")) from None
     if image.width * image.height > max_pixels:
-        raise BadPictureError(f"larger than --max-pixels {max_pixels}")
+        raise BadImageError(f"larger than --max-pixels {max_pixels}")
     if max(image.size) > MAX_SIDE:
-        raise BadPictureError(f"a side longer than {MAX_SIDE} pixels")
+        raise BadImageError(f"a side longer than {MAX_SIDE} pixels")
     _check_variant(image, data)
     return image
 
@@ -109,19 +109,19 @@ def _check_variant(image: Image.Image, data: bytes) -> None:
     if _format(image) == "JPEG":
         _check_segments(data)
     if image.format == "PNG" and b"IEND" not in data:
-        raise BadPictureError("truncated")
+        raise BadImageError("truncated")
     if image.format == "WEBP" and "exif" in image.info and b"VP8L" in data:
-        raise BadPictureError("lossless WebP with EXIF is not supported")
+        raise BadImageError("lossless WebP with EXIF is not supported")
     if isinstance(image, TiffImageFile) and image.tag_v2.get(Base.Orientation, 1) != 1:
-        raise BadPictureError("TIFF with an orientation tag is not supported")  # PIL turns it, DALI does not
+        raise BadImageError("TIFF with an orientation tag is not supported")  # PIL turns it, DALI does not
     if image.format == "PPM" and image.mode == "F":
-        raise BadPictureError("PPM with floating-point pixels is not supported")
+        raise BadImageError("PPM with floating-point pixels is not supported")
     if image.format == "TIFF":
         compression = image.info.get("compression", "raw")
         if compression not in _TIFF_COMPRESSIONS:
-            raise BadPictureError(f"TIFF with {compression} compression is not supported")
+            raise BadImageError(f"TIFF with {compression} compression is not supported")
         if image.mode not in _TIFF_MODES and not (image.mode == "1" and compression in ("group3", "group4")):
-            raise BadPictureError(f"TIFF with {image.mode} pixels is not supported")
+            raise BadImageError(f"TIFF with {image.mode} pixels is not supported")
 
 
 def _check_segments(data: bytes) -> None:
@@ -136,9 +136,9 @@ def _check_segments(data: bytes) -> None:
             return
         length = 0 if segment is None else int.from_bytes(segment["length"], "big")
         if segment is None or length < 2:  # the two bytes of the length are counted in
-            raise BadPictureError("damaged header: its JPEG segments do not follow each other")
+            raise BadImageError("damaged header: its JPEG segments do not follow each other")
         at = segment.start("length") + length
-    raise BadPictureError("truncated")
+    raise BadImageError("truncated")
 
 
 def _decode(image: Image.Image) -> Image.Image:
@@ -149,7 +149,7 @@ def _decode(image: Image.Image) -> Image.Image:
             image.load()
             return image if image.mode in ("RGB", "L") else image.convert("RGB")
     except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
-        raise BadPictureError(_reason(error, "cannot be decoded")) from None
+        raise BadImageError(_reason(error, "cannot be decoded")) from None
 
 
 def _format(image: Image.Image) -> str:
@@ -173,4 +173,4 @@ def _describe_unknown(data: bytes) -> str:
             return f"{name} is not a supported format"
     if data[4:8] == b"ftyp" and data[8:12] in _KNOWN_BRANDS:
         return f"{_KNOWN_BRANDS[data[8:12]]} is not a supported format"
-    return "not a picture: unknown or damaged format"
+    return "not an image: unknown or damaged format"

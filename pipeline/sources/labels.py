@@ -1,4 +1,4 @@
-"""Owns labels that lie apart from the pictures: ground-truth files, ImageNet's devkit, another dataset's classes."""
+"""Owns labels that lie apart from the images: ground-truth files, ImageNet's devkit, another dataset's classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def label_by_file(listing: Listing, file: Path, classes: tuple[str, ...] = ()) -
     """Labels from ``file``: ImageNet's devkit, a class a line in the order of the sorted names, or `name class` lines.
 
     Classes are numbered in sorted order, or in the order of ``classes`` where that is given. Raises UserError if the
-    file does not fit the pictures.
+    file does not fit the images.
     """
     if not file.is_file():
         raise UserError(f"--labels {file}: no such file; give auto, folders, none, or a file of labels")
@@ -40,8 +40,8 @@ def label_by_file(listing: Listing, file: Path, classes: tuple[str, ...] = ()) -
 def _in_order(listing: Listing, words: list[str], file: Path) -> list[str]:
     if len(words) != len(listing):
         raise UserError(
-            f"{file} has {len(words)} labels for {len(listing)} pictures: a file without names needs one line for each "
-            "picture, in the order of their sorted names"
+            f"{file} has {len(words)} labels for {len(listing)} images: a file without names needs one line for each "
+            "image, in the order of their sorted names"
         )
     return words
 
@@ -53,7 +53,7 @@ def _by_name(listing: Listing, rows: list[list[str]], file: Path) -> list[str]:
         name = PurePosixPath(listing.name(index))
         word = next((labels[k] for k in (str(name), name.name, name.stem) if k in labels), None)
         if word is None:
-            raise UserError(f"{file} has no label for {str(name)!r}: give one line `name label` for each picture")
+            raise UserError(f"{file} has no label for {str(name)!r}: give one line `name label` for each image")
         words.append(word)
     return words
 
@@ -102,7 +102,7 @@ def dataset_classes(dataset: Path) -> tuple[str, ...]:
 
 
 def _devkit_classes(file: Path) -> list[str]:
-    """WordNet ids of the 50,000 validation pictures, from ILSVRC2012_devkit_t12.tar.gz, read without unpacking it."""
+    """WordNet ids of the 50,000 validation images, from ILSVRC2012_devkit_t12.tar.gz, read without unpacking it."""
     truth = synsets = None
     with tarfile.open(file) as tar:
         for member in tar:
@@ -132,9 +132,9 @@ SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "dev"})
 def label_by_folder(listing: Listing, source: str, mode: Literal["auto", "folders"]) -> Listing:
     """Labels from the first component of each name; classes are the sorted components.
 
-    ``auto``: flat pictures, or all pictures directly in one single folder, have no labels. Raises UserError where
+    ``auto``: flat images, or all images directly in one single folder, have no labels. Raises UserError where
     a class cannot be meant: folders named like splits, one folder around all classes, or a mixture. ``folders`` takes
-    the first two as they are and leaves pictures outside of class folders out.
+    the first two as they are and leaves images outside of class folders out.
     """
     names = [listing.name(i) for i in range(len(listing))]
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
@@ -144,7 +144,7 @@ def label_by_folder(listing: Listing, source: str, mode: Literal["auto", "folder
             return listing
         _check_classes(classes, tops, names, source)
     elif not classes:
-        raise UserError(f"--labels folders, but {source} has no sub-folders with pictures: use --labels none")
+        raise UserError(f"--labels folders, but {source} has no sub-folders with images: use --labels none")
     if "" in tops:
         outside = tuple(
             Rejected(n, "outside of the class folders") for n, top in zip(names, tops, strict=True) if not top
@@ -159,13 +159,13 @@ def _check_classes(classes: list[str], tops: list[str], names: list[str], source
     outside = tops.count("")
     if outside:
         raise UserError(
-            f"{source} has {outside} pictures outside of class folders (the first: {names[tops.index('')]!r}) and "
+            f"{source} has {outside} images outside of class folders (the first: {names[tops.index('')]!r}) and "
             f"{len(names) - outside} inside: say --labels none to take all without labels, or --labels folders to "
             "leave out those outside"
         )
     if len(classes) == 1:
         raise UserError(
-            f"all pictures of {source} lie below one folder, {classes[0]!r}, with further folders inside: choose it "
+            f"all images of {source} lie below one folder, {classes[0]!r}, with further folders inside: choose it "
             f"with --subtree {classes[0]} to get labels from the folders inside, or say --labels none"
         )
     if set(classes) <= SPLIT_NAMES:

@@ -1,6 +1,6 @@
-"""Owns the table of a source's pictures: names, byte ranges and labels as flat arrays that processes share by mmap.
+"""Owns the table of a source's images: names, byte ranges and labels as flat arrays that processes share by mmap.
 
-Fourteen million pictures are about 1 GB here, and a worker reads only the rows it needs; as Python objects they would
+Fourteen million images are about 1 GB here, and a worker reads only the rows it needs; as Python objects they would
 be many times that in every process.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, write_json
-from pipeline.sources.image_file import PICTURE_SUFFIXES
+from pipeline.sources.image_file import IMAGE_SUFFIXES
 
 UNKNOWN_LENGTH = -1
 _COLUMNS = ("names", "name_starts", "offsets", "lengths", "labels")
@@ -24,7 +24,7 @@ _COLUMNS = ("names", "name_starts", "offsets", "lengths", "labels")
 
 @dataclass(frozen=True)
 class Rejected:
-    """A picture that was refused: its name in the source and the reason."""
+    """An image that was refused: its name in the source and the reason."""
 
     name: str
     reason: str
@@ -32,22 +32,22 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of one source, sorted by name. Row i is picture i; arrays have n rows, ``name_starts`` n + 1."""
+    """The images of one source, sorted by name. Row i is image i; arrays have n rows, ``name_starts`` n + 1."""
 
     names: np.ndarray  # uint8: all names one after the other, as bytes of the file system
     name_starts: np.ndarray  # int64
-    offsets: np.ndarray  # int64, bytes: where the picture starts in its container; 0 in a folder
+    offsets: np.ndarray  # int64, bytes: where the image starts in its container; 0 in a folder
     lengths: np.ndarray  # int64, bytes; UNKNOWN_LENGTH if it is only known after reading
     labels: np.ndarray  # int32; -1 = none
     classes: tuple[str, ...]
     rejected: tuple[Rejected, ...]
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Name of picture ``index`` within the source; bytes that are not UTF-8 are surrogate-escaped."""
+        """Name of image ``index`` within the source; bytes that are not UTF-8 are surrogate-escaped."""
         start, stop = self.name_starts[index : index + 2]
         return bytes(self.names[start:stop]).decode("utf-8", "surrogateescape")
 
@@ -80,7 +80,7 @@ class Listing:
 
 @dataclass
 class ListingBuilder:
-    """Collects pictures in any order; ``build`` sorts them by name, so that a folder and a tar of it agree."""
+    """Collects images in any order; ``build`` sorts them by name, so that a folder and a tar of it agree."""
 
     source: str  # as the user wrote it, for messages
     names: list[bytes] = field(default_factory=list)
@@ -90,9 +90,9 @@ class ListingBuilder:
     rejected: list[Rejected] = field(default_factory=list)
 
     def add(self, name: str, offset: int, length: int, label: int | None = None) -> None:
-        """Add one entry; what is not named like a picture goes to ``rejected``."""
-        if PurePosixPath(name).suffix[1:].lower() not in PICTURE_SUFFIXES:
-            self.reject(name, "not a picture file")
+        """Add one entry; what is not named like an image goes to ``rejected``."""
+        if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
+            self.reject(name, "not an image file")
             return
         self.names.append(name.encode("utf-8", "surrogateescape"))
         self.offsets.append(offset)
@@ -101,11 +101,11 @@ class ListingBuilder:
             self.labels.append(label)
 
     def reject(self, name: str, reason: str) -> None:
-        """Record an entry that is no picture for us."""
+        """Record an entry that is no image for us."""
         self.rejected.append(Rejected(name, reason))
 
     def build(self, classes: Sequence[str] = ()) -> Listing:
-        """Sort by name. Raises UserError if there is no picture at all."""
+        """Sort by name. Raises UserError if there is no image at all."""
         if not self.names:
             seen = (
                 f"; {len(self.rejected)} other entries were seen, the first: {self.rejected[0]}"
@@ -113,8 +113,8 @@ class ListingBuilder:
                 else ""
             )
             raise UserError(
-                f"no pictures in {self.source}{seen}. Check the path, --subtree, and that they are named as "
-                "pictures are: --help lists the endings"
+                f"no images in {self.source}{seen}. Check the path, --subtree, and that they are named as "
+                "images are: --help lists the endings"
             )
         order = self._sorted_unique()
         names = [self.names[i] for i in order]
@@ -150,7 +150,7 @@ def select(listing: Listing, mask: np.ndarray, rejected: tuple[Rejected, ...]) -
     """The rows where ``mask`` (bool[n]) holds, with ``rejected`` added for the others."""
     rows = np.flatnonzero(mask)
     if len(rows) == 0:
-        raise UserError("no picture is left after choosing: check --subtree and --labels")
+        raise UserError("no image is left after choosing: check --subtree and --labels")
     names = [bytes(listing.names[listing.name_starts[i] : listing.name_starts[i + 1]]) for i in rows]
     starts = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(name) for name in names], out=starts[1:])

@@ -1,10 +1,10 @@
-"""Owns where pictures come from: every source becomes a ``Listing`` plus a ``Reader`` with cheap random access.
+"""Owns where images come from: every source becomes a ``Listing`` plus a ``Reader`` with cheap random access.
 
 Random access is what lets a global shuffle cost no memory: shards are cut from a permutation of the listing, and each
-worker reads only the pictures of its own shard. Sources without it (compressed tars, parquet) are unpacked once, into
+worker reads only the images of its own shard. Sources without it (compressed tars, parquet) are unpacked once, into
 one temporary file beside the shards.
 
-To add a source, write a ``Reader`` and an ``open_...`` function that lists the pictures. One that is named KIND:REST is
+To add a source, write a ``Reader`` and an ``open_...`` function that lists the images. One that is named KIND:REST is
 an entry of ``KINDS``, any other a case of ``_open_path``; tests/test_sources.py says what every source has to do.
 """
 
@@ -38,7 +38,7 @@ def source_title(source: str) -> str:
 
 
 def open_source(source: str, options: ShardingOptions, spool: Path, *, quiet: bool = True) -> Source:
-    """List the pictures of SOURCE with their labels.
+    """List the images of SOURCE with their labels.
 
     ``spool`` is a folder for the one temporary copy of a source without random access. Raises UserError if SOURCE is
     missing, damaged, empty, or of no known kind.

@@ -1,6 +1,6 @@
 """Owns reading Hugging Face style parquet files: an image column of encoded bytes and, maybe, a label column.
 
-Parquet has no cheap random access, so the pictures are copied once, one after the other, into one temporary file.
+Parquet has no cheap random access, so the images are copied once, one after the other, into one temporary file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file
 from pipeline.common.system import progress
-from pipeline.sources.image_file import PICTURE_SUFFIXES
+from pipeline.sources.image_file import IMAGE_SUFFIXES
 from pipeline.sources.listing import Listing, ListingBuilder
 from pipeline.sources.readers import check_room, mark_spooled, spool_state, spooled
 
@@ -33,11 +33,11 @@ def parquet_files(path: Path, subtree: str) -> list[Path]:
 
 
 def spool_parquet(path: Path, subtree: str, labels: str, spool: Path, quiet: bool) -> tuple[Path, Listing]:
-    """Copy all pictures into one file in folder ``spool``, unless an earlier run did: (that file, its listing).
+    """Copy all images into one file in folder ``spool``, unless an earlier run did: (that file, its listing).
 
     Raises UserError if pyarrow is missing, a file is damaged, or there is no image column.
     """
-    container, saved = spool / "pictures.bin", spool / "spooled-listing"
+    container, saved = spool / "images.bin", spool / "spooled-listing"
     files = parquet_files(path, subtree)
     state = spool_state(files, "unlabelled" if labels == "none" else "labelled")
     if spooled(spool, state) and container.exists():
@@ -46,12 +46,12 @@ def spool_parquet(path: Path, subtree: str, labels: str, spool: Path, quiet: boo
         raise UserError(
             f"{path} holds parquet files of {', '.join(sorted(splits))}: choose with --subtree, a prefix of the names"
         )
-    check_room(spool, sum(file.stat().st_size for file in files), f"copying the pictures of {path}")
+    check_room(spool, sum(file.stat().st_size for file in files), f"copying the images of {path}")
     reader = _ParquetReader(files, labels)
     builder = ListingBuilder(str(path))
-    text = f"copying pictures of {path.name} once into {spool.name} (removed when the dataset is complete)"
-    with atomic_file(container) as out, progress(quiet, total=reader.rows, unit=" pictures", desc=text) as bar:
-        for name, data, label in reader.pictures():
+    text = f"copying images of {path.name} once into {spool.name} (removed when the dataset is complete)"
+    with atomic_file(container) as out, progress(quiet, total=reader.rows, unit=" images", desc=text) as bar:
+        for name, data, label in reader.images():
             _copy(out, builder, name, data, label)
             bar.update(1)
     listing = reader.named(builder.build())
@@ -84,29 +84,29 @@ class _ParquetReader:
         self._damaged = pyarrow.ArrowException
         self.rows = sum(parquet.metadata.num_rows for _, parquet in self._files)
         schema = self._files[0][1].schema_arrow
-        self._image = _image_column(schema, pyarrow.types)
+        self._image_column = _image_column(schema, pyarrow.types)
         self._label = None if labels == "none" else _label_column(schema, pyarrow.types)
         self._names = _class_names(schema, self._label)
         self._words: dict[str, int] = {}  # label words in the order seen, for a column of strings
 
-    def pictures(self) -> Iterator[tuple[str, bytes | None, int | None]]:
+    def images(self) -> Iterator[tuple[str, bytes | None, int | None]]:
         """(name, bytes or None, label number or None) row by row."""
-        columns = [self._image, *([self._label] if self._label else [])]
+        columns = [self._image_column, *([self._label] if self._label else [])]
         for file, parquet in self._files:
             row = 0
             try:
                 for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
                     for entry in batch.to_pylist():
-                        yield self._picture(file, row, entry)
+                        yield self._row_image(file, row, entry)
                         row += 1
             except (self._damaged, OSError) as error:
                 raise UserError(f"{file} is damaged at row {row} ({error}): fetch it again") from error
 
-    def _picture(self, file: Path, row: int, entry: dict[str, Any]) -> tuple[str, bytes | None, int | None]:
-        image, label = entry[self._image], entry[self._label] if self._label else None
+    def _row_image(self, file: Path, row: int, entry: dict[str, Any]) -> tuple[str, bytes | None, int | None]:
+        image, label = entry[self._image_column], entry[self._label] if self._label else None
         data, original = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        stem = PurePosixPath(original or "picture").name
-        if PurePosixPath(stem).suffix[1:].lower() not in PICTURE_SUFFIXES:
+        stem = PurePosixPath(original or "image").name
+        if PurePosixPath(stem).suffix[1:].lower() not in IMAGE_SUFFIXES:
             stem += ".jpg"  # only a name: the bytes decide what it is
         if isinstance(label, str):
             label = self._words.setdefault(label, len(self._words))

@@ -1,4 +1,4 @@
-"""Reads picture i of a folder or container; the one temporary copy of a source without random access."""
+"""Reads image i of a folder or container; the one temporary copy of a source without random access."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ WDS = "wds:"  # SOURCE: tars made by others, which pipeline/sharding/index_tars.
 
 
 class Reader(Protocol):
-    """Reads pictures of a listing. Small and picklable: every worker process gets a copy."""
+    """Reads images of a listing. Small and picklable: every worker process gets a copy."""
 
     def read(self, listing: Listing, index: int) -> bytes:
-        """The encoded bytes of picture ``index``. Raises OSError."""
+        """The encoded bytes of image ``index``. Raises OSError."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures in a fixed order (sorted by name), not yet shuffled."""
+    """Images in a fixed order (sorted by name), not yet shuffled."""
 
     listing: Listing
     reader: Reader
@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class FolderReader:
-    """Pictures as files below ``root``."""
+    """Images as files below ``root``."""
 
     root: Path
 
@@ -48,7 +48,7 @@ class FolderReader:
 
 @dataclass(frozen=True)
 class ContainerReader:
-    """Pictures as byte ranges of one file."""
+    """Images as byte ranges of one file."""
 
     path: Path
 
@@ -66,7 +66,7 @@ class ContainerReader:
 
 
 def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
-    """List a folder of pictures, in sorted order; hidden files are left out, links are followed once."""
+    """List a folder of images, in sorted order; hidden files are left out, links are followed once."""
     top = root / subtree
     if not top.is_dir():
         raise UserError(f"{top} is not a folder: check SOURCE and --subtree")

@@ -1,8 +1,8 @@
-"""Owns the synthetic pictures: deterministic grey textures of twelve classes, free of any license, drawn by numpy.
+"""Owns the synthetic images: deterministic grey textures of twelve classes, free of any license, drawn by numpy.
 
 White noise is filtered to a band around a class's frequency and directions and bent by its profile. What
-says nothing of the class varies from picture to picture: the exact frequency, contrast, large-scale light, grain,
-negative or not. Pixels therefore compare badly, a trained encoder does well. Mirroring a picture left to right keeps
+says nothing of the class varies from image to image: the exact frequency, contrast, large-scale light, grain,
+negative or not. Pixels therefore compare badly, a trained encoder does well. Mirroring an image left to right keeps
 its class, and there is no colour that could give one away.
 """
 
@@ -25,36 +25,36 @@ from pipeline.sources.readers import Source
 
 @dataclass(frozen=True)
 class SyntheticReader:
-    """Pictures drawn on demand, a pure function of (seed, index)."""
+    """Images drawn on demand, a pure function of (seed, index)."""
 
     count: int
     seed: int
 
     def read(self, listing: Listing, index: int) -> bytes:
-        """Draw and encode one picture."""
-        return self._pictures.encode(index)
+        """Draw and encode one image."""
+        return self._images.encode(index)
 
     @cached_property
-    def _pictures(self) -> SyntheticPictures:
-        return SyntheticPictures(self.count, self.seed)
+    def _images(self) -> SyntheticImages:
+        return SyntheticImages(self.count, self.seed)
 
 
 def open_synthetic(count_text: str, options: ShardingOptions) -> Source:
-    """``synthetic:N``: N pictures drawn by numpy from the seed, with labels."""
+    """``synthetic:N``: N images drawn by numpy from the seed, with labels."""
     if options.subtree:
         raise UserError(f"--subtree {options.subtree} does not go with synthetic:N, which has no folders: leave it out")
     if not count_text.isdecimal() or int(count_text) < 1:
-        raise UserError(f"synthetic:{count_text}: the number of pictures must be a whole number of at least 1")
+        raise UserError(f"synthetic:{count_text}: the number of images must be a whole number of at least 1")
     count = int(count_text)
-    pictures = SyntheticPictures(count, options.seed)
+    images = SyntheticImages(count, options.seed)
     names = [f"synthetic-{i:09d}.jpg".encode() for i in range(count)]
     listing = Listing(
         names=np.frombuffer(b"".join(names), np.uint8),
         name_starts=np.arange(count + 1, dtype=np.int64) * len(names[0]),
         offsets=np.zeros(count, np.int64),
         lengths=np.full(count, UNKNOWN_LENGTH, np.int64),
-        labels=np.array([pictures.label(i) for i in range(count)], np.int32),
-        classes=tuple(pictures.classes),
+        labels=np.array([images.label(i) for i in range(count)], np.int32),
+        classes=tuple(images.classes),
         rejected=(),
     )
     return Source(listing, SyntheticReader(count, options.seed))
@@ -66,8 +66,8 @@ Directions = Literal["any", "across", "upright", "both", "oblique"]
 Profile = Literal["smooth", "ridged", "stepped"]
 ANGLE_WIDTH = 0.35  # radians, standard deviation of a direction's lobe
 BAND_WIDTH = 0.45  # octaves, standard deviation of the frequency band
-ZOOM_RANGE = 0.35  # octaves, up or down, by which a picture's frequency differs from its class's
-LIGHT_FREQUENCY = 1.2  # cycles a picture, of the large-scale light
+ZOOM_RANGE = 0.35  # octaves, up or down, by which an image's frequency differs from its class's
+LIGHT_FREQUENCY = 1.2  # cycles an image, of the large-scale light
 TEXTURE_CONTRAST = 45.0  # standard deviation in 0..255 of the texture at full strength
 STEP_SHARPNESS = 4.0  # slope of the stepped profile at its edges
 
@@ -85,7 +85,7 @@ DEGREES: dict[Directions, tuple[float, ...]] = {
 class Texture:
     """What makes a class."""
 
-    frequency: float  # cycles a picture
+    frequency: float  # cycles an image
     directions: Directions
     profile: Profile
 
@@ -106,14 +106,14 @@ TEXTURES: dict[str, Texture] = {
 }
 _FY = np.fft.fftfreq(SIDE)[:, None] * SIDE
 _FX = np.fft.rfftfreq(SIDE)[None, :] * SIDE
-_RADIUS = np.maximum(np.hypot(_FY, _FX), 1e-6)  # cycles a picture
+_RADIUS = np.maximum(np.hypot(_FY, _FX), 1e-6)  # cycles an image
 _ANGLE = np.arctan2(_FY, _FX)
 _LIGHT_FILTER = np.exp(-0.5 * (_RADIUS / LIGHT_FREQUENCY) ** 2)
 
 
 @dataclass(frozen=True)
-class SyntheticPictures:
-    """``count`` pictures, each a pure function of (seed, index); another seed draws others of the same classes."""
+class SyntheticImages:
+    """``count`` images, each a pure function of (seed, index); another seed draws others of the same classes."""
 
     count: int
     seed: int = 0  # not negative
@@ -124,16 +124,16 @@ class SyntheticPictures:
         return tuple(TEXTURES)
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return self.count
 
     def label(self, index: int) -> int:
-        """The class of picture ``index``; classes take turns. Raises IndexError outside of 0 .. count - 1."""
+        """The class of image ``index``; classes take turns. Raises IndexError outside of 0 .. count - 1."""
         self._check(index)
         return index % len(TEXTURES)
 
     def encode(self, index: int) -> bytes:
-        """Picture ``index`` as a grey JPEG of 48 x 48 px. Raises IndexError outside of 0 .. count - 1."""
+        """Image ``index`` as a grey JPEG of 48 x 48 px. Raises IndexError outside of 0 .. count - 1."""
         self._check(index)
         rng = np.random.default_rng((self.seed, index))
         texture = TEXTURES[self.classes[self.label(index)]]
@@ -143,7 +143,7 @@ class SyntheticPictures:
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.count:
-            raise IndexError(f"picture {index} of {self.count}")
+            raise IndexError(f"image {index} of {self.count}")
 
 
 def _draw(texture: Texture, rng: np.random.Generator) -> UInt8[np.ndarray, "side side"]:
@@ -153,13 +153,13 @@ def _draw(texture: Texture, rng: np.random.Generator) -> UInt8[np.ndarray, "side
     relief *= rng.choice((-1.0, 1.0))  # negative or not
     light = _filtered_noise(_LIGHT_FILTER, rng)
     grain = rng.standard_normal((SIDE, SIDE))
-    picture = (
+    image = (
         rng.uniform(80, 175)
         + rng.uniform(0.5, 1.0) * TEXTURE_CONTRAST * relief
         + rng.uniform(4, 30) * light
         + rng.uniform(0, 9) * grain
     )
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _direction_filter(directions: Directions) -> Float[np.ndarray, "..."]:

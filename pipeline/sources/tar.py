@@ -1,6 +1,6 @@
-"""Owns reading tars that we did not write: where each picture lies, without unpacking and without trusting a name.
+"""Owns reading tars that we did not write: where each image lies, without unpacking and without trusting a name.
 
-Members never become paths. A plain tar is scanned once, header by header, and its pictures are read as byte ranges;
+Members never become paths. A plain tar is scanned once, header by header, and its images are read as byte ranges;
 ImageNet's tar of class tars is opened in place in the same way. A compressed tar has no random access and is unpacked
 once.
 """
@@ -106,7 +106,7 @@ def _refusal(info: tarfile.TarInfo) -> str | None:
 
 
 def list_tar(path: Path, subtree: str, quiet: bool) -> Listing:
-    """The pictures of a plain tar below ``subtree``; members that are tars count as folders of their stem's name."""
+    """The images of a plain tar below ``subtree``; members that are tars count as folders of their stem's name."""
     builder = ListingBuilder(f"{path}{f' below {subtree}' if subtree else ''}")
     below = plain_name(subtree)
     total, text = path.stat().st_size, f"listing {path.name}"

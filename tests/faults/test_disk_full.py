@@ -56,7 +56,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def make_shards(source: Path, out: Path, workers: int) -> subprocess.CompletedProcess[str]:
-    """The command, with an option that leaves the pictures as they are but keeps it from knowing the room they take."""
+    """The command, with an option that leaves the images as they are but keeps it from knowing the room they take."""
     options = ["--samples-per-shard", "10", "--workers", str(workers), "--shorter-side", "1000"]
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(source), str(out), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -19,13 +19,13 @@ import pytest
 
 import train.openmp  # noqa: F401
 from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.loader import loader as loader_module
 from pipeline.loader.bad_samples import BAD_SAMPLES_FILE, BadSampleRecord
-from pipeline.sampling import order as order_module
 from pipeline.sampling.order import choose_order
 from tests.helpers import sabotage
-from tests.helpers.damage import change_bytes, copy_dataset, put_picture
-from tests.helpers.encoded import bad_pictures
-from tests.helpers.photos import picture_bytes
+from tests.helpers.damage import change_bytes, copy_dataset, put_image
+from tests.helpers.encoded import bad_images
+from tests.helpers.photos import image_bytes
 from tests.helpers.sessions import KILL, ROOT, TERM, Sessions
 from tests.helpers.toy_runs import CPU, TINY, call
 from train import pretrain
@@ -158,27 +158,27 @@ def test_struck_again_and_again(
 
 
 def rotten(path: Path, backend: str) -> tuple[Path, set[int]]:
-    """More than fifteen kinds of bad picture at once, with checksums that fit, and some with those that do not."""
+    """More than fifteen kinds of bad image at once, with checksums that fit, and some with those that do not."""
     dataset = ShardSet.open(path)
     chosen = np.random.default_rng(4).permutation(48)[:20].tolist()
-    kinds = {**bad_pictures(), **more_bad_pictures()}
+    kinds = {**bad_images(), **more_bad_images()}
     if backend == "dali":
         del kinds["a bomb's header"]  # DALI asks for its 10 GB before it finds that the pixels are missing
     assert len(kinds) >= 15
     bad = set()
     for sample, data in zip(chosen, kinds.values(), strict=False):
         room = int(dataset.samples[sample]["length"])
-        put_picture(path, sample, data[:room])
+        put_image(path, sample, data[:room])
         bad.add(sample)
     change_bytes(path, chosen[len(kinds) :])
     return path, bad | set(chosen[len(kinds) :])
 
 
-def more_bad_pictures() -> dict[str, bytes]:
-    jpeg = picture_bytes(1)
+def more_bad_images() -> dict[str, bytes]:
+    jpeg = image_bytes(1)
     return {
         "a JPEG's magic and zeros": jpeg[:4] + bytes(800),
-        "HTML in place of a picture": b"<html>404 Not Found</html>",
+        "HTML in place of an image": b"<html>404 Not Found</html>",
         "a GIF's magic": b"GIF89a" + bytes(100),
         "a PDF": b"%PDF-1.7\n" + bytes(100),
         "half a tar header": b"ustar" + bytes(300),
@@ -223,7 +223,7 @@ def test_bad_samples_change_what_the_rule_says_and_nothing_else(
         assert line["replacement"] == (line["sample"] + 1) % 48
         assert line["reason"].startswith(("checksum differs", "cannot be decoded"))
     with monkeypatch.context() as patch:
-        patch.setattr(order_module, "choose_order", by_the_rule(bad))
+        patch.setattr(loader_module, "choose_order", by_the_rule(bad))
         ruled = flags(photo_dataset_path, tmp_path / "ruled", "--knn-every", "0", backend=backend)
         assert call(patch, pretrain, *ruled) == 0
     assert numbers(tmp_path / "run")[0] == numbers(tmp_path / "ruled")[0]
@@ -293,7 +293,7 @@ def edit_record(folder: Path, **changes: Any) -> None:
     (folder / "dataset.json").write_text(json.dumps({**info, **changes}))
 
 
-# Files beside the pictures: a run refuses them at its start, with exit code 2, or does not depend on them.
+# Files beside the images: a run refuses them at its start, with exit code 2, or does not depend on them.
 REFUSED: dict[str, Callable[[Path, Path], Any]] = {
     "a truncated tar": lambda d, _: os.truncate(d / "shard-000001.tar", 5000),
     "a tar gone": lambda d, _: (d / "shard-000001.tar").unlink(),
@@ -318,7 +318,7 @@ HARMLESS: dict[str, Callable[[Path, Path], Any]] = {
 
 @pytest.fixture(scope="module")
 def other_dataset(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures sharded with another seed: every file fits in form, and none in content."""
+    """The same images sharded with another seed: every file fits in form, and none in content."""
     from pipeline.sharding.make_dataset import make_dataset
     from pipeline.sharding.options import ShardingOptions
 
@@ -355,7 +355,7 @@ def test_dalis_index_plays_no_part_in_training(
 def test_a_tar_that_changes_after_the_start(
     damage: str, photo_dataset_path: Path, other_dataset: Path, sessions: Sessions, tmp_path: Path
 ) -> None:
-    """Every sample of it is replaced and named, or the run ends with their list: never a wrong picture."""
+    """Every sample of it is replaced and named, or the run ends with their list: never a wrong image."""
     data = copy_dataset(photo_dataset_path, tmp_path / "data")
     tar = data / "shard-000001.tar"
     match damage:

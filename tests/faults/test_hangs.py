@@ -18,7 +18,7 @@ import torch
 
 from pipeline.common.errors import UserError
 from tests.train.test_pretrain import ROOT, flags
-from train.distributed.process_group import Activity, Dist
+from train.distributed.process_group import DistContext, RankStatus
 from train.distributed.stop_signals import StopRequest
 from train.distributed.watchdog import (
     EXIT_HANG,
@@ -80,8 +80,8 @@ def test_a_rank_that_never_began_is_silent() -> None:
 
 
 def test_work_before_the_same_wait_is_to_blame_and_else_nobody() -> None:
-    on_main = replace(LOADER, waits=21)
-    hang = find_hang(readings(on_main, GRADIENTS), 60)
+    on_rank0 = replace(LOADER, waits=21)
+    hang = find_hang(readings(on_rank0, GRADIENTS), 60)
     assert hang is not None
     assert hang.behind == {0}
     all_wait = find_hang(readings(GRADIENTS, GRADIENTS), 60)
@@ -111,9 +111,9 @@ class FakeBoard:
 
 def watch(
     now: list[float], board: FakeBoard, rank: int, stop: StopRequest, said: list[tuple[str, bool]]
-) -> tuple[HangWatch, Activity]:
-    activity = Activity(clock=lambda: now[0])
-    dist = Dist(rank, 2, rank, 2, torch.device("cpu"), activity=activity)
+) -> tuple[HangWatch, RankStatus]:
+    activity = RankStatus(clock=lambda: now[0])
+    dist = DistContext(rank, 2, rank, 2, torch.device("cpu"), activity=activity)
     return HangWatch(dist, board, 60.0, stop, lambda *told: said.append(told)), activity
 
 
@@ -169,8 +169,9 @@ import os, signal, sys, time
 import train.openmp
 from pipeline.common.errors import exit_on_user_error
 from train import pretrain
+from train.engine import loop as loop_module
 
-step = pretrain.train_step
+step = loop_module.train_step
 
 def loader_hangs(batches):
     for number, batch in enumerate(batches):
@@ -178,7 +179,7 @@ def loader_hangs(batches):
             {how}
         yield batch
 
-pretrain.train_step = lambda run, batches, kept={{}}: step(run, kept.setdefault(0, loader_hangs(batches)))
+loop_module.train_step = lambda run, batches, kept={{}}: step(run, kept.setdefault(0, loader_hangs(batches)))
 exit_on_user_error(pretrain.main)
 """
 FOREVER = {
@@ -259,7 +260,7 @@ def test_a_signal_while_waiting_for_another_process_ends_it(photo_dataset_path: 
     PORT.clear()
     script = tmp_path / "alone.py"
     script.write_text(
-        "import train.openmp, sys\nfrom train import pretrain\nfrom train import dist\n"
+        "import train.openmp, sys\nfrom train import pretrain\nfrom train.distributed import process_group as dist\n"
         "found = dist._fresh_store\n"
         "dist._fresh_store = lambda: print('meeting', flush=True) or found()\npretrain.main()\n"
     )

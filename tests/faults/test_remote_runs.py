@@ -28,7 +28,7 @@ from tests.helpers.fault_proxy import FAULTS, FaultProxy, Faults
 from tests.helpers.photos import write_photo_folder
 from tests.helpers.servers import BUCKET, S3_KEYS, Nginx, free_port, nginx, s3_environment, s3_server
 from tests.helpers.sessions import KILL, ROOT, TERM, Sessions
-from train.distributed.process_group import Dist
+from train.distributed.process_group import DistContext
 from train.distributed.stop_signals import EXIT_PREEMPTED
 
 SECRET = "s3cr3t-of-the-url"
@@ -102,7 +102,7 @@ def local_blocks(photo_dataset_path: Path, sessions: Sessions, tmp_path_factory:
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 pictures in 20 shards."""
+    """400 images in 20 shards."""
     folder = tmp_path_factory.mktemp("many")
     photos = write_photo_folder(folder / "photos", per_class=100)
     make_dataset(str(photos), folder / "data", ShardingOptions(samples_per_shard=20), quiet=True, in_process=True)
@@ -201,7 +201,7 @@ def test_evaluations_among_faults(photo_dataset_path: Path, web: Web, tmp_path: 
     other = tmp_path / "other"
     photos = write_photo_folder(tmp_path / "photos", per_class=5)
     make_dataset(str(photos), other, ShardingOptions(samples_per_shard=4), quiet=True, in_process=True)
-    alone = Dist.alone(torch.device("cpu"))
+    alone = DistContext.alone(torch.device("cpu"))
     local = evaluate_both(photo_dataset_path, other, tmp_path / "local", alone)
     with web_server(other, tmp_path / "nginx") as second:
         for proxy in (web.proxy, second.proxy):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import soak
 
 FLAT = soak.Sample(0, 0, own_mib=100, rss_mib=200, files=12, threads=5, checkpoints_mib=11, other_mib=1)
-SHORT = ["--steps", "192", "--sample-every", "4", "--checkpoint-every", "8", "--knn-every", "2", "--pictures", "96"]
+SHORT = ["--steps", "192", "--sample-every", "4", "--checkpoint-every", "8", "--knn-every", "2", "--num-images", "96"]
 
 
 def series(session: int, **growth: float) -> list[soak.Sample]:
@@ -89,14 +89,15 @@ import os, sys, threading
 import torch
 from pipeline.common.errors import exit_on_user_error
 from train import pretrain
+from train.engine import loop as loop_module
 
-kept, step = [], pretrain.train_step
+kept, step = [], loop_module.train_step
 
 def leaky(*arguments):
     {leak}
     return step(*arguments)
 
-pretrain.train_step = leaky
+loop_module.train_step = leaky
 exit_on_user_error(pretrain.main)
 """
 

@@ -14,7 +14,7 @@ from pipeline.common.locations import Url
 from pipeline.dataset.remote_cache import CacheConfig
 from pipeline.loader.config import LoaderConfig
 from train import knn, linear
-from train.distributed.process_group import Dist, distributed
+from train.distributed.process_group import DistContext, distributed
 from train.evaluation.features import EncoderConfig
 from train.evaluation.linear_probe import ProbeConfig
 
@@ -22,7 +22,7 @@ LINEAR = ("crops", "cached")
 
 
 def evaluate_both(
-    data: Path | Url, val: Path | Url, out: Path, dist: Dist, cache: CacheConfig | None = None
+    data: Path | Url, val: Path | Url, out: Path, dist: DistContext, cache: CacheConfig | None = None
 ) -> list[tuple[int, ...]]:
     """Everything that was counted, also written to ``out``."""
     encoder = EncoderConfig("untrained:resnet_tiny", image_size=16)

@@ -50,7 +50,7 @@ def view_params(count: int, **fields: Any) -> ViewParams:
 
 
 def squares(kind: str, count: int, side: int) -> UInt8[Tensor, "n s s 3"]:
-    """Pictures of one kind: smooth, noise, or of one colour."""
+    """Images of one kind: smooth, noise, or of one colour."""
     rng = np.random.default_rng(side)
     match kind:
         case "smooth":
@@ -66,23 +66,23 @@ def squares(kind: str, count: int, side: int) -> UInt8[Tensor, "n s s 3"]:
 
 
 def transformed(
-    pictures: UInt8[Tensor, "n s s 3"], params: ViewParams, recipe: ViewRecipe = BYTES, threads: int = 1
+    images: UInt8[Tensor, "n s s 3"], params: ViewParams, recipe: ViewRecipe = BYTES, threads: int = 1
 ) -> list[Float[Tensor, "n 3 s s"]]:
     """Both views by the compiled stage on the CPU."""
     with ThreadPoolExecutor(threads) as pool:
-        return Photometric(recipe, torch.device("cpu"), torch.float32, pool, threads)([pictures] * VIEWS, params)
+        return Photometric(recipe, torch.device("cpu"), torch.float32, pool, threads)([images] * VIEWS, params)
 
 
 def referred(
-    pictures: UInt8[Tensor, "n s s 3"], params: ViewParams, recipe: ViewRecipe = BYTES
+    images: UInt8[Tensor, "n s s 3"], params: ViewParams, recipe: ViewRecipe = BYTES
 ) -> list[Float[Tensor, "n 3 s s"]]:
     """Both views by torchvision."""
-    planar = pictures.permute(0, 3, 1, 2)
+    planar = images.permute(0, 3, 1, 2)
     views = []
     for view in range(VIEWS):
         made = []
-        for sample, picture in enumerate(planar):
-            coloured = reference.colour(picture, params, sample, view)
+        for sample, image in enumerate(planar):
+            coloured = reference.colour(image, params, sample, view)
             finished = reference.blur_and_flip(coloured, params, sample, view, recipe)
             made.append(reference.normalise(finished, recipe))
         views.append(torch.stack(made))

@@ -1,4 +1,4 @@
-"""Owns damage to a written dataset: bytes that changed on the disk, and pictures that no decoder takes."""
+"""Owns damage to a written dataset: bytes that changed on the disk, and images that no decoder takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def copy_dataset(source: Path, target: Path) -> Path:
 
 
 def change_bytes(path: Path, sample_ids: list[int]) -> None:
-    """Turn over a byte in the middle of some pictures, as a failing disk does: their checksums no longer fit."""
+    """Turn over a byte in the middle of some images, as a failing disk does: their checksums no longer fit."""
     dataset = ShardSet.open(path)
     for sample_id in sample_ids:
         row = dataset.samples[sample_id]
@@ -33,16 +33,16 @@ def change_bytes(path: Path, sample_ids: list[int]) -> None:
             file.write(bytes([byte ^ 255]))
 
 
-def put_picture(path: Path, sample_id: int, picture: bytes, size: tuple[int, int] | None = None) -> None:
+def put_image(path: Path, sample_id: int, image: bytes, size: tuple[int, int] | None = None) -> None:
     """Put other bytes in a sample's place with a checksum that fits; ``size``: height and width to record."""
     dataset = ShardSet.open(path)
     samples = np.array(dataset.samples)
     row = samples[sample_id]
-    assert len(picture) <= row["length"], "there is no room for this picture"
+    assert len(image) <= row["length"], "there is no room for this image"
     with open(dataset.shard_path(int(row["shard"])), "r+b") as file:
         file.seek(int(row["offset"]))
-        file.write(picture)
-    row["length"], row["checksum"] = len(picture), zlib.crc32(picture)
+        file.write(image)
+    row["length"], row["checksum"] = len(image), zlib.crc32(image)
     if size is not None:
         row["height"], row["width"] = size
     samples[sample_id] = row

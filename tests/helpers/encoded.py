@@ -1,4 +1,4 @@
-"""Owns encoded pictures of every kind that a dataset may hold, good and bad, and batches made of them."""
+"""Owns encoded images of every kind that a dataset may hold, good and bad, and batches made of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image
 
 from pipeline.backends.base import Batch
 from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
-from tests.helpers.photos import picture_bytes, smooth_pixels
+from tests.helpers.photos import image_bytes, smooth_pixels
 
 ORIENTATION, MODEL = 0x112, 0x110  # tags of EXIF
-HEIGHT, WIDTH = 48, 64  # of all pictures here
+HEIGHT, WIDTH = 48, 64  # of all images here
 
 
 def encode(image: Image.Image, encoding: str, **save: object) -> bytes:
-    """A picture's bytes in one of PIL's encodings."""
+    """An image's bytes in one of PIL's encodings."""
     out = io.BytesIO()
     image.save(out, encoding, **save)
     return out.getvalue()
@@ -49,8 +49,8 @@ def png16() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def good_pictures() -> dict[str, bytes]:
-    """Pictures that both PIL and DALI decode."""
+def good_images() -> dict[str, bytes]:
+    """Images that both PIL and DALI decode."""
     photo = Image.fromarray(smooth_pixels(1, HEIGHT, WIDTH))
     alpha = Image.fromarray(np.concatenate([photo, smooth_pixels(2, HEIGHT, WIDTH)[..., :1]], -1))
     second = [Image.fromarray(smooth_pixels(3, HEIGHT, WIDTH)) for _ in range(2)]  # PIL marks them
@@ -61,7 +61,7 @@ def good_pictures() -> dict[str, bytes]:
         "progressive JPEG": encode(photo, "JPEG", progressive=True),
         "JPEG of full chroma": encode(photo, "JPEG", subsampling=0),
         "JPEG that EXIF rotates": encode(photo, "JPEG", exif=exif(ORIENTATION, 6)),
-        "JPEG with a second picture": encode(photo, "MPO", save_all=True, append_images=second[:1]),
+        "JPEG with a second image": encode(photo, "MPO", save_all=True, append_images=second[:1]),
         "PNG": encode(photo, "PNG"),
         "gray PNG": encode(photo.convert("L"), "PNG"),
         "PNG with alpha": encode(alpha, "PNG"),
@@ -88,27 +88,27 @@ def good_pictures() -> dict[str, bytes]:
     }
 
 
-def bad_pictures() -> dict[str, bytes]:
+def bad_images() -> dict[str, bytes]:
     """Bytes that neither PIL nor DALI decodes."""
-    jpeg, png = picture_bytes(1), picture_bytes(1, encoding="PNG")
+    jpeg, png = image_bytes(1), image_bytes(1, encoding="PNG")
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 255
     return {
         "nothing": b"",
-        "text": b"this is no picture",
+        "text": b"this is no image",
         "zeros": bytes(1000),
         "a JPEG's header": jpeg[:100],
         "a JPEG without its end": jpeg[:-300],
         "a PNG without its end": png[:-300],
         "a PNG with a changed byte": bytes(flipped),
-        "a BMP without its end": picture_bytes(1, encoding="BMP")[:-300],
-        "a WebP without its end": picture_bytes(1, encoding="WEBP")[:-100],
-        "a TIFF without its end": picture_bytes(1, encoding="TIFF")[:-300],
+        "a BMP without its end": image_bytes(1, encoding="BMP")[:-300],
+        "a WebP without its end": image_bytes(1, encoding="WEBP")[:-100],
+        "a TIFF without its end": image_bytes(1, encoding="TIFF")[:-300],
     }
 
 
 def only_pil_decodes() -> dict[str, bytes]:
-    """Pictures that PIL decodes and DALI 2.4 does not."""
+    """Images that PIL decodes and DALI 2.4 does not."""
     photo = Image.fromarray(smooth_pixels(1, HEIGHT, WIDTH))
     return {
         "GIF": encode(photo, "GIF"),
@@ -117,7 +117,7 @@ def only_pil_decodes() -> dict[str, bytes]:
 
 
 def batch_of(encoded: list[bytes], recipe: ViewRecipe, *, step: int = 0, centre: bool = False) -> Batch:
-    """A batch of pictures, all of ``HEIGHT`` by ``WIDTH``, with drawn windows or centre crops."""
+    """A batch of images, all of ``HEIGHT`` by ``WIDTH``, with drawn windows or centre crops."""
     ids = np.arange(len(encoded), dtype=np.int64) + 1000 * step
     sizes = np.tile(np.array([[HEIGHT, WIDTH]], dtype=np.int32), (len(ids), 1))
     windows: ViewParams | CentreCrops = (

@@ -19,13 +19,13 @@ from tests.helpers.crafted import difference, squares, transformed
 
 
 def compare(side: int, count: int, recipe: ViewRecipe) -> dict[str, float]:
-    """Both views of ``count`` pictures, noise and smooth, by interpreter and CPU."""
-    pictures = torch.cat([squares("smooth", count // 2, side), squares("noise", count - count // 2, side)])
+    """Both views of ``count`` images, noise and smooth, by interpreter and CPU."""
+    images = torch.cat([squares("smooth", count // 2, side), squares("noise", count - count // 2, side)])
     params = draw_views(recipe, 5, 0, np.arange(count), np.full((count, 2), side, dtype=np.int32))
     std = np.array(recipe.std)
     scale, offset = (1 / (255 * std)).astype(np.float32), (-np.array(recipe.mean) / std).astype(np.float32)
-    views = [transform_on_gpu(pictures, params, view, recipe, scale, offset, torch.float32) for view in range(2)]
-    apart = difference(views, transformed(pictures, params, recipe), recipe)
+    views = [transform_on_gpu(images, params, view, recipe, scale, offset, torch.float32) for view in range(2)]
+    apart = difference(views, transformed(images, params, recipe), recipe)
     channels_last = all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
     return {"max": apart.max().item(), "mean": apart.mean().item(), "channels_last": channels_last}
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     print(
         json.dumps(
             {
-                "whole pictures": compare(16, 10, ViewRecipe(image_size=16, solarize_prob=0.3, blur_radius=3)),
+                "whole images": compare(16, 10, ViewRecipe(image_size=16, solarize_prob=0.3, blur_radius=3)),
                 "more than a block": compare(
                     37, 4, ViewRecipe(image_size=37, jitter_prob=1, blur_prob=1, blur_radius=2)
                 ),

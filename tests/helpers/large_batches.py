@@ -1,4 +1,4 @@
-"""Decodes large batches, each with a picture that DALI cannot decode, and prints how each ended, as JSON.
+"""Decodes large batches, each with an image that DALI cannot decode, and prints how each ended, as JSON.
 
 A script of its own, because DALI 2.4 would end the process. Several threads look at
 batches of 32 and more only.
@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from pipeline.backends.base import DaliConfig, UndecodableBatchError
-from pipeline.backends.dali_backend import DaliPictures
+from pipeline.backends.dali_backend import DaliImages
 from pipeline.sampling.views import ViewRecipe
-from tests.helpers.encoded import bad_pictures, batch_of, good_pictures, only_pil_decodes
+from tests.helpers.encoded import bad_images, batch_of, good_images, only_pil_decodes
 
 BATCHES, SIZE, THREADS = 60, 128, 4
 
 if __name__ == "__main__":
-    good = list(good_pictures().values())
-    bad = bad_pictures() | only_pil_decodes()
+    good = list(good_images().values())
+    bad = bad_images() | only_pil_decodes()
     rng = np.random.default_rng(0)
     batches, kinds = [], []
     for step in range(BATCHES):
@@ -29,12 +29,12 @@ if __name__ == "__main__":
         if kinds[-1] != "good":
             encoded[rng.integers(SIZE)] = bad[kinds[-1]]
         batches.append(batch_of(encoded, ViewRecipe(image_size=8), step=step))
-    decoded = DaliPictures(iter(batches), SIZE, THREADS, torch.device("cpu"), DaliConfig())
+    decoded = DaliImages(iter(batches), SIZE, THREADS, torch.device("cpu"), DaliConfig())
     outcomes = []
     for batch in batches:
         try:
-            made, pictures = next(decoded)
-            outcomes.append("good" if made is batch and len(pictures) == SIZE else "mixed up")
+            made, images = next(decoded)
+            outcomes.append("good" if made is batch and len(images) == SIZE else "mixed up")
         except UndecodableBatchError as error:
             outcomes.append("refused" if error.batch is batch else "mixed up")
     ended = next(decoded, None) is None

@@ -1,4 +1,4 @@
-"""Owns the pictures that tests draw: small, smooth, a pure function of a seed."""
+"""Owns the images that tests draw: small, smooth, a pure function of a seed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def smooth_pixels(seed: int, height: int, width: int, channels: int = 3) -> np.n
     return np.clip(np.stack(planes, -1) + texture, 0, 255).astype(np.uint8)
 
 
-def picture_bytes(
+def image_bytes(
     seed: int, height: int = 48, width: int = 64, mode: str = "RGB", encoding: str = "JPEG", **save: object
 ) -> bytes:
-    """An encoded picture. ``mode`` and ``encoding`` are PIL's."""
+    """An encoded image. ``mode`` and ``encoding`` are PIL's."""
     pixels = Image.fromarray(smooth_pixels(seed, height, width)).convert(mode)
     out = io.BytesIO()
     pixels.save(out, encoding, **save)
@@ -43,17 +43,17 @@ def write_photo_folder(root: Path, per_class: int = PER_CLASS) -> Path:
             height, width = 40 + 13 * (seed % 7), 48 + 11 * (seed % 5)
             mode = "L" if i % 6 == 5 else "RGB"
             encoding, suffix = ("PNG", "png") if i % 7 == 6 else ("JPEG", "jpg")
-            (root / name / f"{name} {i:03d}.{suffix}").write_bytes(picture_bytes(seed, height, width, mode, encoding))
+            (root / name / f"{name} {i:03d}.{suffix}").write_bytes(image_bytes(seed, height, width, mode, encoding))
     return root
 
 
 def write_foreign_tars(folder: Path) -> Path:
-    """Two tars of webdataset's own ShardWriter: 12 pictures with captions, of which number 7 is cut off."""
-    import webdataset  # here: it imports torch, which not all who draw pictures want
+    """Two tars of webdataset's own ShardWriter: 12 images with captions, of which number 7 is cut off."""
+    import webdataset  # here: it imports torch, which not all who draw images want
 
     folder.mkdir()
     with webdataset.ShardWriter(str(folder / "set-%06d.tar"), maxcount=6, verbose=0, mtime=0) as writer:
         for i in range(12):
-            data = picture_bytes(i)[: 700 if i == 7 else None]
+            data = image_bytes(i)[: 700 if i == 7 else None]
             writer.write({"__key__": f"deep/er/{i:03d}", "JPEG": data, "cls": str(i % 3), "caption.txt": "a dog"})
     return folder

@@ -11,7 +11,8 @@ from typing import IO, Any
 import pipeline.common.files
 import pipeline.dataset.remote_files
 import pipeline.loader.read_batches
-import train.knn
+import train.engine.loop
+import train.evaluation.knn_monitor
 import train.monitoring.metrics
 import train.storage.checkpoints
 from train import pretrain
@@ -94,8 +95,8 @@ def torn_line(strike: Callable[[], None]) -> None:
 
 
 PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
-    "between forward and backward": lambda strike: before(pretrain, "simsiam_loss", strike),
-    "before the step is counted": lambda strike: after(pretrain, "train_step", strike),
+    "between forward and backward": lambda strike: before(train.engine.loop, "simsiam_loss", strike),
+    "before the step is counted": lambda strike: after(train.engine.loop, "train_step", strike),
     "after the step is written": lambda strike: after(Reporter, "step", strike),
     "half a line of metrics": torn_line,
     "reading a batch": lambda strike: after(pipeline.loader.read_batches.Assembler, "_batch", strike),
@@ -103,7 +104,7 @@ PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
     "a checkpoint written, not yet named": lambda strike: before(pipeline.common.files.os, "replace", strike),
     "a checkpoint named, old ones still there": lambda strike: after(pipeline.common.files, "sync_folder", strike),
     "an old checkpoint deleted": lambda strike: after(Path, "unlink", strike),
-    "kNN evaluation": lambda strike: before(train.knn.OnlineKnn, "evaluate", strike),
+    "kNN evaluation": lambda strike: before(train.evaluation.knn_monitor.OnlineKnn, "evaluate", strike),
     "opening the run": lambda strike: before(pretrain, "claim_run_dir", strike),
 }
 

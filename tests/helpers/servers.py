@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-BUCKET = "pictures"
+BUCKET = "images"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "AKIAWELLKNOWNTOALL", "AWS_SECRET_ACCESS_KEY": "hush-hush-secret-of-s3"}
 
 NGINX_CONFIG = """

@@ -19,7 +19,7 @@ from model.sync_batchnorm import SyncBatchNorm, synchronise
 
 PER_RANK = 4
 CASES: dict[str, tuple[nn.Module, tuple[int, ...], torch.dtype]] = {
-    "pictures": (nn.BatchNorm2d(6), (6, 5, 5), torch.float64),
+    "images": (nn.BatchNorm2d(6), (6, 5, 5), torch.float64),
     "vectors": (nn.BatchNorm1d(6), (6,), torch.float64),
     "without weights": (nn.BatchNorm1d(6, affine=False), (6,), torch.float64),
     "float32": (nn.BatchNorm2d(6), (6, 7, 3), torch.float32),

@@ -1,4 +1,4 @@
-"""The trunks are torchvision's ResNets, with the stems and the initialisation that the paper asks for."""
+"""The backbones are torchvision's ResNets, with the stems and the initialisation that the paper asks for."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from model.backbone import BACKBONES, build_backbone
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_trunk_pools_to_its_stated_width(name: str) -> None:
-    trunk, features = build_backbone(name)
+def test_backbone_pools_to_its_stated_width(name: str) -> None:
+    backbone, features = build_backbone(name)
     with torch.no_grad():
-        assert trunk.eval()(torch.randn(2, 3, 32, 32)).shape == (2, features)
+        assert backbone.eval()(torch.randn(2, 3, 32, 32)).shape == (2, features)
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if hasattr(models, name)])
 def test_state_dict_loads_into_torchvision_without_the_classifier(name: str) -> None:
-    trunk, _ = build_backbone(name)
+    backbone, _ = build_backbone(name)
     twin = getattr(models, name)()
-    missing = twin.load_state_dict(trunk.state_dict(), strict=False)
+    missing = twin.load_state_dict(backbone.state_dict(), strict=False)
     assert missing.unexpected_keys == []
     assert missing.missing_keys == ["fc.weight", "fc.bias"]
     x = torch.randn(2, 3, 64, 64)
     twin.fc = nn.Identity()
-    torch.testing.assert_close(trunk.eval()(x), twin.eval()(x), rtol=0, atol=0)
+    torch.testing.assert_close(backbone.eval()(x), twin.eval()(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet_tiny"])
 def test_last_bn_of_every_residual_block_starts_at_zero(name: str) -> None:
-    trunk, _ = build_backbone(name)
+    backbone, _ = build_backbone(name)
     last = [
-        m.bn3 if isinstance(m, Bottleneck) else m.bn2 for m in trunk.modules() if isinstance(m, BasicBlock | Bottleneck)
+        m.bn3 if isinstance(m, Bottleneck) else m.bn2
+        for m in backbone.modules()
+        if isinstance(m, BasicBlock | Bottleneck)
     ]
     assert last
     assert all(not bn.weight.any() for bn in last)
-    others = [m for m in trunk.modules() if isinstance(m, nn.BatchNorm2d) and all(m is not bn for bn in last)]
+    others = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d) and all(m is not bn for bn in last)]
     assert all((bn.weight == 1).all() for bn in others)
 
 
@@ -47,17 +49,17 @@ def test_last_bn_of_every_residual_block_starts_at_zero(name: str) -> None:
 )
 @pytest.mark.parametrize("name", ["resnet18", "resnet_tiny"])
 def test_stems(name: str, stem: str, kernel: int, stride: int, map_size: int) -> None:
-    trunk, _ = build_backbone(name, stem)
-    assert trunk.conv1.kernel_size == (kernel, kernel)
-    assert trunk.conv1.stride == (stride, stride)
-    x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(torch.randn(1, 3, 32, 32)))))
-    assert trunk.layer1(x).shape[-2:] == (map_size, map_size)
+    backbone, _ = build_backbone(name, stem)
+    assert backbone.conv1.kernel_size == (kernel, kernel)
+    assert backbone.conv1.stride == (stride, stride)
+    x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(torch.randn(1, 3, 32, 32)))))
+    assert backbone.layer1(x).shape[-2:] == (map_size, map_size)
 
 
 def test_tiny_is_small_and_has_its_own_stem() -> None:
-    trunk, _ = build_backbone("resnet_tiny")
-    assert trunk.conv1.kernel_size == (3, 3)
-    assert sum(p.numel() for p in trunk.parameters()) < 1_000_000
+    backbone, _ = build_backbone("resnet_tiny")
+    assert backbone.conv1.kernel_size == (3, 3)
+    assert sum(p.numel() for p in backbone.parameters()) < 1_000_000
 
 
 def test_unknown_names_are_refused_with_the_list() -> None:

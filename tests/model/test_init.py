@@ -12,11 +12,11 @@ from pipeline.common.errors import UserError
 from tests.helpers.toy_runs import TINY
 from train.config.recipes import parse_config
 from train.config.run_config import PretrainConfig
-from train.distributed.process_group import Dist
+from train.distributed.process_group import DistContext
 from train.engine.build import prepare, start_weights
 from train.engine.run import finish_checkpoint
 
-ALONE = Dist.alone(torch.device("cpu"))
+ALONE = DistContext.alone(torch.device("cpu"))
 
 
 @pytest.fixture

@@ -39,13 +39,13 @@ def test_all_layers_are_exchanged_and_nothing_else_changes() -> None:
     model = SimSiam(SimSiamConfig(backbone="resnet18", dim=16, projector_hidden=16, predictor_hidden=4))
     before = {name: value.data_ptr() for name, value in model.state_dict().items()}
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    pictures = torch.randn(2, 3, 32, 32)
-    expected = model.eval()(pictures, pictures)
+    images = torch.randn(2, 3, 32, 32)
+    expected = model.eval()(images, images)
     synchronise(model)
     assert [name for name, layer in model.named_modules() if isinstance(layer, SyncBatchNorm)] == layers
     assert len(layers) == 20 + 3 + 1
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
-    assert all(torch.equal(*pair) for pair in zip(model(pictures, pictures), expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(model(images, images), expected, strict=True))
 
 
 def test_one_process_needs_no_others() -> None:

@@ -96,7 +96,7 @@ def test_costs_are_drawn(tmp_path: Path) -> None:
     assert [axes.get_title("left") for axes in figure.axes] == list(plots.SCALE_PANELS.values())
 
 
-def picture_sizes(tar: Path) -> list[int]:
+def image_sizes(tar: Path) -> list[int]:
     with tarfile.open(tar) as file:
         return [member.size for member in file if member.name.endswith((".jpg", ".png"))]
 
@@ -107,7 +107,7 @@ def amounts(dataset: ShardSet, folder: Path) -> list[sharding.Contestant]:
     return [sharding.Contestant(lambda: None, counts[name], sizes[name]) for name in counts]
 
 
-def test_contestants_of_sharding_write_the_same_pictures(photo_dataset: ShardSet, tmp_path: Path) -> None:
+def test_contestants_of_sharding_write_the_same_images(photo_dataset: ShardSet, tmp_path: Path) -> None:
     config = sharding.Config(photo_dataset.path, workers=(1, 2))
     copied, decoded, few = amounts(photo_dataset, tmp_path)
     named = sharding.contestants(config, tmp_path, copied, decoded, few)
@@ -116,7 +116,7 @@ def test_contestants_of_sharding_write_the_same_pictures(photo_dataset: ShardSet
         if name in ("ours, full, 1 worker", "ours, header, 2 workers", "webdataset ShardWriter", "tar cf"):
             contestant.work()
             tars = sorted((tmp_path / "out").glob("*.tar"))
-            written[name] = sorted(size for tar in tars for size in picture_sizes(tar))
+            written[name] = sorted(size for tar in tars for size in image_sizes(tar))
             assert (len(written[name]), sum(written[name])) == (contestant.samples, contestant.size)
             shutil.rmtree(tmp_path / "out")
     assert written["ours, header, 2 workers"] == written["webdataset ShardWriter"] == written["tar cf"]
@@ -129,7 +129,7 @@ def test_workers_get_shards_of_equal_size(photo_dataset: ShardSet, tmp_path: Pat
     assert [shard.samples for shard in ShardSet.open(tmp_path / "out").shards] == [13] * 7 + [9]
 
 
-def test_the_same_pictures_come_again_under_other_names(photo_dataset: ShardSet, tmp_path: Path) -> None:
+def test_the_same_images_come_again_under_other_names(photo_dataset: ShardSet, tmp_path: Path) -> None:
     size = sharding.write_folder(photo_dataset, 100, tmp_path)
     files = sorted(tmp_path.glob("*/*.jpg"), key=lambda file: file.name)
     assert [file.read_bytes() for file in files] == [photo_dataset.read(number % 48) for number in range(100)]

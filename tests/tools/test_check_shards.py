@@ -27,7 +27,7 @@ from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import SAMPLE_DTYPE, file_sha256
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
-from tests.helpers.photos import picture_bytes, write_foreign_tars
+from tests.helpers.photos import image_bytes, write_foreign_tars
 from tools.check_shards import main
 
 FULL = CheckOptions(decode="full", workers=2)
@@ -41,7 +41,7 @@ def copy(photo_dataset_path: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """Tars of others, one of whose pictures is refused, and the dataset that indexes them from another folder."""
+    """Tars of others, one of whose images is refused, and the dataset that indexes them from another folder."""
     folder = write_foreign_tars(tmp_path / "tars")
     make_dataset(f"wds:{folder}/*.tar", tmp_path / "index", ShardingOptions(), quiet=True, in_process=True)
     return tmp_path / "index"
@@ -96,7 +96,7 @@ def set_field(folder: Path, field: str, value: int) -> None:
 
 
 def plant(folder: Path, data: bytes) -> None:
-    """Overwrite the picture of row 21 and make all checksums fit."""
+    """Overwrite the image of row 21 and make all checksums fit."""
     where = row(folder, 21)
     content = data[: int(where["length"])].ljust(int(where["length"]), b"\0")
     overwrite(folder / SHARD, int(where["offset"]), content)
@@ -124,12 +124,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
         lambda d: np.save(d / "samples.npy", np.zeros(9, SAMPLE_DTYPE)), "number of rows: 9 instead of 48", True),
     "labels shifted": (lambda d: roll(d, "label"), f"rows of {SHARD}: have another label than the tar", True),
     "places shifted": (lambda d: roll(d, "offset"), f"rows of {SHARD}: have another length than the tar", True),
-    "checksums shifted": (lambda d: roll(d, "checksum"), f"{SHARD}: has pictures that are not what was written", True),
-    "sizes shifted": (lambda d: roll(d, "height"), f"rows of {SHARD}: have another size than the picture", True),
-    "a place inside a picture": (lambda d: set_field(d, "offset", 700), "point where no picture begins", True),
-    "a place beyond the end": (lambda d: set_field(d, "offset", 2**64 - 1), "point where no picture begins", True),
-    "a picture twice, another not": (
-        lambda d: edit_rows(d, lambda r: r.__setitem__(22, r[21])), "leave out pictures of the tar", True),
+    "checksums shifted": (lambda d: roll(d, "checksum"), f"{SHARD}: has images that are not what was written", True),
+    "sizes shifted": (lambda d: roll(d, "height"), f"rows of {SHARD}: have another size than the image", True),
+    "a place inside an image": (lambda d: set_field(d, "offset", 700), "point where no image begins", True),
+    "a place beyond the end": (lambda d: set_field(d, "offset", 2**64 - 1), "point where no image begins", True),
+    "an image twice, another not": (
+        lambda d: edit_rows(d, lambda r: r.__setitem__(22, r[21])), "leave out images of the tar", True),
     "a row of another shard": (lambda d: set_field(d, "shard", 99), "name another shard: row 21 says 99", True),
     "a label that is no class": (lambda d: set_field(d, "label", 77), "have a label that is no class", True),
     "too few class names": (lambda d: edit_record(d, lambda i: i["classes"].pop()), "a label that is no class", False),
@@ -146,10 +146,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
         lambda d: overwrite(d / SHARD, int(row(d, 25)["offset"]) - 512, b"\xff" * 20), "is no whole tar", False),
     "label rotten in the tar": (
         lambda d: overwrite(d / SHARD, 512, b"9"), "row 20 (", False),
-    "picture rotten": (
+    "image rotten": (
         lambda d: overwrite(d / SHARD, int(row(d, 21)["offset"]) + 40, b"\0"), "row 21 (", False),
-    "picture bad from the start": (
-        lambda d: plant(d, picture_bytes(1)[:600]), f"{SHARD}: has pictures that cannot be used: row 21", False),
+    "image bad from the start": (
+        lambda d: plant(d, image_bytes(1)[:600]), f"{SHARD}: has images that cannot be used: row 21", False),
 }  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def test_without_its_record_a_dataset_keeps_everything_but_names(copy: Path, pho
     assert [repaired.key(i) for i in range(48)] == [photo_dataset.key(i) for i in range(48)]
 
 
-def test_without_a_record_pictures_that_cannot_be_decoded_are_left_out(copy: Path) -> None:
+def test_without_a_record_images_that_cannot_be_decoded_are_left_out(copy: Path) -> None:
     where = row(copy, 21)
     overwrite(copy / SHARD, int(where["offset"]), bytes(int(where["length"])))
     (copy / "dataset.json").unlink()
@@ -233,11 +233,11 @@ def test_tars_of_others_are_checked_and_their_index_mended(foreign: Path) -> Non
         repair_dataset(foreign, 1, quiet=True)
 
 
-def test_a_refused_picture_of_others_is_only_missed_if_no_list_names_it(foreign: Path) -> None:
+def test_a_refused_image_of_others_is_only_missed_if_no_list_names_it(foreign: Path) -> None:
     (foreign / "rejected.jsonl").write_text("not json\n")
     kinds = [str(damage) for damage in check(foreign).damage]
     assert kinds[0] == "rejected.jsonl: cannot be read"
-    assert "leave out pictures of the tar: deep/er/007" in kinds[1]
+    assert "leave out images of the tar: deep/er/007" in kinds[1]
 
 
 def test_a_repair_that_was_killed_begins_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_a_hostile_record_does_not_make_the_repair_write_elsewhere(copy: Path) -
 def test_duplicates_are_confirmed_and_their_labels_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, (name, seed) in enumerate([("a", 1), ("a", 1), ("b", 1), ("a", 2), ("b", 3), ("b", 3)]):
         (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name / f"{number}.jpg").write_bytes(picture_bytes(seed))
+        (tmp_path / "in" / name / f"{number}.jpg").write_bytes(image_bytes(seed))
     make_dataset(str(tmp_path / "in"), tmp_path / "out", ShardingOptions(), quiet=True, in_process=True)
     dataset = ShardSet.open(tmp_path / "out")
     numbers = {int(dataset.key(i)[-1]): i for i in range(6)}
@@ -295,7 +295,7 @@ def test_equal_checksums_are_no_proof(photo_dataset_path: Path, copy: Path) -> N
     assert find_duplicates(monkey).groups == 0
 
 
-def test_sampled_pictures_are_spread_and_always_the_same() -> None:
+def test_sampled_images_are_spread_and_always_the_same() -> None:
     options = CheckOptions(decode="sampled", decode_per_shard=3)
     assert decoded_rows(range(100, 201), options) == {100, 150, 200}
     assert decoded_rows(range(5, 7), options) == {5, 6}
@@ -304,7 +304,7 @@ def test_sampled_pictures_are_spread_and_always_the_same() -> None:
 
 
 def test_the_report_does_not_depend_on_the_threads(copy: Path) -> None:
-    for kind in ("labels shifted", "picture rotten", "index empty"):
+    for kind in ("labels shifted", "image rotten", "index empty"):
         DAMAGE[kind][0](copy)
     assert check(copy, CheckOptions(workers=1)) == check(copy, CheckOptions(workers=4))
 
@@ -383,11 +383,11 @@ def test_the_command(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "an epoch of global batch 40 has 1 steps and leaves out 8 samples" in said
     assert "nothing is damaged" in said
     assert json.loads((tmp_path / "report.json").read_text())["fine"] is True
-    DAMAGE["picture rotten"][0](copy)
+    DAMAGE["image rotten"][0](copy)
     DAMAGE["index empty"][0](copy)
     assert command(monkeypatch, copy, "--json", tmp_path / "report.json") == 1
     said = capsys.readouterr().out
-    assert "DAMAGED  shard-000002.tar: has pictures that are not what was written: row 21" in said
+    assert "DAMAGED  shard-000002.tar: has images that are not what was written: row 21" in said
     assert "too few samples for a global batch of 512" in said
     kinds = {one["where"] for one in json.loads((tmp_path / "report.json").read_text())["damage"]}
     assert kinds == {"shard-000002.tar", "shard-000002.idx"}

@@ -1,4 +1,4 @@
-"""The demo at toy size: its steps run for real, its plan fits any number of pictures, its refusals are clear."""
+"""The demo at toy size: its steps run for real, its plan fits any number of images, its refusals are clear."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_whole_demo_at_toy_size(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    done = run_demo("--out", str(out), "--pictures", "48", "--steps", "3")
+    done = run_demo("--out", str(out), "--num-images", "48", "--steps", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert ShardSet.open(out / "train").num_samples == ShardSet.open(out / "test").num_samples == 48
     assert (out / "preview.png").stat().st_size > 10_000
@@ -40,8 +40,8 @@ def test_the_whole_demo_at_toy_size(tmp_path: Path) -> None:
         assert command in done.stdout  # shown, so that a user learns it
 
 
-def test_test_pictures_are_other_ones_than_those_trained_on(tmp_path: Path) -> None:
-    make_datasets(DemoConfig(out=tmp_path, pictures=24))
+def test_test_images_are_other_ones_than_those_trained_on(tmp_path: Path) -> None:
+    make_datasets(DemoConfig(out=tmp_path, images=24))
     checksums = [set(ShardSet.open(tmp_path / name).samples["checksum"].tolist()) for name in ("train", "test")]
     assert len(checksums[0]) == len(checksums[1]) == 24
     assert not checksums[0] & checksums[1]
@@ -81,14 +81,14 @@ def test_a_folder_without_splits_gives_one_dataset(photo_folder: Path, tmp_path:
 def test_splits_inside_a_tar_are_found(names: list[str], expected: tuple[str, str], tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
-    with tarfile.open(tmp_path / "pictures.tar.gz", "w:gz") as tar:
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as tar:
         for name in names:
             tar.add(empty, name)
-    assert find_splits(tmp_path / "pictures.tar.gz") == expected
+    assert find_splits(tmp_path / "images.tar.gz") == expected
 
 
 @pytest.mark.parametrize(
-    ("pictures", "expected"),
+    ("images", "expected"),
     [
         (6144, Schedule(batch=128, epochs=12, knn_every=1)),
         (20_000, Schedule(batch=128, epochs=4, knn_every=1)),
@@ -97,11 +97,11 @@ def test_splits_inside_a_tar_are_found(names: list[str], expected: tuple[str, st
         (16, Schedule(batch=8, epochs=288, knn_every=24)),
     ],
 )
-def test_the_plan_is_about_576_steps_whatever_the_number_of_pictures(pictures: int, expected: Schedule) -> None:
-    assert plan(pictures, 576) == expected
+def test_the_plan_is_about_576_steps_whatever_the_number_of_images(images: int, expected: Schedule) -> None:
+    assert plan(images, 576) == expected
 
 
-def test_too_few_pictures_are_refused() -> None:
+def test_too_few_images_are_refused() -> None:
     with pytest.raises(UserError, match="at least 16"):
         plan(15, 576)
 

@@ -21,7 +21,7 @@ from tools import export_backbone
 from train.storage.checkpoints import save_checkpoint
 from train.storage.encoder_files import open_encoder
 
-PICTURES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).sin().reshape(2, 3, 64, 64)
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).sin().reshape(2, 3, 64, 64)
 DIM, HIDDEN = 64, 2048  # the official code's projector is as wide as its features
 
 
@@ -58,27 +58,27 @@ def load(path: Path) -> Any:
 
 @torch.no_grad()
 def assert_same_features(theirs: nn.Module, ours: SimSiam) -> None:
-    torch.testing.assert_close(theirs.eval()(PICTURES), ours.backbone(PICTURES), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(theirs.eval()(IMAGES), ours.backbone(IMAGES), rtol=1e-6, atol=1e-6)
 
 
 def without_classifier(**options: Any) -> nn.Module:
-    trunk = models.resnet50(**options)
-    trunk.fc = nn.Identity()
-    return trunk
+    backbone = models.resnet50(**options)
+    backbone.fc = nn.Identity()
+    return backbone
 
 
 def test_torchvision(model: SimSiam, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export(monkeypatch, run_dir, tmp_path / "out.pth") == 0
-    trunk = without_classifier()
-    trunk.load_state_dict(load(tmp_path / "out.pth"), strict=True)
-    assert_same_features(trunk, model)
+    backbone = without_classifier()
+    backbone.load_state_dict(load(tmp_path / "out.pth"), strict=True)
+    assert_same_features(backbone, model)
 
 
 def test_timm(model: SimSiam, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert export(monkeypatch, run_dir, tmp_path / "out.pth", "--format", "timm") == 0
-    trunk = timm.create_model("resnet50", num_classes=0)
-    trunk.load_state_dict(load(tmp_path / "out.pth"), strict=True)
-    assert_same_features(trunk, model)
+    backbone = timm.create_model("resnet50", num_classes=0)
+    backbone.load_state_dict(load(tmp_path / "out.pth"), strict=True)
+    assert_same_features(backbone, model)
     # The line that the command prints for timm's users.
     assert_same_features(timm.create_model("resnet50", num_classes=0, checkpoint_path=str(tmp_path / "out.pth")), model)
 
@@ -88,11 +88,11 @@ def test_safetensors_also_come_back(
 ) -> None:
     out = tmp_path / "out.safetensors"
     assert export(monkeypatch, run_dir, out, "--format", "safetensors") == 0
-    trunk = without_classifier()
-    trunk.load_state_dict(load_file(out), strict=True)
-    assert_same_features(trunk, model)
-    trunk, _, weights = open_encoder(str(out))
-    assert_same_features(trunk, model)
+    backbone = without_classifier()
+    backbone.load_state_dict(load_file(out), strict=True)
+    assert_same_features(backbone, model)
+    backbone, _, weights = open_encoder(str(out))
+    assert_same_features(backbone, model)
     assert weights.pixels is not None
     assert (weights.pixels.image_size, weights.pixels.mean) == (64, (0.5, 0.4, 0.3))
 
@@ -141,8 +141,8 @@ def test_official(model: SimSiam, run_dir: Path, tmp_path: Path, monkeypatch: py
     theirs.load_state_dict(content["state_dict"], strict=True)
     paper = theirs["module"].eval()
     with torch.no_grad():
-        z = paper.encoder(PICTURES)
-        expected = model(PICTURES, PICTURES)
+        z = paper.encoder(IMAGES)
+        expected = model(IMAGES, IMAGES)
         torch.testing.assert_close(z, expected.z1, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(paper.predictor(z), expected.p1, rtol=1e-5, atol=1e-5)
 
@@ -152,13 +152,13 @@ def test_detectron2(model: SimSiam, run_dir: Path, tmp_path: Path, monkeypatch: 
     content = load(tmp_path / "out.pth")
     assert content["matching_heuristics"] is True
     assert content["__author__"]
-    trunk = model.backbone.state_dict()
-    assert torch.equal(content["model"]["stem.conv1.weight"], trunk["conv1.weight"])
-    assert torch.equal(content["model"]["res4.5.conv2.norm.bias"], trunk["layer3.5.bn2.bias"])
+    backbone = model.backbone.state_dict()
+    assert torch.equal(content["model"]["stem.conv1.weight"], backbone["conv1.weight"])
+    assert torch.equal(content["model"]["res4.5.conv2.norm.bias"], backbone["layer3.5.bn2.bias"])
     assert torch.equal(
-        content["model"]["res2.0.shortcut.norm.running_mean"], trunk["layer1.0.downsample.1.running_mean"]
+        content["model"]["res2.0.shortcut.norm.running_mean"], backbone["layer1.0.downsample.1.running_mean"]
     )
-    assert len(content["model"]) == sum(not key.endswith("num_batches_tracked") for key in trunk)
+    assert len(content["model"]) == sum(not key.endswith("num_batches_tracked") for key in backbone)
 
 
 def test_the_command_says_how_to_load_it(
@@ -199,8 +199,8 @@ def test_mistakes(
 def test_what_exists_here_only_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trunk, _ = build_backbone("resnet_tiny")
-    torch.save(trunk.state_dict(), tmp_path / "tiny.pth")
+    backbone, _ = build_backbone("resnet_tiny")
+    torch.save(backbone.state_dict(), tmp_path / "tiny.pth")
     assert export(monkeypatch, tmp_path / "tiny.pth", tmp_path / "out.pth", "--format", "timm") == 0
     out = capsys.readouterr().out
     assert 'build_backbone("resnet_tiny", "small")' in out

@@ -24,9 +24,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_a_folder_becomes_a_dataset(photo_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, photo_folder, tmp_path / "out", "--samples-per-shard", "16", "--workers", "2"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "3 shards, 48 pictures" in ended.stdout
+    assert "3 shards, 48 images" in ended.stdout
     assert "48/48" in ended.stderr
-    assert "pictures/s" in ended.stderr
+    assert "images/s" in ended.stderr
     assert "MB/s" in ended.stderr
     assert len(ShardSet.open(tmp_path / "out")) == 48
 
@@ -53,7 +53,7 @@ def test_the_summary_counts_reasons(
         (tmp_path / "in" / f"bad {i}.jpg").write_bytes(b"")
     run(monkeypatch, tmp_path / "in", tmp_path / "out", "--labels", "none", "--split", "train", "--workers", 1)
     said = capsys.readouterr().out
-    assert "1 shards, 1 pictures" in said
+    assert "1 shards, 1 images" in said
     assert "3  empty file" in said
     assert "rejected.jsonl" in said
     assert ShardSet.open(tmp_path / "out").split == "train"
@@ -86,15 +86,15 @@ def test_a_dataset_of_which_a_part_is_labelled_is_one_without_labels_and_that_is
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pictures = sorted(photo_folder.rglob("*.png"))[:3]
+    images = sorted(photo_folder.rglob("*.png"))[:3]
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
-        for number, picture in enumerate(pictures):
-            tar.add(picture, f"{number}.png")
+        for number, image in enumerate(images):
+            tar.add(image, f"{number}.png")
             if number < labelled:
                 (tmp_path / "label").write_text("0")
                 tar.add(tmp_path / "label", f"{number}.cls")
     run(monkeypatch, f"wds:{tmp_path / 'in.tar'}", tmp_path / "out", "--workers", 1)
-    assert ("some pictures have no label" in capsys.readouterr().out) == told
+    assert ("some images have no label" in capsys.readouterr().out) == told
     assert ShardSet.open(tmp_path / "out").has_labels == (labelled == 3)
 
 

@@ -1,4 +1,4 @@
-"""The picture of the views: its size follows from what was asked for, and mistakes are told."""
+"""The image of the views: its size follows from what was asked for, and mistakes are told."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_a_row_for_each_sample(
     for samples in ("2", "4"):
         out = tmp_path / f"{samples}.png"
         assert call(monkeypatch, preview_views, data, out, "--samples", samples, *options) == 0
-        with Image.open(out) as picture:
-            heights.append(picture.height)
-            colours = picture.convert("RGB").getcolors(maxcolors=1 << 20)
+        with Image.open(out) as image:
+            heights.append(image.height)
+            colours = image.convert("RGB").getcolors(maxcolors=1 << 20)
         assert colours is not None
         assert len(colours) > 1000  # of photographs, not of an empty page
     assert heights[1] > 1.5 * heights[0]
-    assert "4 pictures and their views by torchvision" in capsys.readouterr().out
+    assert "4 images and their views by torchvision" in capsys.readouterr().out
 
 
 MISTAKES = {
@@ -35,7 +35,7 @@ MISTAKES = {
     ("x.png", "--seed", "-1"): "--seed -1: it must lie in 0 .. 2**64 - 1",
     ("x.png", "--epoch", "-1"): "--epoch -1: epochs are numbered 0 .. ",
     ("x.png", "--epoch", "5000000000"): "--epoch 5000000000: epochs are numbered 0 .. ",
-    ("x.jpg",): "the picture is written as PNG",
+    ("x.jpg",): "the image is written as PNG",
 }
 
 

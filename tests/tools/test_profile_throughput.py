@@ -19,7 +19,7 @@ from pipeline.loader.config import LoaderConfig
 from tests.helpers.toy_runs import TINY, call
 from tools import profile_throughput
 from tools.common import gpu_monitor as gpu_watch
-from tools.common.fake_imagenet import draw_jpeg, write_pictures
+from tools.common.fake_imagenet import draw_jpeg, write_images
 from tools.common.gpu_monitor import GpuWatch, busy_with_others
 from tools.throughput import tune as tuning
 from tools.throughput import workload as workload_module
@@ -190,15 +190,15 @@ def test_no_data_is_a_mistake(
     assert "no dataset at" in capsys.readouterr().err
 
 
-def test_pictures_are_as_large_and_dense_as_imagenets(tmp_path: Path) -> None:
+def test_images_are_as_large_and_dense_as_imagenets(tmp_path: Path) -> None:
     encoded = [draw_jpeg(0, number) for number in range(30)]
     assert encoded[:2] == [draw_jpeg(0, 0), draw_jpeg(0, 1)]
-    pictures = [Image.open(io.BytesIO(data)) for data in encoded]
+    images = [Image.open(io.BytesIO(data)) for data in encoded]
     assert 80e3 < np.mean([len(data) for data in encoded]) < 140e3
-    width, height = np.mean([picture.size for picture in pictures], axis=0)
+    width, height = np.mean([image.size for image in images], axis=0)
     assert 420 < width < 520
     assert 350 < height < 440
-    write_pictures(tmp_path, 12, threads=2)
+    write_images(tmp_path, 12, threads=2)
     assert len(list(tmp_path.glob("class-*/*.jpg"))) == 12
 
 

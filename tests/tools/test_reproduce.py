@@ -20,11 +20,10 @@ import train.openmp  # noqa: F401
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
-from pipeline.loader.loader import Views
+from pipeline.loader.loader import ViewBatch
 from tests.helpers import toy_runs
 from tests.train.test_pretrain import alone
 from tools import reproduce
-from tools.reproduction import report as report_module
 from tools.reproduction import sweep as sweep_module
 from tools.reproduction.paper_tables import TABLES
 from tools.reproduction.report import compare, floor_of
@@ -118,11 +117,11 @@ def test_every_variant_is_a_run_of_its_own(table: str, recipe: str, tmp_path: Pa
 
 @pytest.mark.parametrize("table", [name for name in TABLES if name != "batch-size"])
 def test_every_variant_trains_a_step_of_its_own(table: str, photo_dataset_path: Path, tmp_path: Path) -> None:
-    """Same pictures, same seed; what differs is the flags of the variant, and so the step or the loss."""
+    """Same images, same seed; what differs is the flags of the variant, and so the step or the loss."""
     places = ["--data", str(photo_dataset_path), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
     torch.manual_seed(0)
     x1, x2 = torch.randn(2, 12, 3, 16, 16)
-    seen = Views(x1, x2, np.arange(12), np.arange(12), epoch=0, step=0, wait_s=0.0)
+    seen = ViewBatch(x1, x2, np.arange(12), np.arange(12), epoch=0, step=0, wait_s=0.0)
     other = replace(seen, x1=x2.flip(0), x2=x1.flip(0), pair=1)
     ends = []
     for variant in TABLES[table].variants:
@@ -165,7 +164,7 @@ def test_a_sweep_makes_a_page_and_a_plot(
     knn_top1 = json.loads((tmp_path / "out" / "with" / "summary.json").read_text())["knn_top1"]
     assert f"| with stop-gradient | 67.7 | {linear_top1:.1f} | {knn_top1:.1f} | " in page
     assert "| without stop-gradient | 0.1 | " in page
-    assert "Here: resnet_tiny at 16 px, 48 pictures, 2 epochs of 4 steps, batch 12, one seed" in page
+    assert "Here: resnet_tiny at 16 px, 48 images, 2 epochs of 4 steps, batch 12, one seed" in page
     assert "The paper: ResNet-50 at 224 px on ImageNet" in page
     assert f"no nearer than 2/sqrt(batch), here {2 / math.sqrt(12):.2f} (" in page
     assert "- without stop-gradient: -67.6 in the paper; here linear " in page
@@ -222,10 +221,10 @@ def test_too_small_a_budget_says_the_minimum_and_the_minimum_is_enough(
     assert call(monkeypatch, *flags(photo_dataset_path, tmp_path / "out", table, "0.5")) == 2
     error = capsys.readouterr().err
     assert "--budget 0.5 minutes is too little" in error
-    least = int(error.split("pictures need ")[1].split(" minutes")[0])
+    least = int(error.split("images need ")[1].split(" minutes")[0])
     ran: list[str] = []
     monkeypatch.setattr(Sweep, "run", lambda _, variant, scale: ran.append(f"{variant.name} {scale.epochs}"))
-    monkeypatch.setattr(report_module, "write_report", lambda *_, **__: tmp_path / "page.md")
+    monkeypatch.setattr(reproduce, "write_report", lambda *_, **__: tmp_path / "page.md")
     assert call(monkeypatch, *flags(photo_dataset_path, tmp_path / "out", table, str(least))) == 0
     epochs = int(ran[0].split()[1])
     assert epochs >= TABLES[table].least_epochs
@@ -238,7 +237,7 @@ def test_another_budget_is_another_sweep(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(Sweep, "run", lambda *_: None)
-    monkeypatch.setattr(report_module, "write_report", lambda *_, **__: tmp_path / "page.md")
+    monkeypatch.setattr(reproduce, "write_report", lambda *_, **__: tmp_path / "page.md")
     plant_pilot(tmp_path / "out", step_s=0.1)
     assert call(monkeypatch, *flags(photo_dataset_path, tmp_path / "out", budget="100")) == 0
     assert call(monkeypatch, *flags(photo_dataset_path, tmp_path / "out", "predictor", "90")) == 2
@@ -262,7 +261,7 @@ def test_mistakes(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_recipe_follows_the_machine_and_the_pictures(photo_dataset: ShardSet) -> None:
+def test_the_recipe_follows_the_machine_and_the_images(photo_dataset: ShardSet) -> None:
     assert choose_recipe("cpu", photo_dataset) == "cpu"
     sides = photo_dataset.sizes(torch.arange(photo_dataset.num_samples).numpy()).min(axis=1)
     small = sorted(sides)[len(sides) // 2] <= 64
@@ -282,7 +281,7 @@ def test_the_floor_is_named_where_it_is_one_for_all_runs() -> None:
 
 
 def test_signs() -> None:
-    # 2000 pictures at 50 %: a standard error of 1.58 points for a difference
+    # 2000 images at 50 %: a standard error of 1.58 points for a difference
     assert compare(-67.6, before=50.0, after=46.0, samples=2000) == "same sign"
     assert compare(-67.6, before=50.0, after=54.0, samples=2000) == "opposite sign"
     assert compare(-67.6, before=50.0, after=47.0, samples=2000) == "too close to tell"

@@ -23,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 import train.openmp  # noqa: F401
 from model.methods.simsiam import simsiam_loss
 from pipeline.common import errors as errors_module
-from pipeline.loader.loader import Views
+from pipeline.loader.loader import ViewBatch
 from pipeline.sampling.sampler import batch_ids
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
 from train import pretrain
 from train.config.recipes import parse_config
-from train.distributed.process_group import Dist
+from train.distributed.process_group import DistContext
 from train.distributed.stop_signals import EXIT_PREEMPTED
 from train.engine import loop as loop_module
 from train.engine.build import prepare
@@ -215,7 +215,7 @@ def test_other_batch_statistics_after_a_resume_are_told(
     assert run_here(monkeypatch, [*arguments, "--max-steps", "3"]) == 0
     assert run_here(monkeypatch, [*arguments, "--max-steps", "5", "--resume", "--accumulate", "3"]) == 0
     out = capsys.readouterr().out
-    assert "batch norm takes its statistics over 4 pictures at a time from here on, 12 before" in out
+    assert "batch norm takes its statistics over 4 images at a time from here on, 12 before" in out
     assert run_here(monkeypatch, [*arguments, "--max-steps", "6", "--resume", "--accumulate", "3"]) == 0
     assert "batch norm takes its statistics" not in capsys.readouterr().out
     assert global_batches(tmp_path / "run", 1) == global_batches(undisturbed, 1)[:6]
@@ -324,7 +324,7 @@ def test_a_run_folder_is_not_overwritten_and_not_mixed_up(
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()} == before
 
 
-def test_results_are_not_put_among_pictures_or_into_a_bucket(
+def test_results_are_not_put_among_images_or_into_a_bucket(
     photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     before = sorted(photo_dataset_path.iterdir())
@@ -375,13 +375,13 @@ def test_gradients_travel_once_a_step_also_when_compiled(tmp_path: Path) -> None
         td.destroy_process_group()
 
 
-def alone() -> Dist:
-    return Dist.alone(torch.device("cpu"))
+def alone() -> DistContext:
+    return DistContext.alone(torch.device("cpu"))
 
 
-def views(x1: torch.Tensor, x2: torch.Tensor) -> Views:
+def views(x1: torch.Tensor, x2: torch.Tensor) -> ViewBatch:
     ids = np.arange(len(x1))
-    return Views(x1, x2, ids, ids, epoch=0, step=0, wait_s=0.25)
+    return ViewBatch(x1, x2, ids, ids, epoch=0, step=0, wait_s=0.25)
 
 
 def test_unlabelled_data_trains_without_knn(

@@ -1,6 +1,6 @@
-"""Owns pictures to measure with where there is no ImageNet: JPEGs as large, as dense and as often gray as ImageNet's.
+"""Owns images to measure with where there is no ImageNet: JPEGs as large, as dense and as often gray as ImageNet's.
 
-What a decoder costs depends on pixels and bytes. Of 1000 pictures of ImageNet the mean was 110 KB and 468 x 401 px, a
+What a decoder costs depends on pixels and bytes. Of 1000 images of ImageNet the mean was 110 KB and 468 x 401 px, a
 fifth had exactly 500 x 375 px, three in four full colour resolution (4:4:4) at quality 95 and above, and 2 % were gray.
 """
 
@@ -43,7 +43,7 @@ SLOPE = 1.0  # noise whose amplitude falls with 1 / frequency has the spectrum o
 
 @contextmanager
 def dataset_folder(keep: Path | None, samples: int) -> Iterator[Path]:
-    """Folder ``keep`` with a dataset of ``samples`` pictures, or with that which is there; None: one for a while.
+    """Folder ``keep`` with a dataset of ``samples`` images, or with that which is there; None: one for a while.
 
     Raises UserError as make_dataset does.
     """
@@ -55,16 +55,16 @@ def dataset_folder(keep: Path | None, samples: int) -> Iterator[Path]:
 
 
 def draw_dataset(folder: Path, samples: int) -> None:
-    """Write ``samples`` pictures as a dataset. Raises UserError as make_dataset does."""
+    """Write ``samples`` images as a dataset. Raises UserError as make_dataset does."""
     if samples < 1:
         raise UserError(f"--synthetic-samples {samples}: draw at least 1")
-    with tempfile.TemporaryDirectory(prefix="siamstream-") as pictures:
-        write_pictures(Path(pictures), samples, cores())
-        make_dataset(pictures, folder, ShardingOptions(verify="header"), quiet=True)
+    with tempfile.TemporaryDirectory(prefix="siamstream-") as images:
+        write_images(Path(images), samples, cores())
+        make_dataset(images, folder, ShardingOptions(verify="header"), quiet=True)
 
 
-def write_pictures(folder: Path, count: int, threads: int, seed: int = 0) -> None:
-    """Write ``count`` JPEGs into class folders below ``folder``. The same seed gives the same pictures."""
+def write_images(folder: Path, count: int, threads: int, seed: int = 0) -> None:
+    """Write ``count`` JPEGs into class folders below ``folder``. The same seed gives the same images."""
     for label in range(CLASSES):
         (folder / f"class-{label}").mkdir(parents=True, exist_ok=True)
 
@@ -76,7 +76,7 @@ def write_pictures(folder: Path, count: int, threads: int, seed: int = 0) -> Non
 
 
 def draw_jpeg(seed: int, number: int) -> bytes:
-    """One picture, a function of its arguments."""
+    """One image, a function of its arguments."""
     rng = np.random.default_rng((seed, number))
     sizes, shares = zip(*SIZES, strict=True)
     width, height = sizes[rng.choice(len(sizes), p=np.array(shares) / sum(shares))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAPER_SCALE = "ResNet-50 at 224 px on ImageNet (1.28 million pictures), batch 512, 100 epochs, about 250,000 steps"
+PAPER_SCALE = "ResNet-50 at 224 px on ImageNet (1.28 million images), batch 512, 100 epochs, about 250,000 steps"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ TABLES: dict[str, PaperTable] = {
         least_epochs=4,
     ),
     "moving-average": PaperTable(
-        "No predictor, but targets averaged over each picture's views",
+        "No predictor, but targets averaged over each image's views",
         "section 5.2, expectation over augmentations",
         (
             Variant("predictor", "predictor (SimSiam)", (), 68.1),

@@ -100,8 +100,8 @@ def describe(
         "",
         f"    {command}",
         "",
-        f"**Scale.** Here: {recipe}, {plan['num_samples']:,} pictures, {_length(results, plan)}, one seed; accuracies "
-        f"over {val_samples:,} pictures. The paper: {PAPER_SCALE}. "
+        f"**Scale.** Here: {recipe}, {plan['num_samples']:,} images, {_length(results, plan)}, one seed; accuracies "
+        f"over {val_samples:,} images. The paper: {PAPER_SCALE}. "
         "What compares is which variant is ahead of which, not how far.",
         "",
         "| variant | paper, linear top-1 | linear top-1 | 20-NN top-1 | z_std x sqrt(d) at the end | loss at the end |",
@@ -141,7 +141,7 @@ def _row(result: Result) -> str:
 def verdict(first: Result, other: Result, val_samples: int) -> str:
     """One line: whether a variant stands to the first one as in the paper, by the linear accuracy and by kNN.
 
-    Closer than two standard errors of the validation pictures' number counts as too close to tell.
+    Closer than two standard errors of the validation images' number counts as too close to tell.
     """
     label, paper = other.variant.label, other.variant.paper_top1
     here = [
@@ -163,7 +163,7 @@ def verdict(first: Result, other: Result, val_samples: int) -> str:
 
 
 def compare(paper_difference: float, before: float, after: float, samples: int) -> str:
-    """``same sign``, ``opposite sign`` or ``too close to tell``; accuracies in percent over ``samples`` pictures."""
+    """``same sign``, ``opposite sign`` or ``too close to tell``; accuracies in percent over ``samples`` images."""
     error = 100 * math.sqrt(sum(p / 100 * (1 - p / 100) for p in (before, after)) / samples)
     difference = after - before
     if abs(difference) < SURE_AT * error:

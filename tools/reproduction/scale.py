@@ -15,12 +15,12 @@ from tools.reproduction.paper_tables import PaperTable, Variant
 PILOT_STEPS = 24
 KNN_ALONG = 4  # kNN accuracies along a run, besides the untrained one
 RESERVE = 0.9  # share of the budget that is planned for; the rest is for what takes longer than in the pilot
-SMALL_PICTURE = 64  # px; larger ones are for resnet50 at 224 px
+SMALL_IMAGE = 64  # px; larger ones are for resnet50 at 224 px
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all variants of a sweep share, fit for a kind of machine and picture."""
+    """What all variants of a sweep share, fit for a kind of machine and image."""
 
     name: str
     pretrain: tuple[str, ...]  # flags; epochs, batch and kNN are given to each run beside them
@@ -88,12 +88,12 @@ class Scale:
 
 
 def choose_recipe(device: str, train: ShardSet) -> str:
-    """By the device, and by the size that half of the pictures have at least."""
+    """By the device, and by the size that half of the images have at least."""
     if device == "cpu":
         return "cpu"
     some = np.linspace(0, train.num_samples - 1, min(1000, train.num_samples)).astype(np.int64)
     side = float(np.median(train.sizes(some).min(axis=1)))
-    return "gpu-small" if side <= SMALL_PICTURE else "gpu-large"
+    return "gpu-small" if side <= SMALL_IMAGE else "gpu-large"
 
 
 def fitting(table: PaperTable, num_samples: int) -> list[Variant]:
@@ -126,7 +126,7 @@ def fit_epochs(table: PaperTable, pilot: Pilot, recipe: Recipe, num_samples: int
         least = math.ceil(seconds(table.least_epochs) / 60)
         raise UserError(
             f"--budget {budget:g} minutes is too little: {len(variants)} variants of at least {table.least_epochs} "
-            f"epoch(s) over {num_samples:,} pictures need {least} minutes here; take --budget {least} or more, or "
-            "fewer pictures (make_shards.py --limit)"
+            f"epoch(s) over {num_samples:,} images need {least} minutes here; take --budget {least} or more, or "
+            "fewer images (make_shards.py --limit)"
         )
     return epochs

@@ -191,10 +191,10 @@ def _advice(limiter: Limiter, results: dict[str, RungResult], setting: Setting) 
                 "raise --read-ahead and --threads",
             )
         case "decode":
-            smaller = "write smaller pictures: make_shards.py --shorter-side 256 costs a little sharpness"
+            smaller = "write smaller images: make_shards.py --shorter-side 256 costs a little sharpness"
             return (tune, cores, smaller) if setting.on_gpu else (cores, smaller, tune)
         case "crops":
-            return (cores, "write smaller pictures: make_shards.py --shorter-side 256 costs a little sharpness")
+            return (cores, "write smaller images: make_shards.py --shorter-side 256 costs a little sharpness")
         case "photometric":
             return (
                 cores,

@@ -19,17 +19,17 @@ from typing import Any, Literal
 import torch
 
 from pipeline.backends import reference
-from pipeline.backends.base import Batch, Setup, Stages
+from pipeline.backends.base import BackendContext, BackendStages, Batch
 from pipeline.backends.select import open_backend
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.bad_samples import BadSamples, print_bad_sample
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import Views, open_views
+from pipeline.loader.loader import ViewBatch, open_views
 from pipeline.loader.read_batches import Assembler
 from pipeline.loader.timing import Stalls
 from pipeline.sampling.order import OrderConfig, choose_order
-from pipeline.sampling.sampler import Place, Process, Span
+from pipeline.sampling.sampler import BatchIds, BatchSampler, World
 from pipeline.sampling.views import ViewParams, ViewRecipe, draw_views
 from tools.throughput.step_timer import StepClock
 from train.engine.loop import train_step
@@ -37,9 +37,9 @@ from train.engine.run import Run
 
 
 def decoded_batch(batch: Batch, pool: ThreadPoolExecutor, device: torch.device) -> Batch:
-    """The batch with its pictures decoded, uint8 ``[h, w, 3]``, where the crops want them."""
-    pictures = pool.map(lambda encoded: reference.decode(encoded.tobytes()), batch.encoded)
-    arrays = [picture.permute(1, 2, 0).contiguous() for picture in pictures]
+    """The batch with its images decoded, uint8 ``[h, w, 3]``, where the crops want them."""
+    images = pool.map(lambda encoded: reference.decode(encoded.tobytes()), batch.encoded)
+    arrays = [image.permute(1, 2, 0).contiguous() for image in images]
     on_device = [array.to(device) if device.type == "cuda" else array.numpy() for array in arrays]
     return replace(batch, encoded=on_device)  # type: ignore[arg-type]
 
@@ -70,24 +70,24 @@ class Bench:
         return self.loader.threads or share_of_cores(self.ranks_per_machine)
 
     @property
-    def span(self) -> Span:
+    def sampler(self) -> BatchSampler:
         """Steps without end."""
-        return Span(self.seed, self.batch, ENDLESS)
+        return BatchSampler(self.seed, self.batch, ENDLESS)
 
-    def places(self) -> Iterator[Place]:
+    def places(self) -> Iterator[BatchIds]:
         """The order of a run of one rank, without end."""
         order = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
-        return self.span.places(self.dataset.num_samples, order, Process.alone(self.device))
+        return self.sampler.places(self.dataset.num_samples, order, World.alone(self.device))
 
     @contextmanager
-    def views(self, stalls: Stalls | None = None) -> Iterator[Iterator[Views]]:
+    def views(self, stalls: Stalls | None = None) -> Iterator[Iterator[ViewBatch]]:
         """The loader of a run of one rank, without end; ``stalls`` are those of the GPU."""
         with open_views(
             self.dataset,
             self.recipe,
             replace(self.loader, threads=self.threads),
-            self.span,
-            Process.alone(self.device),
+            self.sampler,
+            World.alone(self.device),
             dtype=self.dtype,
             order=self.order,
             stalls=stalls,
@@ -110,16 +110,18 @@ class Bench:
         with self.encoded() as batches:
             return list(itertools.islice(batches, RESIDENT_BATCHES))
 
-    def resident_views(self) -> list[Views]:
+    def resident_views(self) -> list[ViewBatch]:
         """A few batches of views to be used again and again."""
         with self.views() as batches:
             return list(itertools.islice(batches, RESIDENT_BATCHES))
 
     @contextmanager
-    def stages(self) -> Iterator[tuple[Stages, ThreadPoolExecutor]]:
+    def stages(self) -> Iterator[tuple[BackendStages, ThreadPoolExecutor]]:
         """The back end's stages, and the threads that they share."""
         with ThreadPoolExecutor(self.threads, "transform") as pool:
-            setup = Setup(self.recipe, self.loader.dali, self.batch, self.device, self.dtype, pool, self.threads)
+            setup = BackendContext(
+                self.recipe, self.loader.dali, self.batch, self.device, self.dtype, pool, self.threads
+            )
             yield open_backend(self.loader.backend).stages(setup), pool
 
     def tidy(self) -> None:
@@ -172,7 +174,7 @@ def read_bytes(bench: Bench) -> Iterator[Advance]:
 
 @contextmanager
 def decode(bench: Bench) -> Iterator[Advance]:
-    """Encoded pictures in memory to decoded ones."""
+    """Encoded images in memory to decoded ones."""
     resident = bench.resident()
     with bench.stages() as (stages, _):
         decoded = stages.decode(itertools.cycle(resident))
@@ -181,7 +183,7 @@ def decode(bench: Bench) -> Iterator[Advance]:
 
 @contextmanager
 def crops(bench: Bench) -> Iterator[Advance]:
-    """Decoded pictures in memory to two squares each: cut and resized."""
+    """Decoded images in memory to two squares each: cut and resized."""
     with bench.stages() as (stages, pool):
         resident = [decoded_batch(batch, pool, bench.device) for batch in bench.resident()]
         squares = stages.crop(itertools.cycle(resident))
@@ -209,7 +211,7 @@ def whole_loader(bench: Bench) -> Iterator[Advance]:
 
 
 @contextmanager
-def model_step(bench: Bench, run: Run, views: list[Views] | None = None) -> Iterator[Advance]:
+def model_step(bench: Bench, run: Run, views: list[ViewBatch] | None = None) -> Iterator[Advance]:
     """Training steps on views that lie on the device: forward, backward and optimizer told apart."""
     resident = itertools.cycle(views or bench.resident_views())
     with StepClock(run, bench.device) as clock:

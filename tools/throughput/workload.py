@@ -24,7 +24,7 @@ from tools.common.fake_imagenet import dataset_folder
 from tools.throughput.report import Setting
 from tools.throughput.stages import Bench, RungName
 from train.config.run_config import PretrainConfig
-from train.distributed.process_group import Dist
+from train.distributed.process_group import DistContext
 from train.engine.build import prepare
 from train.engine.run import Run
 from train.optimization.optimizer import OptimConfig
@@ -54,7 +54,7 @@ class ProfileConfig:
     tuning_file: Path = Path("loader-tuning.json")  # what --tune writes, for pretrain.py --loader-tuning
     tune_batch: bool = False  # let --tune try other batches too
     ranks_per_machine: int = 1  # take the share of the cores that one of so many ranks has
-    synthetic_samples: int = 1000  # pictures that --data synthetic draws
+    synthetic_samples: int = 1000  # images that --data synthetic draws
     # Keep them as a dataset here, and use it if it is there; default: a temporary one
     synthetic_dir: Path | None = None
     seed: int = 0  # of weights, order and views
@@ -82,7 +82,7 @@ def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
         yield dataset
 
 
-def build(config: ProfileConfig, dataset: ShardSet, dist: Dist) -> tuple[Bench, Run]:
+def build(config: ProfileConfig, dataset: ShardSet, dist: DistContext) -> tuple[Bench, Run]:
     """The bench and the run, as pretrain.py would set them up. Raises UserError if the dataset is too small."""
     batch = config.batch or (GPU_BATCH if dist.device.type == "cuda" else CPU_BATCH)
     if dataset.num_samples < batch:

@@ -71,7 +71,7 @@ RECIPES: dict[RecipeName, PretrainConfig] = {
         optim=OptimConfig(base_lr=0.03, weight_decay=5e-4, momentum=0.9),
         knn=KnnConfig(every=10),  # one evaluation costs about as much as half an epoch
     ),
-    # Ours: 600 steps on 6144 pictures of 32 px, some minutes on 2 CPU cores. They leave no time to learn slowly, as the
+    # Ours: 600 steps on 6144 images of 32 px, some minutes on 2 CPU cores. They leave no time to learn slowly, as the
     # paper's 500,000 do with 0.05, and in trials accuracy grew with the rate; heads a quarter as wide; the rest as for
     # CIFAR-10.
     "demo": PretrainConfig(

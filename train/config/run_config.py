@@ -70,7 +70,7 @@ class PretrainConfig:
 
     @property
     def longest_fetch_s(self) -> float:
-        """How long a step may have to wait for pictures before their failure is told."""
+        """How long a step may have to wait for images before their failure is told."""
         return 60.0 * (self.loader.cache.retry_minutes + 5) if isinstance(self.data, Url) else 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class PretrainConfig:
 
         The number of processes, the loader, the precision and the optimizer's implementation are free to change: they
         decide no batch and no draw, only how sums, and with --backend and some of --dali.* also pixels, are rounded.
-        Nor is --accumulate held fast, by which a run may go on on fewer GPUs: over how many pictures batch norm takes
+        Nor is --accumulate held fast, by which a run may go on on fewer GPUs: over how many images batch norm takes
         its statistics may then be another number, which resuming says.
         """
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}

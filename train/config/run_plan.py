@@ -60,12 +60,12 @@ def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunP
     if num_samples < config.global_batch:
         raise UserError(
             f"the dataset has {num_samples} samples, fewer than one --global-batch of {config.global_batch}: "
-            f"lower it to at most {num_samples // parts * parts or parts}, or add pictures"
+            f"lower it to at most {num_samples // parts * parts or parts}, or add images"
         )
     micro_batch = config.global_batch // parts
     if micro_batch < 2:
         raise UserError(
-            f"--global-batch {config.global_batch} leaves one picture per forward pass, and batch norm needs two: "
+            f"--global-batch {config.global_batch} leaves one image per forward pass, and batch norm needs two: "
             f"take at least {2 * parts}"
         )
     steps = steps_per_epoch(num_samples, config.global_batch)

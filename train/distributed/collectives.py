@@ -11,25 +11,25 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pipeline.common.errors import UserError
-from train.distributed.process_group import Dist, SharedError, T
+from train.distributed.process_group import DistContext, SharedError, T
 
 GPU_LAG = 2  # steps; the host prepares about as many while the device computes, so that these votes are counted already
 
 
-class Agreement:
+class FlagConsensus:
     """Flags that any rank may raise, and that all ranks hear of at the same step.
 
     On GPUs the votes of each step are summed behind its work and read ``lag`` steps later, on every rank alike: the
     host waits for a step that the device has most likely done, and never lets it run dry. On CPUs there is no lag.
     """
 
-    def __init__(self, dist: Dist, lag: int | None = None) -> None:
+    def __init__(self, dist: DistContext, lag: int | None = None) -> None:
         """``lag`` in steps; None: as the device needs it."""
         self._dist = dist
         self._lag = lag if lag is not None else GPU_LAG if dist.device.type == "cuda" else 0
         self._counts: deque[Callable[[], tuple[bool, ...]]] = deque()
 
-    def ask(self, *flags: bool) -> tuple[bool, ...]:
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it was raised on any rank ``lag`` steps ago. To be called every step; a collective.
 
         A flag that is heard is heard once: the votes of the steps since are forgotten, on every rank.
@@ -69,13 +69,13 @@ class Agreement:
         return count
 
 
-def say(dist: Dist, message: str) -> None:
+def print0(dist: DistContext, message: str) -> None:
     """Print a line for people, once per run."""
     if dist.is_main:
         print(message, flush=True)
 
 
-def together(dist: Dist, action: Callable[[], T]) -> T:
+def on_all_ranks(dist: DistContext, action: Callable[[], T]) -> T:
     """Run ``action`` on every rank; a UserError on any is a SharedError on all, so that none waits for another.
 
     ``action`` must contain no collective of its own.
@@ -99,9 +99,9 @@ def together(dist: Dist, action: Callable[[], T]) -> T:
     return result
 
 
-def on_main(dist: Dist, action: Callable[[], T]) -> T:
+def on_rank0(dist: DistContext, action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 alone and return its (picklable) result on every rank; its UserError reaches all."""
-    result = together(dist, lambda: action() if dist.is_main else None)
+    result = on_all_ranks(dist, lambda: action() if dist.is_main else None)
     if dist.world_size == 1:
         return result  # type: ignore[return-value]
     box = [result]
@@ -110,7 +110,7 @@ def on_main(dist: Dist, action: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def any_rank(dist: Dist, *flags: bool) -> tuple[bool, ...]:
+def any_rank(dist: DistContext, *flags: bool) -> tuple[bool, ...]:
     """For each flag, whether it is set on any rank. A collective and, on a GPU, a host sync."""
     if dist.world_size == 1:
         return flags
@@ -120,19 +120,19 @@ def any_rank(dist: Dist, *flags: bool) -> tuple[bool, ...]:
         return tuple(bool(vote) for vote in votes.tolist())
 
 
-def sum_over_ranks(dist: Dist, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+def sum_over_ranks(dist: DistContext, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """``values`` added up over the ranks, on the device. A collective."""
     if dist.world_size > 1:
         td.all_reduce(values)
     return values
 
 
-def mean_over_ranks(dist: Dist, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def mean_over_ranks(dist: DistContext, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The mean of ``values`` over the ranks, on the device. A collective."""
     return sum_over_ranks(dist, values) / dist.world_size
 
 
-def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "total *rest"]:  # noqa: F821
+def gather_rows(dist: DistContext, rows: Shaped[Tensor, "n *rest"], counts: list[int]) -> Shaped[Tensor, "total *rest"]:  # noqa: F821
     """All ranks' rows in the order of the ranks, on every rank; ``counts[r]`` is how many rank r has."""
     assert len(rows) == counts[dist.rank]
     if dist.world_size == 1:
@@ -144,7 +144,7 @@ def gather_rows(dist: Dist, rows: Shaped[Tensor, "n *rest"], counts: list[int]) 
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def share_buffers(dist: Dist, module: nn.Module) -> None:
+def share_buffers(dist: DistContext, module: nn.Module) -> None:
     """Give every rank rank 0's BN statistics. They differ only where BN is local (--no-sync-bn)."""
     if dist.world_size > 1:
         with dist.activity.waiting("sharing rank 0's batch statistics"):

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as td
 
 from pipeline.common.errors import UserError
-from pipeline.sampling.sampler import Process
+from pipeline.sampling.sampler import World
 
 
 @dataclass(frozen=True)
-class Doing:
+class RankActivity:
     """One stretch of a process' life."""
 
     what: str
@@ -28,21 +28,21 @@ class Doing:
     since_s: float  # by the process' clock
 
 
-class Activity:
+class RankStatus:
     """The current stretch. Noting costs about a microsecond and nothing of the device."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """``clock`` gives seconds."""
         self._clock = clock
-        self.now = Doing("preparing the run", waiting=False, waits=0, since_s=clock())
+        self.now = RankActivity("preparing the run", waiting=False, waits=0, since_s=clock())
 
     def work(self, what: str) -> None:
         """From now on the process does something that depends on no other rank."""
-        self.now = Doing(what, False, self.now.waits, self._clock())
+        self.now = RankActivity(what, False, self.now.waits, self._clock())
 
     def wait(self, what: str) -> None:
         """From now on it may have to wait for the other ranks."""
-        self.now = Doing(what, True, self.now.waits + 1, self._clock())
+        self.now = RankActivity(what, True, self.now.waits + 1, self._clock())
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -71,7 +71,7 @@ class SharedError(UserError):
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
+def exit_once() -> Iterator[None]:
     """Let a SharedError through on the rank that prints it; the others leave with its exit code in silence.
 
     They leave later: torchrun ends all processes once one has left, and the one that speaks may not have spoken yet.
@@ -86,11 +86,11 @@ def told_once() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Dist(Process):
+class DistContext(World):
     """This process, and how it talks with the others. Read from torchrun's variables once."""
 
     store: td.Store | None = field(default=None, compare=False, repr=False)  # where several processes leave notes
-    activity: Activity = field(default_factory=Activity, compare=False, repr=False)  # what this process is doing
+    activity: RankStatus = field(default_factory=RankStatus, compare=False, repr=False)  # what this process is doing
 
     @property
     def is_main(self) -> bool:
@@ -99,7 +99,9 @@ class Dist(Process):
 
 
 @contextmanager
-def distributed(device: Literal["auto", "cuda", "cpu"], timeout: timedelta = timedelta(minutes=30)) -> Iterator[Dist]:
+def distributed(
+    device: Literal["auto", "cuda", "cpu"], timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[DistContext]:
     """Join the run's processes (NCCL on GPUs, gloo on CPUs) and leave them at the end.
 
     A collective of ``timeout`` ends the process, without a word on who is to blame: train/distributed/watchdog.py
@@ -111,7 +113,9 @@ def distributed(device: Literal["auto", "cuda", "cpu"], timeout: timedelta = tim
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     try:
-        dist = Dist(rank, world_size, local_rank, local_world_size, _device(device, local_rank, local_world_size))
+        dist = DistContext(
+            rank, world_size, local_rank, local_world_size, _device(device, local_rank, local_world_size)
+        )
     except UserError as error:
         raise SharedError(str(error), speaks=rank == 0) from None
     if dist.device.type == "cuda":

@@ -37,7 +37,7 @@ class StopRequest:
         self.signal_name = reason
 
     def is_urgent(self) -> bool:
-        """Whether a step that still waits for its pictures should be given up."""
+        """Whether a step that still waits for its images should be given up."""
         return time.monotonic() - self.since_s > PATIENCE_S
 
     def __bool__(self) -> bool:

@@ -30,8 +30,8 @@ import torch.distributed as td
 
 from pipeline.common.errors import UserError
 from pipeline.common.system import duration
-from train.distributed.collectives import on_main
-from train.distributed.process_group import Dist
+from train.distributed.collectives import on_rank0
+from train.distributed.process_group import DistContext
 from train.distributed.stop_signals import StopRequest
 
 EXIT_HANG = 70  # sysexits.h EX_SOFTWARE
@@ -55,7 +55,7 @@ def describe_limit(timeout: str, at_least_s: float) -> str:
     """The limit that holds, for people: ``--hang-timeout``, or the time that a remote dataset may take if longer."""
     if at_least_s <= parse_hang_timeout(timeout):
         return f"--hang-timeout {timeout}"
-    return f"after {duration(at_least_s)}; --hang-timeout {timeout} is shorter than fetching pictures may take"
+    return f"after {duration(at_least_s)}; --hang-timeout {timeout} is shorter than fetching images may take"
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class HangWatch:
     """The thread of one process."""
 
     def __init__(
-        self, dist: Dist, board: Board, limit_s: float, stop: StopRequest, leave: Callable[[str, bool], None]
+        self, dist: DistContext, board: Board, limit_s: float, stop: StopRequest, leave: Callable[[str, bool], None]
     ) -> None:
         """``leave(message, guilty)`` ends the process; ``guilty``: it is this one that hangs."""
         self._dist, self._board, self._limit_s, self._stop, self._leave = dist, board, limit_s, stop, leave
@@ -249,15 +249,15 @@ class HangWatch:
 
 
 @contextmanager
-def hangs_watched(dist: Dist, timeout: str, stop: StopRequest, at_least_s: float = 0.0) -> Iterator[None]:
+def hangs_watched(dist: DistContext, timeout: str, stop: StopRequest, at_least_s: float = 0.0) -> Iterator[None]:
     """Watch while the context lasts; ``at_least_s`` seconds without a step are no hang, whatever ``timeout`` says.
 
     Raises SharedError for a wrong ``timeout``. A collective.
     """
-    limit_s = max(on_main(dist, lambda: parse_hang_timeout(timeout)), at_least_s)
+    limit_s = max(on_rank0(dist, lambda: parse_hang_timeout(timeout)), at_least_s)
     board: Board = OwnBoard()
     if dist.store is not None:
-        name = on_main(dist, lambda: secrets.token_hex(8))  # notes of processes that were restarted must not count
+        name = on_rank0(dist, lambda: secrets.token_hex(8))  # notes of processes that were restarted must not count
         board = StoreBoard(dist.store, name, dist.world_size)
 
     def leave(message: str, guilty: bool) -> None:

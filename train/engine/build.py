@@ -21,47 +21,49 @@ from pipeline.loader.loader import check_cache, open_dataset
 from train.config.loader_tuning import check_ranks
 from train.config.run_config import PretrainConfig, check_model
 from train.config.run_plan import make_plan
-from train.distributed.collectives import on_main, say, together
-from train.distributed.process_group import Dist
+from train.distributed.collectives import on_all_ranks, on_rank0, print0
+from train.distributed.process_group import DistContext
 from train.engine.run import Run
 from train.engine.sample_memory import make_targets
 from train.optimization.optimizer import build_optimizer
-from train.optimization.precision import StepGuard, choose_precision
+from train.optimization.precision import SkipNonFinite, choose_precision
 from train.storage.checkpoints import CHECKPOINTS, CheckpointTimer, newest_checkpoint
 from train.storage.encoder_files import initialise, read_weights
 
 STEM_TOO_COARSE = 64  # px; up to here the ImageNet stem and its max-pool leave the last stage a map of at most 2 x 2
 
 
-def prepare(config: PretrainConfig, dist: Dist, announce: Callable[[Dist, str], None] = say) -> Run:
+def prepare(config: PretrainConfig, dist: DistContext, announce: Callable[[DistContext, str], None] = print0) -> Run:
     """Check everything that can be checked before the first step, build the model, print the plan.
 
     ``announce`` hears the plan's lines. Raises SharedError for a user's mistake on any rank. A collective.
     """
-    timer = together(dist, lambda: CheckpointTimer(config.checkpoint_every))
-    together(dist, lambda: check_model(config.model))
-    precision = together(dist, lambda: choose_precision(config.precision, dist.device))
-    together(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
+    timer = on_all_ranks(dist, lambda: CheckpointTimer(config.checkpoint_every))
+    on_all_ranks(dist, lambda: check_model(config.model))
+    precision = on_all_ranks(dist, lambda: choose_precision(config.precision, dist.device))
+    on_all_ranks(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
     dataset = open_same_dataset(config, dist)
-    plan = together(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
-    backend, reason = together(dist, lambda: choose_backend(config.loader.backend))
+    plan = on_all_ranks(dist, lambda: make_plan(config, dataset.num_samples, dist.world_size))
+    backend, reason = on_all_ranks(dist, lambda: choose_backend(config.loader.backend))
     model, weights_from = build_model(config, dist)
     targets = make_targets(model, plan.steps_per_epoch, dataset.num_samples, dist)
     lr, scaled = plan.schedule.peak_lr, precision.scaler.is_enabled()
-    optimizer, implementation = together(dist, lambda: build_optimizer(config.optim, model, lr, dist.device, scaled))
-    parallel, guard = _parallel(model, config, dist), StepGuard(model, optimizer, dist.device)
+    optimizer, implementation = on_all_ranks(
+        dist, lambda: build_optimizer(config.optim, model, lr, dist.device, scaled)
+    )
+    parallel, guard = _parallel(model, config, dist), SkipNonFinite(model, optimizer, dist.device)
     run = Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)
     for line in _description(run, weights_from, implementation, f"{backend} ({reason})"):
         announce(dist, line)
     return run
 
 
-def open_same_dataset(config: PretrainConfig, dist: Dist) -> ShardSet:
+def open_same_dataset(config: PretrainConfig, dist: DistContext) -> ShardSet:
     """The dataset of --data, the same on all ranks. Raises SharedError. A collective."""
-    dataset = together(dist, lambda: open_dataset(config.data, config.loader))
-    together(dist, lambda: check_cache(dataset, config.order, config.loader, config.global_batch, dist))
-    of_main = on_main(dist, lambda: dataset.fingerprint)
-    together(dist, lambda: check_same_dataset(dataset, of_main))
+    dataset = on_all_ranks(dist, lambda: open_dataset(config.data, config.loader))
+    on_all_ranks(dist, lambda: check_cache(dataset, config.order, config.loader, config.global_batch, dist))
+    of_main = on_rank0(dist, lambda: dataset.fingerprint)
+    on_all_ranks(dist, lambda: check_same_dataset(dataset, of_main))
     return dataset
 
 
@@ -71,12 +73,12 @@ def check_same_dataset(dataset: ShardSet, of_main: str) -> None:
         raise UserError(f"--data {dataset.path} is another dataset here than on rank 0: copy it to all machines anew")
 
 
-def build_model(config: PretrainConfig, dist: Dist) -> tuple[SimSiam, str]:
+def build_model(config: PretrainConfig, dist: DistContext) -> tuple[SimSiam, str]:
     """The model on its device, the same on all ranks, and where its weights are from. Raises SharedError."""
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model = SimSiam(config.model)
-    weights_from = together(dist, lambda: start_weights(config, model))
+    weights_from = on_all_ranks(dist, lambda: start_weights(config, model))
     if _has_sync_bn(config, dist):
         synchronise(model)
     return model.to(device=dist.device, memory_format=torch.channels_last), weights_from  # type: ignore[call-overload]
@@ -93,7 +95,7 @@ def start_weights(config: PretrainConfig, model: SimSiam) -> str:
     return initialise(model, read_weights(config.init, name, stem))
 
 
-def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
+def _parallel(model: SimSiam, config: PretrainConfig, dist: DistContext) -> nn.Module:
     parallel: nn.Module = model
     if dist.world_size > 1:
         # BN statistics differ between ranks only where BN is local; share_buffers evens them out before they are used.
@@ -108,7 +110,7 @@ def _parallel(model: SimSiam, config: PretrainConfig, dist: Dist) -> nn.Module:
 def _description(run: Run, weights_from: str, optimizer: str, loader: str) -> Iterator[str]:
     config, side = run.config, run.config.views.image_size
     if side <= STEM_TOO_COARSE and has_imagenet_stem(run.model.backbone):
-        hint = "--stem cifar (stride 1) or --stem small keeps more of the picture"
+        hint = "--stem cifar (stride 1) or --stem small keeps more of the image"
         yield f"note: the ImageNet stem takes views of {side} px down to a quarter at once; {hint}"
     weights = sum(p.numel() for p in run.model.backbone.parameters()) / 1e6
     yield f"plan for {config.run_dir}\n{run.plan.describe()}"
@@ -119,17 +121,17 @@ def _description(run: Run, weights_from: str, optimizer: str, loader: str) -> It
     yield f"  compute      {_machine(run.dist)}, {run.precision.name}, {_batch_norm(config, run.dist)}"
 
 
-def _machine(dist: Dist) -> str:
+def _machine(dist: DistContext) -> str:
     if dist.device.type == "cuda":
         return f"{dist.world_size} x {torch.cuda.get_device_name(dist.device)}"
     return f"{dist.world_size} x CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _has_sync_bn(config: PretrainConfig, dist: Dist) -> bool:
+def _has_sync_bn(config: PretrainConfig, dist: DistContext) -> bool:
     return config.sync_bn and dist.world_size > 1
 
 
-def _batch_norm(config: PretrainConfig, dist: Dist) -> str:
+def _batch_norm(config: PretrainConfig, dist: DistContext) -> str:
     if dist.world_size == 1:
         return "batch norm over the whole batch of a pass"
     if _has_sync_bn(config, dist):

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.embedding_stats import z_std
 from model.methods.simsiam import SimSiamOutput, simsiam_loss
-from pipeline.loader.loader import Views
+from pipeline.loader.loader import ViewBatch
 from pipeline.loader.prefetch_queue import StarvedError
-from train.distributed.collectives import Agreement, on_main, say, share_buffers
+from train.distributed.collectives import FlagConsensus, on_rank0, print0, share_buffers
 from train.distributed.process_group import SharedError
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest
 from train.engine.run import Run, finish_checkpoint, save, written
@@ -26,9 +26,9 @@ from train.optimization.precision import diagnosis
 from train.storage.checkpoints import CHECKPOINTS, newest_checkpoint
 
 
-def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn | None, stop: StopRequest) -> bool:
+def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, knn: OnlineKnn | None, stop: StopRequest) -> bool:
     """One turn is one optimizer step; between steps: kNN accuracy, checkpoint, a look at the signals."""
-    plan, agreement = run.plan, Agreement(run.dist)
+    plan, consensus = run.plan, FlagConsensus(run.dist)
     run.model.train()
     while True:
         if knn is not None and knn_is_due(run) and not reporter.has_knn(run.step):
@@ -50,7 +50,9 @@ def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn 
         if run.step % run.config.log_every == 0:
             stop_if_too_many_steps_were_bad(run, result.lr)
         stop_if_collapsed(run, reporter.collapse)
-        stopping, timer_rang, write_failed = agreement.ask(bool(stop), run.checkpoints.rings(), run.writer.has_failed())
+        stopping, timer_rang, write_failed = consensus.any_rank(
+            bool(stop), run.checkpoints.rings(), run.writer.has_failed()
+        )
         if write_failed:
             written(run)  # raises what went wrong
         if stopping:
@@ -59,28 +61,28 @@ def loop(run: Run, batches: Iterator[Views], reporter: Reporter, knn: OnlineKnn 
             with reporter.paused():
                 save(run)
     checkpoint = finish_checkpoint(run)
-    on_main(run.dist, lambda: reporter.summary(run.step, checkpoint))
+    on_rank0(run.dist, lambda: reporter.summary(run.step, checkpoint))
     return True
 
 
 def leave(run: Run, stop: StopRequest) -> bool:
     """Stop between two steps, with a checkpoint: always False. A kNN accuracy that was begun comes after --resume."""
     finish_checkpoint(run)
-    say(run.dist, f"stopped by {stop.signal_name or 'a signal'} after step {run.step:,}; go on with --resume")
+    print0(run.dist, f"stopped by {stop.signal_name or 'a signal'} after step {run.step:,}; go on with --resume")
     return False
 
 
 def leave_starved(run: Run, stop: StopRequest) -> bool:
-    """Stop in a step whose pictures do not come. Had it begun, here or on other ranks, the last checkpoint stands."""
+    """Stop in a step whose images do not come. Had it begun, here or on other ranks, the last checkpoint stands."""
     if run.dist.world_size == 1 and not run.midway:
         return leave(run, stop)
     run.writer.wait()
-    words = f"stopped by {stop.signal_name} in step {run.step + 1:,}, whose pictures do not come (rank {run.dist.rank})"
+    words = f"stopped by {stop.signal_name} in step {run.step + 1:,}, whose images do not come (rank {run.dist.rank})"
     print(f"{words}; go on with --resume from the last checkpoint", flush=True)
     os._exit(EXIT_PREEMPTED)  # the others may be anywhere: nothing can be agreed on any more
 
 
-def train_step(run: Run, batches: Iterator[Views]) -> StepResult:
+def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
     """Forward and backward over the step's micro-batches, then one optimizer step.
 
     Nothing waits for the device, but for targets that live in the host's memory. A step whose gradients are not finite

@@ -17,12 +17,12 @@ from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import DATASET_FILE
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan
-from train.distributed.collectives import on_main, say, share_buffers, together
-from train.distributed.process_group import Dist
+from train.distributed.collectives import on_all_ranks, on_rank0, print0, share_buffers
+from train.distributed.process_group import DistContext
 from train.engine.sample_memory import Targets
-from train.evaluation.features import PictureSource
+from train.evaluation.features import ImageSource
 from train.evaluation.knn_monitor import OnlineKnn
-from train.optimization.precision import Precision, StepGuard
+from train.optimization.precision import Precision, SkipNonFinite
 from train.storage.checkpoints import (
     CHECKPOINTS,
     CheckpointTimer,
@@ -41,7 +41,7 @@ class Run:
     """One run on one rank. ``step`` moves; the rest stays."""
 
     config: PretrainConfig
-    dist: Dist
+    dist: DistContext
     dataset: ShardSet
     plan: RunPlan
     precision: Precision
@@ -50,7 +50,7 @@ class Run:
     targets: Targets
     optimizer: torch.optim.Optimizer
     checkpoints: CheckpointTimer
-    guard: StepGuard  # of the optimizer's steps
+    guard: SkipNonFinite  # of the optimizer's steps
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
     midway: bool = False  # the next one has begun
@@ -67,13 +67,13 @@ def check_run_dir(run: Run) -> None:
         if taken and not run.config.resume:
             raise UserError(f"--run-dir {run_dir} already holds a run: add --resume to go on with it, or name another")
 
-    on_main(run.dist, check)
+    on_rank0(run.dist, check)
 
 
 def claim_run_dir(run: Run) -> None:
     """Write config.json and plan.json, once everything is checked. SharedError if the folder cannot be written."""
     run_dir = run.config.run_dir
-    together(run.dist, lambda: run.targets.claim(run_dir))
+    on_all_ranks(run.dist, lambda: run.targets.claim(run_dir))
 
     def claim() -> None:
         with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
@@ -81,27 +81,27 @@ def claim_run_dir(run: Run) -> None:
             write_json(run_dir / CONFIG_FILE, run.config.as_json())
             write_json(run_dir / PLAN_FILE, run.plan.as_json())
 
-    on_main(run.dist, claim)
+    on_rank0(run.dist, claim)
 
 
 def resume(run: Run) -> None:
     """Take the newest intact checkpoint, or say that there is none. Raises SharedError if it is another run's."""
     folder = run.config.run_dir / CHECKPOINTS
-    found = on_main(run.dist, lambda: find_checkpoint(folder))
+    found = on_rank0(run.dist, lambda: find_checkpoint(folder))
     for path in found.damaged:
-        say(run.dist, f"warning: the checkpoint {path} is damaged; going back to the one before")
+        print0(run.dist, f"warning: the checkpoint {path} is damaged; going back to the one before")
     if found.path is None:
-        say(run.dist, f"--resume: no checkpoint in {folder}; starting at step 0")
+        print0(run.dist, f"--resume: no checkpoint in {folder}; starting at step 0")
     else:
         path = found.path
-        former_bn_batch = together(run.dist, lambda: _load(run, path))
+        former_bn_batch = on_all_ranks(run.dist, lambda: _load(run, path))
         run.checkpoints.saved(run.step)
         run.writer.newest = path
-        say(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
+        print0(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
         if former_bn_batch != run.plan.bn_batch:
-            now = f"over {run.plan.bn_batch:,} pictures at a time from here on, {former_bn_batch:,} before"
-            say(run.dist, f"note: batch norm takes its statistics {now} (--accumulate, --no-sync-bn, processes)")
-    on_main(run.dist, lambda: _cut_off(run))
+            now = f"over {run.plan.bn_batch:,} images at a time from here on, {former_bn_batch:,} before"
+            print0(run.dist, f"note: batch norm takes its statistics {now} (--accumulate, --no-sync-bn, processes)")
+    on_rank0(run.dist, lambda: _cut_off(run))
 
 
 def _load(run: Run, path: Path) -> int:
@@ -132,7 +132,7 @@ def save(run: Run) -> None:
     """
     share_buffers(run.dist, run.model)
     written(run)
-    on_main(run.dist, lambda: _start_write(run))
+    on_rank0(run.dist, lambda: _start_write(run))
     run.checkpoints.saved(run.step)
 
 
@@ -163,7 +163,7 @@ def written(run: Run) -> Path | None:
     A collective.
     """
     run.dist.activity.work("waiting for a checkpoint to be written")
-    return on_main(run.dist, run.writer.wait)
+    return on_rank0(run.dist, run.writer.wait)
 
 
 def finish_checkpoint(run: Run) -> Path:
@@ -183,18 +183,16 @@ def open_knn(run: Run, asked_to_stop: Callable[[], bool]) -> OnlineKnn | None:
 
     It gives up when any rank is ``asked_to_stop``.
     """
-    config, source = run.config, replace(_picture_source(run), asked_to_stop=asked_to_stop)
+    config, source = run.config, replace(_image_source(run), asked_to_stop=asked_to_stop)
     if config.knn.every == 0:
         return None
     if not run.dataset.has_labels:
-        say(run.dist, "  kNN          none: the dataset has no labels")
+        print0(run.dist, "  kNN          none: the dataset has no labels")
         return None
-    knn = together(run.dist, lambda: OnlineKnn(run.dataset, config.knn, source))
-    say(run.dist, f"  kNN          {knn.describe()}")
+    knn = on_all_ranks(run.dist, lambda: OnlineKnn(run.dataset, config.knn, source))
+    print0(run.dist, f"  kNN          {knn.describe()}")
     return knn
 
 
-def _picture_source(run: Run) -> PictureSource:
-    return PictureSource(
-        run.config.views, run.config.loader, run.dist, run.precision.autocast, run.precision.view_dtype
-    )
+def _image_source(run: Run) -> ImageSource:
+    return ImageSource(run.config.views, run.config.loader, run.dist, run.precision.autocast, run.precision.view_dtype)

@@ -1,4 +1,4 @@
-"""Owns where the loss takes its targets from: the encoder, a frozen copy of it, or an average kept for every picture.
+"""Owns where the loss takes its targets from: the encoder, a frozen copy of it, or an average kept for every image.
 
 Chen & He 2020, section 5: SimSiam as an alternation between the weights theta and the targets eta. As it is, every step
 has targets of its own; the two other kinds are the experiments of section 5.2. Here and not in model/, because they
@@ -24,9 +24,9 @@ from model.methods.simsiam import SimSiam, SimSiamConfig, SimSiamOutput
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors
 from pipeline.dataset.format import file_sha256
-from pipeline.loader.loader import Views
+from pipeline.loader.loader import ViewBatch
 from train.distributed.collectives import gather_rows
-from train.distributed.process_group import Dist
+from train.distributed.process_group import DistContext
 from train.storage.checkpoints import host_copy
 
 
@@ -34,7 +34,7 @@ from train.storage.checkpoints import host_copy
 class Targets(Protocol):
     """Puts the targets of a pass in the place of z1 and z2."""
 
-    def __call__(self, step: int, out: SimSiamOutput, views: Views) -> SimSiamOutput:
+    def __call__(self, step: int, out: SimSiamOutput, views: ViewBatch) -> SimSiamOutput:
         """``out`` with targets; ``step`` counts from 0, and the weights are those before it. Perhaps a collective."""
 
     def claim(self, run_dir: Path) -> None:
@@ -51,7 +51,7 @@ class Targets(Protocol):
         """Take up what ``save`` gave, after ``claim``. Raises UserError if its file is missing or damaged."""
 
 
-def make_targets(model: SimSiam, steps_per_epoch: int, num_samples: int, dist: Dist) -> Targets:
+def make_targets(model: SimSiam, steps_per_epoch: int, num_samples: int, dist: DistContext) -> Targets:
     """The kind of targets that ``model.config`` asks for; ``model`` is complete and on its device."""
     config = model.config
     match config.targets:
@@ -68,7 +68,7 @@ def make_targets(model: SimSiam, steps_per_epoch: int, num_samples: int, dist: D
 class EncoderTargets:
     """The other view's projection in the same pass: algorithm 1."""
 
-    def __call__(self, step: int, out: SimSiamOutput, views: Views) -> SimSiamOutput:
+    def __call__(self, step: int, out: SimSiamOutput, views: ViewBatch) -> SimSiamOutput:
         """``out`` as it is."""
         return out
 
@@ -98,7 +98,7 @@ class FrozenTargets:
         self._steps, self._renewed_at = steps, -1
 
     @torch.no_grad()
-    def __call__(self, step: int, out: SimSiamOutput, views: Views) -> SimSiamOutput:
+    def __call__(self, step: int, out: SimSiamOutput, views: ViewBatch) -> SimSiamOutput:
         """Two more passes forward, through the copy."""
         if step % self._steps == 0 and step != self._renewed_at:
             self._frozen.load_state_dict(self._trained.state_dict())
@@ -119,25 +119,25 @@ class FrozenTargets:
 
 
 class AveragedTargets:
-    """A moving average of each picture's projections over its epochs: "expectation over augmentations".
+    """A moving average of each image's projections over its epochs: "expectation over augmentations".
 
     ``eta_x <- m eta_x + (1 - m) F(T'(x))``, and the other view is drawn to it, with no predictor between. Where the
     loss is symmetric, each view has a target that its own projection is not part of, and eta becomes the mean of both.
     A row of zeros has no past yet: its first target is F(T'(x)) itself. A projection that is not finite is not
     remembered.
 
-    Every rank keeps all rows, num_samples x dim x 4 bytes, since a picture comes to another rank in each epoch; what
+    Every rank keeps all rows, num_samples x dim x 4 bytes, since an image comes to another rank in each epoch; what
     changed in a pass is gathered, 4 MiB at a batch of 512 and dim 2048.
     """
 
-    def __init__(self, config: SimSiamConfig, num_samples: int, dist: Dist) -> None:
+    def __init__(self, config: SimSiamConfig, num_samples: int, dist: DistContext) -> None:
         """Takes no memory yet: ``claim`` does."""
         self._momentum, self._symmetric, self._where = config.target_momentum, config.symmetric, config.target_memory
         self._shape, self._dist = (num_samples, config.dim), dist
         self._rows: Float32[np.ndarray, "samples d"] | None = None
 
     @torch.no_grad()
-    def __call__(self, step: int, out: SimSiamOutput, views: Views) -> SimSiamOutput:
+    def __call__(self, step: int, out: SimSiamOutput, views: ViewBatch) -> SimSiamOutput:
         """A host sync on a GPU, as the rows lie in the host's memory or on its disk."""
         assert self._rows is not None
         past = torch.from_numpy(self._rows[views.ids]).to(out.z1.device)

@@ -1,4 +1,4 @@
-"""Owns features: pictures through a frozen trunk, each sample exactly once over all ranks, and the labels to them."""
+"""Owns features: images through a frozen backbone, each sample exactly once over all ranks, and the labels to them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pipeline.common.errors import UserError, check_seed
 from pipeline.common.locations import Url
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import open_dataset, open_pictures
+from pipeline.loader.loader import open_dataset, open_images
 from pipeline.sampling.views import ViewRecipe
-from train.distributed.collectives import any_rank, together
-from train.distributed.process_group import Dist
-from train.storage.encoder_files import Pixels, Weights, open_encoder
+from train.distributed.collectives import any_rank, on_all_ranks
+from train.distributed.process_group import DistContext
+from train.storage.encoder_files import InputSpec, LoadedEncoder, open_encoder
 
-PICTURES_PER_PASS = 256
-NOT_SEEN = -1  # label of a picture that could not be read
+IMAGES_PER_PASS = 256
+NOT_SEEN = -1  # label of an image that could not be read
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,29 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenEncoder:
     """An encoder to evaluate: in evaluation mode, without gradients, on its device."""
 
-    trunk: nn.Module
+    backbone: nn.Module
     width: int  # of its features
-    pixels: Pixels
-    weights: Weights
+    pixels: InputSpec
+    weights: LoadedEncoder
 
     @property
     def recipe(self) -> ViewRecipe:
-        """The size and normalisation of pictures that it expects, otherwise untouched."""
+        """The size and normalisation of images that it expects, otherwise untouched."""
         return ViewRecipe(image_size=self.pixels.image_size, mean=self.pixels.mean, std=self.pixels.std)
 
 
-def open_frozen(config: EncoderConfig, device: torch.device) -> Frozen:
+def open_frozen(config: EncoderConfig, device: torch.device) -> FrozenEncoder:
     """Read the encoder. Raises UserError if there is none in the file, or another one than said."""
     check_seed(config.seed)
-    trunk, width, weights = open_encoder(config.checkpoint, config.backbone, config.stem, config.seed)
-    pixels = weights.pixels or Pixels()
+    backbone, width, weights = open_encoder(config.checkpoint, config.backbone, config.stem, config.seed)
+    pixels = weights.pixels or InputSpec()
     if config.image_size is not None:
         pixels = replace(pixels, image_size=config.image_size)
-    trunk = trunk.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    frozen = Frozen(trunk, width, pixels, weights)
+    backbone = backbone.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen = FrozenEncoder(backbone, width, pixels, weights)
     _ = frozen.recipe  # a size or colours that cannot be are told before any data is opened
     return frozen
 
@@ -88,14 +88,14 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class PictureSource:
-    """How features are made: from which pictures, through which loader, on how many ranks, in which number format."""
+class ImageSource:
+    """How features are made: from which images, through which loader, on how many ranks, in which number format."""
 
     recipe: ViewRecipe
     loader: LoaderConfig
-    dist: Dist
+    dist: DistContext
     autocast: Callable[[], AbstractContextManager[object]]
-    dtype: torch.dtype  # of the pictures
+    dtype: torch.dtype  # of the images
     asked_to_stop: Callable[[], bool] = lambda: False  # looked at between batches; true ends them with Abandoned
 
 
@@ -104,10 +104,10 @@ class Abandoned(Exception):
 
 
 def refuse_bad_sample(error: BadSampleError) -> None:
-    """A picture that cannot be read ends an evaluation: counted with another's pixels it would be silently wrong."""
+    """An image that cannot be read ends an evaluation: counted with another's pixels it would be silently wrong."""
     raise UserError(
-        f"{error}\nAn accuracy counts every picture once, so none may be left out or replaced: copy the dataset again "
-        "from where it came from, or write it again without this picture"
+        f"{error}\nAn accuracy counts every image once, so none may be left out or replaced: copy the dataset again "
+        "from where it came from, or write it again without this image"
     )
 
 
@@ -116,15 +116,15 @@ def extract_features(
     backbone: nn.Module,
     dataset: ShardSet,
     ids: Int64[np.ndarray, " n"],
-    source: PictureSource,
+    source: ImageSource,
     *,
     dtype: torch.dtype = torch.float32,
     on_bad_sample: Callable[[BadSampleError], None] = refuse_bad_sample,
 ) -> Float[Tensor, "part d"]:
     """This rank's part of the features of samples ``ids``: rows ``split_ids(...)``, in ``dtype``, on its device.
 
-    The backbone computes in evaluation mode and is given back in the mode it came in. A picture that cannot be read
-    goes to ``on_bad_sample``; if that returns, the row holds another picture's features. Raises Abandoned. Contains no
+    The backbone computes in evaluation mode and is given back in the mode it came in. An image that cannot be read
+    goes to ``on_bad_sample``; if that returns, the row holds another image's features. Raises Abandoned. Contains no
     collective.
     """
     dist = source.dist
@@ -132,19 +132,19 @@ def extract_features(
     features, filled = torch.empty(0), 0
     with (
         _evaluating(backbone),
-        open_pictures(
+        open_images(
             dataset,
             source.recipe,
             source.loader,
             dist,
-            ids=mine if len(mine) else ids[:1],  # a rank without pictures still learns how wide features are
-            batch=PICTURES_PER_PASS,
+            ids=mine if len(mine) else ids[:1],  # a rank without images still learns how wide features are
+            batch=IMAGES_PER_PASS,
             dtype=source.dtype,
             on_bad_sample=on_bad_sample,
         ) as batches,
     ):
         for x, _ in batches:
-            dist.activity.work(f"features of pictures, {filled:,} of {len(mine):,} done")
+            dist.activity.work(f"features of images, {filled:,} of {len(mine):,} done")
             if source.asked_to_stop():
                 raise Abandoned
             with source.autocast():
@@ -169,14 +169,14 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def labelled_features(
     backbone: nn.Module,
     samples: Samples,
-    source: PictureSource,
+    source: ImageSource,
     *,
     dtype: torch.dtype = torch.float32,
     tolerant: bool = False,
 ) -> tuple[Float[Tensor, "part d"], Int64[Tensor, " part"]]:
     """This rank's features with their labels.
 
-    A picture that cannot be read raises SharedError; if ``tolerant`` it is warned of and labelled NOT_SEEN instead.
+    An image that cannot be read raises SharedError; if ``tolerant`` it is warned of and labelled NOT_SEEN instead.
     Raises Abandoned if any rank is asked to stop. A collective.
     """
     dist, bad = source.dist, set[int]()
@@ -195,7 +195,7 @@ def labelled_features(
         except Abandoned:
             return None
 
-    features = together(dist, extract)
+    features = on_all_ranks(dist, extract)
     (abandoned,) = any_rank(dist, features is None)
     if features is None or abandoned:
         raise Abandoned
@@ -211,7 +211,7 @@ def split_ids(ids: Int64[np.ndarray, " n"], parts: int) -> list[Int64[np.ndarray
 
 
 def each_rank(
-    dist: Dist,
+    dist: DistContext,
     rows: Shaped[Tensor, "n *rest"],  # noqa: F821
     counts: list[int],
 ) -> Iterator[Shaped[Tensor, "count *rest"]]:  # noqa: F821

@@ -20,7 +20,7 @@ from pipeline.sampling.order import epoch_order
 from train.distributed.collectives import sum_over_ranks
 from train.evaluation.features import (
     NOT_SEEN,
-    PictureSource,
+    ImageSource,
     Samples,
     check_same_classes,
     each_rank,
@@ -63,7 +63,7 @@ def score_neighbours(
     backbone: nn.Module,
     bank: Samples,
     queries: Samples,
-    source: PictureSource,
+    source: ImageSource,
     *,
     ks: list[int],
     temperature: float,
@@ -72,7 +72,7 @@ def score_neighbours(
 ) -> dict[int, Score]:
     """Classify ``queries`` by the k nearest of ``bank``, for each k; every rank gets the same scores. A collective.
 
-    ``dtype``: how the bank's features are kept. ``tolerant``: leave out pictures that cannot be read, which otherwise
+    ``dtype``: how the bank's features are kept. ``tolerant``: leave out images that cannot be read, which otherwise
     raise SharedError.
     """
     dist = source.dist
@@ -97,7 +97,7 @@ def score_neighbours(
 class OnlineKnn:
     """The bank and the queries of a run, chosen once."""
 
-    def __init__(self, train: ShardSet, config: KnnConfig, source: PictureSource) -> None:
+    def __init__(self, train: ShardSet, config: KnnConfig, source: ImageSource) -> None:
         """Raises UserError if --knn-data does not fit the training set."""
         self._config, self._source = config, source
         ids = bank_ids(train.num_samples, config.bank_size)
@@ -117,13 +117,13 @@ class OnlineKnn:
     def describe(self) -> str:
         """What is compared with what, for people."""
         queries, bank = len(self._queries.ids), len(self._bank.ids)
-        held_out = " held out of them (the encoder trains on their pictures)" if self._config.data is None else ""
+        held_out = " held out of them (the encoder trains on their images)" if self._config.data is None else ""
         return f"{queries:,} queries{held_out} against {bank:,} training samples, k {self._config.k}"
 
     def evaluate(self, backbone: nn.Module) -> float:
         """Top-1 accuracy in percent, the same on every rank. Raises Abandoned as the source says. A collective.
 
-        A picture that rotted since it was sharded is left out, and does not stop the training.
+        An image that rotted since it was sharded is left out, and does not stop the training.
         """
         k, temperature = self._config.k, self._config.temperature
         scores = score_neighbours(

@@ -11,8 +11,8 @@ from torch import nn
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, write_json
-from train.distributed.collectives import on_main, say, together
-from train.distributed.process_group import Dist
+from train.distributed.collectives import on_all_ranks, on_rank0, print0
+from train.distributed.process_group import DistContext
 from train.storage.checkpoints import CHECKPOINTS, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
 from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, cut_off, json_line
 
@@ -34,7 +34,7 @@ class HeadScore:
 
     @property
     def top5(self) -> float:
-        """Share of the pictures whose class is among the first five, in percent."""
+        """Share of the images whose class is among the first five, in percent."""
         return 100.0 * self.correct5 / self.total
 
     def describe(self) -> str:
@@ -65,7 +65,7 @@ class LinearRun:
     def __init__(
         self,
         folder: Path | None,
-        dist: Dist,
+        dist: DistContext,
         identity: dict[str, Any],
         base_lrs: tuple[float, ...],
         heads: nn.Module,
@@ -81,12 +81,12 @@ class LinearRun:
         if self._folder is None:
             return 0
         folder = self._folder
-        found = on_main(self._dist, lambda: self._look(folder, resume))
+        found = on_rank0(self._dist, lambda: self._look(folder, resume))
         if found is not None:
-            together(self._dist, lambda: self._load(found))
+            on_all_ranks(self._dist, lambda: self._load(found))
         done = self._outcome.epoch if self._outcome else 0
         if resume:
-            say(self._dist, f"--resume: {done} epochs are done")
+            print0(self._dist, f"--resume: {done} epochs are done")
         return done
 
     def _look(self, folder: Path, resume: bool) -> Path | None:
@@ -119,7 +119,7 @@ class LinearRun:
         outcome = self._outcome = Outcome(epoch, tuple(heads))
         if self._folder is not None:
             folder = self._folder
-            on_main(self._dist, lambda: self._write(folder, outcome, step))
+            on_rank0(self._dist, lambda: self._write(folder, outcome, step))
         return outcome
 
     def _write(self, folder: Path, outcome: Outcome, step: int) -> None:
@@ -152,4 +152,4 @@ class LinearRun:
             with disk_errors(f"writing {folder}"):
                 write_json(folder / SUMMARY_FILE, {"finished": True, **values, **more})
 
-        on_main(self._dist, write)
+        on_rank0(self._dist, write)

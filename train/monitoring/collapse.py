@@ -51,7 +51,7 @@ def least_share(rows: int) -> float:
 
 
 @dataclass(frozen=True)
-class Reading:
+class CollapseReading:
     """What one log line says about z."""
 
     z_std: float
@@ -67,11 +67,11 @@ class CollapseGuard:
         self._model, self._views, self._peak_lr = model, views, peak_lr
         self._healthy = 1 / math.sqrt(model.dim)
         self._std_lines = self._rank_lines = self._knn_evaluations = 0
-        self._reading: Reading | None = None
+        self._reading: CollapseReading | None = None
         self._knn, self._best_knn = math.nan, 0.0
         self._told = False
 
-    def check(self, step: int, reading: Reading) -> str | None:
+    def check(self, step: int, reading: CollapseReading) -> str | None:
         """The warning, if one is due after ``step`` steps."""
         self._reading = reading
         low = not reading.z_std >= self._lowest_share(reading) * self._healthy  # true for nan as well
@@ -90,14 +90,14 @@ class CollapseGuard:
         self._knn, self._best_knn = top1, max(self._best_knn, top1)
         self._knn_evaluations = (self._knn_evaluations + 1) * (top1 < KNN_SHARE * self._best_knn)
 
-    def _lowest_share(self, reading: Reading) -> float:
+    def _lowest_share(self, reading: CollapseReading) -> float:
         floor = least_share(reading.rows) if self._model.projector_bn == "all" else 0.0
         return min(STD_SHARE_MOST, floor + STD_SHARE * (1 - floor))
 
-    def _most_directions(self, reading: Reading) -> int:
+    def _most_directions(self, reading: CollapseReading) -> int:
         return min(min(reading.rows, RANK_ROWS) - 1, self._model.dim)
 
-    def _lowest_rank(self, reading: Reading) -> float:
+    def _lowest_rank(self, reading: CollapseReading) -> float:
         return min(RANK, RANK_SHARE * self._most_directions(reading))
 
     def _verdict(self, step: int) -> str | None:

@@ -16,7 +16,7 @@ from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.timing import ReadCosts
 from train.distributed.collectives import sum_over_ranks
-from train.distributed.process_group import Dist
+from train.distributed.process_group import DistContext
 
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
 
@@ -98,7 +98,7 @@ RANKS_SHOWN = 8  # more than that are summed up in the progress line
 
 
 @dataclass(frozen=True)
-class Waits:
+class DataWait:
     """How long each rank waited for the loader, out of a stretch of the loop."""
 
     seconds: tuple[float, ...]  # of each rank
@@ -124,7 +124,7 @@ class Waits:
         return f"{shares[slowest]:.0%} (rank {slowest}; mean {np.mean(shares):.0%})"
 
 
-def describe_waits(waits: Waits) -> str:
+def describe_waits(waits: DataWait) -> str:
     """One line for the end of a session."""
     line = f"data_wait: {waits}"
     if len(waits.seconds) > 1:
@@ -142,7 +142,7 @@ class ShardCost:
     mean_ms: float  # a sample, over all shards
 
 
-def costliest_shard(dist: Dist, dataset: ShardSet, costs: ReadCosts) -> ShardCost | None:
+def costliest_shard(dist: DistContext, dataset: ShardSet, costs: ReadCosts) -> ShardCost | None:
     """By the time that all ranks together spent on reading it; None if nothing was read. A collective."""
     both = torch.from_numpy(np.stack([costs.seconds, costs.reads.astype(np.float64)])).to(dist.device)
     with dist.activity.waiting("adding up what all ranks have read"):

@@ -22,15 +22,15 @@ from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.timing import ReadCosts, Stalls
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan
-from train.distributed.collectives import mean_over_ranks, on_main, say, together
-from train.distributed.process_group import Dist
-from train.monitoring.collapse import CollapseGuard, Reading
+from train.distributed.collectives import mean_over_ranks, on_all_ranks, on_rank0, print0
+from train.distributed.process_group import DistContext
+from train.monitoring.collapse import CollapseGuard, CollapseReading
 from train.monitoring.metrics import MetricsLog, SampleRecord
 from train.monitoring.progress import (
+    DataWait,
     ProgressLine,
     RateMeter,
     Rates,
-    Waits,
     costliest_shard,
     describe_shard,
     describe_waits,
@@ -57,18 +57,20 @@ class StepResult:
 class Reporter:
     """metrics.jsonl, TensorBoard, the progress line, the predicted time, the alarm and the summary of one session."""
 
-    def __init__(self, dist: Dist, config: PretrainConfig, plan: RunPlan, start_step: int, stalls: Stalls) -> None:
+    def __init__(
+        self, dist: DistContext, config: PretrainConfig, plan: RunPlan, start_step: int, stalls: Stalls
+    ) -> None:
         """Open for the steps after ``start_step``; what a former session wrote after it is cut off. A collective.
 
         ``stalls`` are the loader's, of this rank.
         """
         self._dist, self._config, self._plan, self._start_step = dist, config, plan, start_step
-        self._metrics = together(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
+        self._metrics = on_all_ranks(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
         self._stalls = stalls
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
         self._guard = CollapseGuard(config.model, config.views, plan.schedule.peak_lr)
-        self._former_knn = on_main(dist, lambda: self._metrics.knn if self._metrics is not None else {})
+        self._former_knn = on_rank0(dist, lambda: self._metrics.knn if self._metrics is not None else {})
         for step in sorted(self._former_knn):
             self._guard.recall(self._former_knn[step])
         self.collapse: str | None = None  # what the guard said last, the same on every rank
@@ -106,7 +108,7 @@ class Reporter:
                 more = {**asdict(rates), **_per_rank(waits), **skipped}
                 self._metrics.write(epoch, step, loss=loss, lr=result.lr, z_std=z_std, z_rank=rank, **more)
                 self._progress.show(epoch, step, loss, z_std, rates, str(waits))
-            self._warn(self._guard.check(step, Reading(z_std, rank, len(result.z))))
+            self._warn(self._guard.check(step, CollapseReading(z_std, rank, len(result.z))))
         self._predict(step)
 
     def _warn(self, collapse: str | None) -> None:
@@ -114,7 +116,7 @@ class Reporter:
         if collapse is not None and self._dist.is_main:
             print(f"warning: {collapse}", file=sys.stderr, flush=True)
 
-    def _read(self, result: StepResult) -> tuple[float, float, float, Rates, Waits]:
+    def _read(self, result: StepResult) -> tuple[float, float, float, Rates, DataWait]:
         """Loss, z_std, rank of z at the last step, the rates since the last line; data_wait is the slowest rank's."""
         own_wait = torch.zeros(self._dist.world_size, device=result.loss.device)
         own_wait[self._dist.rank] = (self._meter.wait_s + self._stalls.read_s()) * self._dist.world_size
@@ -122,7 +124,7 @@ class Reporter:
         loss, z_std, rank, *seconds = mean_over_ranks(self._dist, values).tolist()
         steps = self._meter.steps
         rates = self._meter.read()
-        waits = Waits(tuple(seconds), steps * rates.step_s)
+        waits = DataWait(tuple(seconds), steps * rates.step_s)
         self._waited = [sum(both) for both in zip(self._waited, seconds, strict=True)]
         self._logged_s += waits.of_s
         return loss, z_std, rank, replace(rates, data_wait=max(waits.shares)), waits
@@ -130,9 +132,9 @@ class Reporter:
     def say_what_cost_most(self, dataset: ShardSet, costs: ReadCosts) -> None:
         """Print which rank waited longest for its data, and which shard cost most to read. A collective."""
         shard = costliest_shard(self._dist, dataset, costs)
-        say(self._dist, describe_waits(Waits(tuple(self._waited), self._logged_s)))
+        print0(self._dist, describe_waits(DataWait(tuple(self._waited), self._logged_s)))
         if shard is not None:
-            say(self._dist, describe_shard(shard))
+            print0(self._dist, describe_shard(shard))
 
     def _predict(self, step: int) -> None:
         done = step - self._start_step
@@ -142,7 +144,7 @@ class Reporter:
             measured = PREDICT_AFTER_STEPS - PREDICT_AFTER_STEPS // 2
             step_s = (time.perf_counter() - self._prediction_start_s - self._paused_s) / measured
             left = self._plan.stop_step - step
-            say(
+            print0(
                 self._dist,
                 f"expected time: {duration(left * step_s)} for {left:,} more steps of {step_s:.3g} s, without kNN",
             )
@@ -155,7 +157,7 @@ class Reporter:
         """Write a kNN line: ``epoch`` epochs and ``step`` steps done, ``top1`` in percent."""
         if self._metrics is not None:
             self._metrics.write(epoch, step, knn_top1=top1)
-            say(self._dist, f"epoch {epoch}: kNN top-1 {top1:.2f} %" + self._start_note(step))
+            print0(self._dist, f"epoch {epoch}: kNN top-1 {top1:.2f} %" + self._start_note(step))
         self._warn(self._guard.check_knn(step, top1))
 
     def _start_note(self, step: int) -> str:
@@ -188,7 +190,7 @@ class Reporter:
             write_json(self._config.run_dir / SUMMARY_FILE, values)
 
 
-def _per_rank(waits: Waits) -> dict[str, float]:
+def _per_rank(waits: DataWait) -> dict[str, float]:
     """data_wait of each rank for metrics.jsonl, where there are several."""
     if not 1 < len(waits.seconds) <= RANKS_LOGGED:
         return {}

@@ -42,7 +42,7 @@ def choose_precision(name: PrecisionName, device: torch.device) -> Precision:
     )
 
 
-class StepGuard:
+class SkipNonFinite:
     """Lets the optimizer make a step only if all gradients are finite."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -144,14 +144,14 @@ def _write(path: Path, data: memoryview, step: int, keep: int) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointSearch:
     """The newest intact checkpoint, if there is one, and the damaged ones that are newer."""
 
     path: Path | None
     damaged: tuple[Path, ...]
 
 
-def find_checkpoint(folder: Path) -> Found:
+def find_checkpoint(folder: Path) -> CheckpointSearch:
     """Look for the newest checkpoint whose bytes are those that were written.
 
     Damaged ones are renamed to NAME.damaged. Raises UserError if there are checkpoints and none is intact.
@@ -159,7 +159,7 @@ def find_checkpoint(folder: Path) -> Found:
     damaged: list[Path] = []
     for path in _list(folder):
         if is_intact(path):
-            return Found(path, tuple(damaged))
+            return CheckpointSearch(path, tuple(damaged))
         damaged.append(path.rename(path.with_name(path.name + ".damaged")))
     if damaged:
         names = ", ".join(path.name for path in damaged)
@@ -167,7 +167,7 @@ def find_checkpoint(folder: Path) -> Found:
             f"no checkpoint in {folder} is intact (damaged: {names}): restore one of them from a backup under its name "
             "without .damaged, or start again with another --run-dir"
         )
-    return Found(None, ())
+    return CheckpointSearch(None, ())
 
 
 def is_intact(path: Path) -> bool:

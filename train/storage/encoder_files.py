@@ -24,7 +24,7 @@ from model.methods.simsiam import SimSiam
 from pipeline.common.errors import UserError
 from pipeline.dataset.format import file_sha256
 from train.storage.checkpoints import HASH_DIGITS, is_damaged, newest_checkpoint
-from train.storage.encoder_formats import Parts, State, recognise
+from train.storage.encoder_formats import EncoderState, State, recognise
 
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before torch 1.6
 UNTRAINED = "untrained:"
@@ -33,7 +33,7 @@ _COUNTER = "num_batches_tracked"  # of BN; files from before torch 0.4.1 have no
 
 
 @dataclass(frozen=True)
-class Pixels:
+class InputSpec:
     """What an encoder was trained to see."""
 
     image_size: int = 224  # px
@@ -42,14 +42,14 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class Weights:
+class LoadedEncoder:
     """An encoder out of a file, on the CPU."""
 
     source: str  # the file, for messages
-    parts: Parts
+    parts: EncoderState
     backbone: str  # key of BACKBONES
     stem: Stem
-    pixels: Pixels | None  # None: the file does not say
+    pixels: InputSpec | None  # None: the file does not say
     identity: str  # changes with the weights
 
     def describe(self) -> str:
@@ -59,7 +59,7 @@ class Weights:
         return f"{self.backbone}{stem} from {self.source} ({' + '.join([f'{self.parts.layout} names', *heads])})"
 
 
-def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = None) -> Weights:
+def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = None) -> LoadedEncoder:
     """Read an encoder from a file, or from the newest checkpoint of a run folder.
 
     ``backbone`` and ``stem`` say what it must be; by default that is found out. Raises UserError if it is something
@@ -67,7 +67,9 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
     """
     path = _file_of(path)
     flat, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    parts = recognise(flat) or (Parts(flat) if about.backbone else None)  # safetensors of ours may hold any trunk
+    parts = recognise(flat) or (
+        EncoderState(flat) if about.backbone else None
+    )  # safetensors of ours may hold any backbone
     if not flat:
         raise UserError(f"{path} holds no tensors by name: give a checkpoint, or a state_dict saved by torch.save")
     if parts is None:
@@ -83,38 +85,38 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
     known_stem = known_stem or BACKBONES[known_backbone].default_stem
     _check_shapes(parts.backbone, known_backbone, known_stem, str(path), about)
     identity = file_sha256(path)[:HASH_DIGITS]
-    return Weights(str(path), parts, known_backbone, known_stem, about.pixels, identity)
+    return LoadedEncoder(str(path), parts, known_backbone, known_stem, about.pixels, identity)
 
 
 def open_encoder(
     checkpoint: str, backbone: str | None = None, stem: Stem | None = None, seed: int = 0
-) -> tuple[nn.Module, int, Weights]:
-    """The frozen trunk in evaluation mode, its width, and where it comes from.
+) -> tuple[nn.Module, int, LoadedEncoder]:
+    """The frozen module in evaluation mode, its width, and where it comes from.
 
     ``checkpoint`` is a path, or ``untrained:BACKBONE``: random weights from ``seed``. Raises as ``read_weights`` does.
     """
     if not checkpoint.startswith(UNTRAINED):
         weights = read_weights(Path(checkpoint), backbone, stem)
-        trunk, width = build_backbone(weights.backbone, weights.stem)
-        load_backbone(trunk, weights)
+        module, width = build_backbone(weights.backbone, weights.stem)
+        load_backbone(module, weights)
     else:
         name = checkpoint.removeprefix(UNTRAINED)
         _check_known(name, "--checkpoint untrained:")
         torch.manual_seed(seed)
         _check_stem(name, stem or "default")
-        trunk, width = build_backbone(name, stem or "default")
+        module, width = build_backbone(name, stem or "default")
         digest = hashlib.sha256(f"{name} {stem} {seed}".encode()).hexdigest()[:HASH_DIGITS]
-        parts = Parts(dict(trunk.state_dict()))
-        weights = Weights(f"seed {seed}", parts, name, stem or BACKBONES[name].default_stem, None, digest)
-    return trunk.eval().requires_grad_(False), width, weights
+        parts = EncoderState(dict(module.state_dict()))
+        weights = LoadedEncoder(f"seed {seed}", parts, name, stem or BACKBONES[name].default_stem, None, digest)
+    return module.eval().requires_grad_(False), width, weights
 
 
-def load_backbone(trunk: nn.Module, weights: Weights) -> None:
-    """Put the weights into a trunk of the same architecture."""
-    trunk.load_state_dict(_with_counters(weights.parts.backbone, trunk))
+def load_backbone(backbone: nn.Module, weights: LoadedEncoder) -> None:
+    """Put the weights into a backbone of the same architecture."""
+    backbone.load_state_dict(_with_counters(weights.parts.backbone, backbone))
 
 
-def initialise(model: SimSiam, weights: Weights) -> str:
+def initialise(model: SimSiam, weights: LoadedEncoder) -> str:
     """Start a model from weights: the backbone, and each head that the file has in the same shape.
 
     Returns one line that says what was taken. The backbones must have been compared by ``read_weights``.
@@ -134,12 +136,12 @@ def initialise(model: SimSiam, weights: Weights) -> str:
 
 
 @dataclass(frozen=True)
-class _About:
+class FileMetadata:
     """What a file says about its weights."""
 
     backbone: str | None = None
     stem: Stem | None = None
-    pixels: Pixels | None = None
+    pixels: InputSpec | None = None
 
 
 def _file_of(path: Path) -> Path:
@@ -151,7 +153,7 @@ def _file_of(path: Path) -> Path:
     return newest
 
 
-def _read_torch(path: Path) -> tuple[State, _About]:
+def _read_torch(path: Path) -> tuple[State, FileMetadata]:
     try:
         with open(path, "rb") as file:
             start = file.read(len(LEGACY_START))
@@ -177,7 +179,7 @@ def _read_torch(path: Path) -> tuple[State, _About]:
     return _tensors(content), _about(content.get("config"), content.get("arch"))
 
 
-def _read_safetensors(path: Path) -> tuple[State, _About]:
+def _read_safetensors(path: Path) -> tuple[State, FileMetadata]:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dictionary
@@ -211,27 +213,27 @@ def _tensors(content: Mapping[Any, Any]) -> State:
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def _about(config: Any, arch: Any) -> _About:
+def _about(config: Any, arch: Any) -> FileMetadata:
     """From the configuration in our own files, or the name that the official code writes."""
     if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
         model = config["model"]
         if _is_known(model.get("backbone")):
             stem: Stem | None = model.get("stem") if model.get("stem") in get_args(Stem) else None
-            return _About(model["backbone"], None if stem == "default" else stem, _pixels(config.get("views")))
-    return _About(arch) if _is_known(arch) else _About()
+            return FileMetadata(model["backbone"], None if stem == "default" else stem, _pixels(config.get("views")))
+    return FileMetadata(arch) if _is_known(arch) else FileMetadata()
 
 
 def _is_known(backbone: Any) -> bool:
     return isinstance(backbone, str) and backbone in BACKBONES
 
 
-def _pixels(views: Any) -> Pixels | None:
+def _pixels(views: Any) -> InputSpec | None:
     """None unless all three are there in our form: a file of others may call anything views."""
     if not isinstance(views, Mapping) or not isinstance(views.get("image_size"), int):
         return None
     mean: Any = views.get("mean")
     std: Any = views.get("std")
-    return Pixels(views["image_size"], tuple(mean), tuple(std)) if _is_colour(mean) and _is_colour(std) else None
+    return InputSpec(views["image_size"], tuple(mean), tuple(std)) if _is_colour(mean) and _is_colour(std) else None
 
 
 def _is_colour(value: Any) -> bool:
@@ -263,7 +265,7 @@ def _guess(state: State, path: Path) -> tuple[str, Stem]:
     )
 
 
-def _check_shapes(state: State, backbone: str, stem: Stem, source: str, about: _About) -> None:
+def _check_shapes(state: State, backbone: str, stem: Stem, source: str, about: FileMetadata) -> None:
     difference = _difference(state, _shapes(backbone, stem))
     if difference is None:
         return
@@ -297,8 +299,8 @@ def _common(state: State, expected: dict[str, torch.Size]) -> int:
 @lru_cache
 def _shapes(backbone: str, stem: Stem) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        trunk, _ = build_backbone(backbone, stem)
-    return {key: value.shape for key, value in trunk.state_dict().items()}
+        module, _ = build_backbone(backbone, stem)
+    return {key: value.shape for key, value in module.state_dict().items()}
 
 
 def _with_counters(state: State, module: nn.Module) -> State:

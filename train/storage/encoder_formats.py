@@ -22,7 +22,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compil
 
 
 @dataclass(frozen=True)
-class Parts:
+class EncoderState:
     """Weights under this project's names, whatever they were called in their file."""
 
     backbone: State  # torchvision's keys, no classifier
@@ -31,24 +31,26 @@ class Parts:
     layout: LayoutName = "siamstream"
 
 
-def recognise(flat: State) -> Parts | None:
+def recognise(flat: State) -> EncoderState | None:
     """Sort the entries of a file into backbone, projector and predictor; None if the names tell nothing."""
     for wrapper in (*WRAPPERS, *WRAPPERS):  # one may be inside the other
         if flat and all(key.startswith(wrapper) for key in flat):
             flat = _below(flat, wrapper)
     if any(key.startswith("backbone.") for key in flat):
-        return Parts(_below(flat, "backbone."), _below(flat, "projector."), _below(flat, "predictor."), "siamstream")
+        return EncoderState(
+            _below(flat, "backbone."), _below(flat, "projector."), _below(flat, "predictor."), "siamstream"
+        )
     if any(key.startswith("encoder.") for key in flat):
         encoder = _below(flat, "encoder.")
-        return Parts(
+        return EncoderState(
             _without_classifier(encoder), _projector(_below(encoder, "fc.")), _below(flat, "predictor."), "official"
         )
     if "conv1.weight" in flat:
-        return Parts(_without_classifier(flat), layout="torchvision")
+        return EncoderState(_without_classifier(flat), layout="torchvision")
     return None
 
 
-def to_official(parts: Parts) -> State:
+def to_official(parts: EncoderState) -> State:
     """The names of the official code, which wraps its model in DistributedDataParallel."""
     projector = dict(parts.projector)
     last = _last_linear(projector)

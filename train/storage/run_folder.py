@@ -74,7 +74,7 @@ def read_run(run_dir: Path) -> RunHistory:
         return RunHistory(
             name=str(run_dir),
             title=f"{config['model']['backbone']} at {config['views']['image_size']} px, "
-            f"global batch {plan['global_batch']}, {plan['num_samples']:,} pictures",
+            f"global batch {plan['global_batch']}, {plan['num_samples']:,} images",
             steps=tuple(line["step"] for line in logged),
             loss=tuple(line["loss"] for line in logged),
             z_std=tuple(line["z_std"] for line in logged),

@@ -1,4 +1,4 @@
-"""The choice of a back end, its settings, and how a picture is found that spoils a batch."""
+"""The choice of a back end, its settings, and how an image is found that spoils a batch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_impossible_settings_are_refused_by_name(config: Any, flag: str, fields:
         config(**fields)
 
 
-def test_a_batch_that_fails_though_every_picture_is_good_is_no_pictures_fault(photo_dataset: ShardSet) -> None:
+def test_a_batch_that_fails_though_every_image_is_good_is_no_images_fault(photo_dataset: ShardSet) -> None:
     """Say, memory ran out: nothing is replaced, and the trouble is named."""
     recipe, ids, reports = ViewRecipe(image_size=16), np.arange(3), []
     with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""What the CPU cuts out of pictures is what torchvision cuts, byte for byte, from DALI's pictures or anyone's."""
+"""What the CPU cuts out of images is what torchvision cuts, byte for byte, from DALI's images or anyone's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.backends.cpu_crop import CutSquares
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.views import ViewParams, ViewRecipe, centre_crops, draw_views
 from tests.helpers.encoded import batch_of
-from tests.helpers.photos import picture_bytes
+from tests.helpers.photos import image_bytes
 
 SIDE = 40
 RECIPE = ViewRecipe(image_size=SIDE)
@@ -40,37 +40,37 @@ def photo_batch(dataset: ShardSet, side: int, centre: bool) -> Batch:
 
 @pytest.mark.parametrize("side", [16, 32, 96])
 def test_views_are_the_references(side: int, photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
-    batch, pictures = decoded(photo_batch(photo_dataset, side, centre=False))
-    delivered, squares = next(CutSquares(iter([(batch, pictures)]), side, pool, 2))
+    batch, images = decoded(photo_batch(photo_dataset, side, centre=False))
+    delivered, squares = next(CutSquares(iter([(batch, images)]), side, pool, 2))
     assert delivered is batch
     assert len(squares) == 2
     assert isinstance(batch.windows, ViewParams)
     for view, made in enumerate(squares):
         assert made.shape == (len(batch), side, side, 3)
-        for sample, picture in enumerate(pictures):
-            expected = reference.resized_crop(picture.permute(2, 0, 1), batch.windows, sample, view, side)
+        for sample, image in enumerate(images):
+            expected = reference.resized_crop(image.permute(2, 0, 1), batch.windows, sample, view, side)
             assert torch.equal(made[sample].permute(2, 0, 1), expected)
 
 
 @pytest.mark.parametrize("side", [16, 32, 96])
 def test_centre_crops_are_the_references(side: int, photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
-    batch, pictures = decoded(photo_batch(photo_dataset, side, centre=True))
-    _, (made,) = next(CutSquares(iter([(batch, pictures)]), side, pool, 2))
-    for sample, picture in enumerate(pictures):
-        expected = reference.centre_crop(picture.permute(2, 0, 1), batch.windows, sample, side)
+    batch, images = decoded(photo_batch(photo_dataset, side, centre=True))
+    _, (made,) = next(CutSquares(iter([(batch, images)]), side, pool, 2))
+    for sample, image in enumerate(images):
+        expected = reference.centre_crop(image.permute(2, 0, 1), batch.windows, sample, side)
         assert torch.equal(made[sample].permute(2, 0, 1), expected)
 
 
 @pytest.mark.parametrize("centre", [False, True])
-def test_a_picture_smaller_than_its_windows_is_noticed_and_the_next_batch_comes(
+def test_an_image_smaller_than_its_windows_is_noticed_and_the_next_batch_comes(
     centre: bool, photo_dataset: ShardSet, pool: ThreadPoolExecutor
 ) -> None:
-    batch, pictures = decoded(photo_batch(photo_dataset, SIDE, centre))
-    smaller = [*pictures]
-    smaller[7] = pictures[7][:-9, :-9]
+    batch, images = decoded(photo_batch(photo_dataset, SIDE, centre))
+    smaller = [*images]
+    smaller[7] = images[7][:-9, :-9]
     if not centre:
-        batch.windows.crop[7, 1] = [0, 0, *pictures[7].shape[:2]]
-    squares = CutSquares(iter([(batch, smaller), (batch, pictures)]), SIDE, pool, 2)
+        batch.windows.crop[7, 1] = [0, 0, *images[7].shape[:2]]
+    squares = CutSquares(iter([(batch, smaller), (batch, images)]), SIDE, pool, 2)
     with pytest.raises(UndecodableBatchError, match=r"less than samples\.npy says") as caught:
         next(squares)
     assert caught.value.batch is batch
@@ -79,7 +79,7 @@ def test_a_picture_smaller_than_its_windows_is_noticed_and_the_next_batch_comes(
 
 
 def test_squares_stay_as_they_were_while_later_batches_come(pool: ThreadPoolExecutor) -> None:
-    batches = [batch_of([picture_bytes(10 * step + i) for i in range(4)], RECIPE, step=step) for step in range(8)]
+    batches = [batch_of([image_bytes(10 * step + i) for i in range(4)], RECIPE, step=step) for step in range(8)]
     squares = CutSquares(map(decoded, batches), SIDE, pool, 2)
     held = [next(squares)[1] for _ in range(3)]
     copies = [[square.clone() for square in views] for views in held]
@@ -90,7 +90,7 @@ def test_squares_stay_as_they_were_while_later_batches_come(pool: ThreadPoolExec
 
 
 def test_memory_is_used_again(pool: ThreadPoolExecutor) -> None:
-    batches = [batch_of([picture_bytes(i) for i in range(4)], RECIPE) for _ in range(6)]
+    batches = [batch_of([image_bytes(i) for i in range(4)], RECIPE) for _ in range(6)]
     places = set()
     for _, squares in CutSquares(map(decoded, batches), SIDE, pool, 2):
         places.update(square.data_ptr() for square in squares)

@@ -1,4 +1,4 @@
-"""DALI's squares against PIL and torchvision, and what happens around a picture that DALI cannot decode."""
+"""DALI's squares against PIL and torchvision, and what happens around an image that DALI cannot decode."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pipeline.backends.base import Batch, DaliConfig, UndecodableBatchError
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
-from tests.helpers.encoded import HEIGHT, WIDTH, bad_pictures, batch_of, encode, good_pictures, only_pil_decodes
-from tests.helpers.photos import picture_bytes, smooth_pixels
+from tests.helpers.encoded import HEIGHT, WIDTH, bad_images, batch_of, encode, good_images, only_pil_decodes
+from tests.helpers.photos import image_bytes, smooth_pixels
 
 if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
     pytest.skip("needs NVIDIA DALI, which exists for Linux: pip install nvidia-dali-cuda130", allow_module_level=True)
@@ -73,26 +73,24 @@ def photo_batch(dataset: ShardSet, side: int, centre: bool) -> tuple[Batch, list
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("side", [32, 96])
 def test_squares_are_torchvisions(photo_dataset: ShardSet, side: int, device: torch.device) -> None:
-    batch, pictures = photo_batch(photo_dataset, side, centre=False)
+    batch, images = photo_batch(photo_dataset, side, centre=False)
     delivered, squares = next(squares_of(iter([batch]), device, side))
     assert delivered is batch
     for view, made in enumerate(squares):
         assert made.dtype == torch.uint8
         assert made.is_contiguous()
-        assert_close(
-            made, [reference.resized_crop(pic, batch.windows, i, view, side) for i, pic in enumerate(pictures)]
-        )
+        assert_close(made, [reference.resized_crop(pic, batch.windows, i, view, side) for i, pic in enumerate(images)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("side", [32, 96])
 def test_centre_squares_are_torchvisions(photo_dataset: ShardSet, side: int, device: torch.device) -> None:
-    batch, pictures = photo_batch(photo_dataset, side, centre=True)
+    batch, images = photo_batch(photo_dataset, side, centre=True)
     _, (made,) = next(squares_of(iter([batch]), device, side))
-    assert_close(made, [reference.centre_crop(pic, batch.windows, i, side) for i, pic in enumerate(pictures)])
+    assert_close(made, [reference.centre_crop(pic, batch.windows, i, side) for i, pic in enumerate(images)])
 
 
-def whole_picture_batch(encoded: list[bytes], side: int) -> Batch:
+def whole_image_batch(encoded: list[bytes], side: int) -> Batch:
     """Windows as large as the views, so that nothing is resized and every byte is the decoder's."""
     recipe = ViewRecipe(image_size=side)
     batch = batch_of(encoded, recipe)
@@ -104,10 +102,10 @@ def whole_picture_batch(encoded: list[bytes], side: int) -> Batch:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_all_kinds_of_pictures_decode_as_pil_decodes_them(device: torch.device) -> None:
-    pictures = good_pictures()
-    _, squares = next(squares_of(iter([whole_picture_batch(list(pictures.values()), SIDE)]), device))
-    for sample, (kind, encoded) in enumerate(pictures.items()):
+def test_all_kinds_of_images_decode_as_pil_decodes_them(device: torch.device) -> None:
+    images = good_images()
+    _, squares = next(squares_of(iter([whole_image_batch(list(images.values()), SIDE)]), device))
+    for sample, (kind, encoded) in enumerate(images.items()):
         expected = reference.decode(encoded).permute(1, 2, 0).int()
         corners = expected[:SIDE, :SIDE], expected[HEIGHT - SIDE :, WIDTH - SIDE :]
         for made, corner in zip(squares, corners, strict=True):
@@ -135,7 +133,7 @@ def test_single_pixels_and_lines() -> None:
 
 
 def good_batch(step: int, count: int = 4) -> Batch:
-    return batch_of([picture_bytes(100 * step + i) for i in range(count)], RECIPE, step=step)
+    return batch_of([image_bytes(100 * step + i) for i in range(count)], RECIPE, step=step)
 
 
 def assert_right(delivered: tuple[Batch, list[torch.Tensor]], expected: Batch) -> None:
@@ -143,8 +141,8 @@ def assert_right(delivered: tuple[Batch, list[torch.Tensor]], expected: Batch) -
     assert batch is expected
     for view, made in enumerate(squares):
         assert len(made) == len(batch)
-        pictures = [reference.decode(data.tobytes()) for data in batch.encoded]
-        crops = [reference.resized_crop(pic, batch.windows, i, view, SIDE) for i, pic in enumerate(pictures)]
+        images = [reference.decode(data.tobytes()) for data in batch.encoded]
+        crops = [reference.resized_crop(pic, batch.windows, i, view, SIDE) for i, pic in enumerate(images)]
         assert_close(made, crops)
 
 
@@ -153,7 +151,7 @@ def assert_right(delivered: tuple[Batch, list[torch.Tensor]], expected: Batch) -
 def test_batches_around_undecodable_ones_are_right(bad_steps: set[int], device: torch.device) -> None:
     """Wherever they lie in DALI's queue: each is named once, and no other batch is lost, late or changed."""
     batches = [good_batch(step, count=3 if step == 7 else 4) for step in range(8)]
-    kinds = list(bad_pictures().values())
+    kinds = list(bad_images().values())
     for step in bad_steps:
         batches[step].encoded[step % 3] = np.frombuffer(kinds[step % len(kinds)], dtype=np.uint8)
     squares = squares_of(iter(batches), device)
@@ -168,10 +166,10 @@ def test_batches_around_undecodable_ones_are_right(bad_steps: set[int], device: 
     assert next(squares, None) is None
 
 
-@pytest.mark.parametrize("kind", bad_pictures() | only_pil_decodes())
-def test_every_kind_of_undecodable_picture_is_noticed(kind: str) -> None:
+@pytest.mark.parametrize("kind", bad_images() | only_pil_decodes())
+def test_every_kind_of_undecodable_image_is_noticed(kind: str) -> None:
     batches = [good_batch(0), good_batch(1)]
-    batches[0].encoded[1] = np.frombuffer((bad_pictures() | only_pil_decodes())[kind], dtype=np.uint8)
+    batches[0].encoded[1] = np.frombuffer((bad_images() | only_pil_decodes())[kind], dtype=np.uint8)
     squares = squares_of(iter(batches))
     with pytest.raises(UndecodableBatchError) as caught:
         next(squares)
@@ -180,7 +178,7 @@ def test_every_kind_of_undecodable_picture_is_noticed(kind: str) -> None:
     assert_right(next(squares), batches[1])
 
 
-def test_large_batches_with_undecodable_pictures_do_no_harm() -> None:
+def test_large_batches_with_undecodable_images_do_no_harm() -> None:
     """Left to itself DALI 2.4 ends the process at a header that it cannot read, but not in small batches."""
     script = Path(__file__).parents[3] / "tests" / "helpers" / "large_batches.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
@@ -192,7 +190,7 @@ def test_large_batches_with_undecodable_pictures_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("before", [0, 1, 2, 7])
-def test_an_error_of_those_who_make_the_batches_is_no_pictures_fault(before: int) -> None:
+def test_an_error_of_those_who_make_the_batches_is_no_images_fault(before: int) -> None:
     """DALI's own errors are RuntimeErrors too, and they are blamed on a batch."""
 
     def batches() -> Iterator[Batch]:
@@ -210,7 +208,7 @@ def test_a_pipeline_goes_with_its_last_reference(spoiled: list[int], kind: str, 
     """One in a cycle of references lives on until the collector comes; a child forked meanwhile aborts on it."""
     batches = [good_batch(step) for step in range(3)]
     for step in spoiled:
-        batches[step].encoded[1] = np.frombuffer(bad_pictures()[kind], dtype=np.uint8)
+        batches[step].encoded[1] = np.frombuffer(bad_images()[kind], dtype=np.uint8)
     gc.disable()
     try:
         squares = squares_of(iter(batches))
@@ -259,7 +257,7 @@ def test_an_error_in_the_making_of_batches_comes_through_as_it_is() -> None:
         list(squares_of(batches()))
 
 
-def test_a_window_outside_the_picture_is_an_error_not_wrong_pixels() -> None:
+def test_a_window_outside_the_image_is_an_error_not_wrong_pixels() -> None:
     batch = good_batch(0)
     assert isinstance(batch.windows, ViewParams)
     batch.windows.crop[2, 1] = [0, 0, HEIGHT + 1, 10]
@@ -294,7 +292,7 @@ def test_the_graph_of_a_gpu_is_as_configured(
         assert (seen["hw_decoder_load"], seen["jpeg_fancy_upsampling"]) == (0.5, True)
 
 
-def test_an_error_of_the_gpu_is_no_pictures_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_gpu_is_no_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     squares = squares_of(iter([good_batch(0)]))
     message = "Error in GPU operator: CUDA runtime API error cudaErrorIllegalAddress (700):"
 

@@ -1,4 +1,4 @@
-"""The parity table on drawn pictures, and the whole recipe on real ones where a tar of them is named."""
+"""The parity table on drawn images, and the whole recipe on real ones where a tar of them is named."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from pipeline.backends import reference
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import open_pictures, open_views
-from pipeline.sampling.sampler import Process, Span
+from pipeline.loader.loader import open_images, open_views
+from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import ViewRecipe, centre_crops, draw_views
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
@@ -78,31 +78,33 @@ def test_mistakes_of_a_user(
 
 @pytest.fixture(scope="module")
 def real_dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """The first 48 pictures of the tar."""
+    """The first 48 images of the tar."""
     folder = tmp_path_factory.mktemp("real")
     with tarfile.open(REAL) as tar:
         for member in [entry for entry in tar if entry.isfile()][:48]:
-            picture = tar.extractfile(member)
-            assert picture is not None
-            (folder / Path(member.name).name).write_bytes(picture.read())
+            image = tar.extractfile(member)
+            assert image is not None
+            (folder / Path(member.name).name).write_bytes(image.read())
     out = tmp_path_factory.mktemp("real-dataset") / "dataset"
     make_dataset(str(folder), out, ShardingOptions(workers=1), quiet=True)
     return ShardSet.open(out)
 
 
 @pytest.mark.skipif(not Path(REAL).is_file(), reason="set SIAMSTREAM_IMAGENET_SAMPLE to a tar of JPEGs")
-def test_the_whole_recipe_on_real_pictures(real_dataset: ShardSet) -> None:
+def test_the_whole_recipe_on_real_images(real_dataset: ShardSet) -> None:
     """Mean difference at most 0.5 of 255 and 99 % of the values within 4, for views of 224 px and for evaluation."""
-    recipe, alone = ViewRecipe(), Process.alone(torch.device("cpu"))
+    recipe, alone = ViewRecipe(), World.alone(torch.device("cpu"))
     std = torch.tensor(recipe.std)[:, None, None]
     apart = []
-    with open_views(real_dataset, recipe, LoaderConfig(backend="dali"), Span(0, 16, epochs=1), alone) as batches:
+    with open_views(
+        real_dataset, recipe, LoaderConfig(backend="dali"), BatchSampler(0, 16, epochs=1), alone
+    ) as batches:
         for views in batches:
             params = draw_views(recipe, 0, 0, views.ids, real_dataset.sizes(views.ids))
             for i, sample in enumerate(views.ids.tolist()):
-                picture = reference.decode(real_dataset.read(sample))
+                image = reference.decode(real_dataset.read(sample))
                 for view, x in enumerate((views.x1, views.x2)):
-                    expected = reference.normalise(reference.transform(picture, params, i, view, recipe), recipe)
+                    expected = reference.normalise(reference.transform(image, params, i, view, recipe), recipe)
                     apart.append((x[i] - expected).abs() * std * 255)
     assert len(apart) == 2 * len(real_dataset)
     assert torch.stack(apart).mean() <= 0.5
@@ -110,8 +112,8 @@ def test_the_whole_recipe_on_real_pictures(real_dataset: ShardSet) -> None:
 
     ids = np.arange(len(real_dataset))
     crops, centres = centre_crops(recipe.image_size, real_dataset.sizes(ids)), []
-    with open_pictures(real_dataset, recipe, LoaderConfig(backend="dali"), alone, ids=ids, batch=16) as pictures:
-        for x, part in pictures:
+    with open_images(real_dataset, recipe, LoaderConfig(backend="dali"), alone, ids=ids, batch=16) as images:
+        for x, part in images:
             for made, sample in zip(x, part.tolist(), strict=True):
                 centre = reference.centre_crop(reference.decode(real_dataset.read(sample)), crops, sample, 224)
                 centres.append((made - reference.normalise(centre, recipe)).abs() * std * 255)

@@ -46,9 +46,9 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_one_operation(operation: str, side: int, kind: str) -> None:
     fields, greatest, mean = OPERATIONS[operation]
-    pictures, params = squares(kind, 5, side), view_params(5, **fields)
+    images, params = squares(kind, 5, side), view_params(5, **fields)
     recipe = dataclasses.replace(BYTES, image_size=side)
-    apart = difference(transformed(pictures, params, recipe), referred(pictures, params, recipe))
+    apart = difference(transformed(images, params, recipe), referred(images, params, recipe))
     assert apart.max() <= greatest + 1e-3
     assert apart.mean() <= mean + 1e-3
 
@@ -56,15 +56,15 @@ def test_one_operation(operation: str, side: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_orders_of_the_jitter(kind: str) -> None:
     orders = np.array(list(itertools.permutations(range(4))))
-    pictures = squares(kind, 24, 33)
+    images = squares(kind, 24, 33)
     params = view_params(24, jitter=True, order=orders, factors=[1.3, 0.7, 1.35, -0.08])
-    ours = transformed(pictures, params)
-    apart = difference(ours, referred(pictures, params))
+    ours = transformed(images, params)
+    apart = difference(ours, referred(images, params))
     assert apart.mean() <= 0.02
     assert apart.max() <= 4
     if kind != "constant":  # and the order matters, so all that were tested are different
-        fifth = transformed(pictures[:1].expand(24, -1, -1, -1).contiguous(), params)[0]
-        assert len({picture.numpy().tobytes() for picture in fifth}) >= 20
+        fifth = transformed(images[:1].expand(24, -1, -1, -1).contiguous(), params)[0]
+        assert len({image.numpy().tobytes() for image in fifth}) >= 20
 
 
 def whole_recipe(kind: str, count: int, side: int, **fields: float) -> tuple[torch.Tensor, ViewParams, ViewRecipe]:
@@ -76,8 +76,8 @@ def whole_recipe(kind: str, count: int, side: int, **fields: float) -> tuple[tor
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("side", "count"), [(2, 60), (3, 60), (5, 60), (32, 60), (33, 60), (224, 6)])
 def test_the_whole_recipe(kind: str, side: int, count: int) -> None:
-    pictures, params, recipe = whole_recipe(kind, count, side, solarize_prob=0.2)
-    apart = difference(transformed(pictures, params, recipe), referred(pictures, params, recipe), recipe)
+    images, params, recipe = whole_recipe(kind, count, side, solarize_prob=0.2)
+    apart = difference(transformed(images, params, recipe), referred(images, params, recipe), recipe)
     assert apart.mean() <= 0.02
     assert apart.max() <= 4
 
@@ -96,75 +96,75 @@ def test_any_bytes_and_any_factors(
     pixels: bytes, order: list[int], factors: tuple[float, ...], gray: bool, sigma: float, solarize: bool, flip: bool
 ) -> None:
     """A step of rounding may grow in later operations, but only as far as these factors can stretch it."""
-    picture = torch.from_numpy(np.frombuffer(pixels, dtype=np.uint8).reshape(1, 3, 3, 3).copy())
+    image = torch.from_numpy(np.frombuffer(pixels, dtype=np.uint8).reshape(1, 3, 3, 3).copy())
     recipe = dataclasses.replace(BYTES, image_size=3)
     fields = {"jitter": True, "order": order, "gray": gray, "sigma": sigma, "solarize": False, "flip": flip}
     params = view_params(1, factors=factors, **fields)
-    ours, theirs = transformed(picture, params, recipe), referred(picture, params, recipe)
+    ours, theirs = transformed(image, params, recipe), referred(image, params, recipe)
     assert torch.stack(ours).isfinite().all()
     assert torch.stack(ours).min() >= 0
     assert torch.stack(ours).max() <= 255
     assert difference(ours, theirs, recipe).mean() <= 4
     if solarize:  # at the threshold, one step of rounding would turn black into white: apart, it is exact
         alone = view_params(1, solarize=True, flip=flip)
-        assert difference(transformed(picture, alone, recipe), referred(picture, alone, recipe), recipe).max() < 1e-3
+        assert difference(transformed(image, alone, recipe), referred(image, alone, recipe), recipe).max() < 1e-3
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 128, 255])
 def test_solarize_at_any_threshold(threshold: int) -> None:
     recipe = dataclasses.replace(BYTES, solarize_threshold=threshold)
-    pictures, params = squares("noise", 3, 16), view_params(3, solarize=True)
-    assert difference(transformed(pictures, params, recipe), referred(pictures, params, recipe)).max() < 1e-3
+    images, params = squares("noise", 3, 16), view_params(3, solarize=True)
+    assert difference(transformed(images, params, recipe), referred(images, params, recipe)).max() < 1e-3
 
 
 @pytest.mark.parametrize(("side", "radius"), [(2, 11), (3, 11), (5, 11), (12, 11), (13, 11), (13, 1), (40, 11)])
 def test_the_blurs_window_at_small_sides(side: int, radius: int) -> None:
     recipe = dataclasses.replace(BYTES, image_size=side, blur_radius=radius)
     for sigma in (0.1, 0.3, 1.0, 2.0):
-        pictures, params = squares("noise", 4, side), view_params(4, sigma=sigma)
-        apart = difference(transformed(pictures, params, recipe), referred(pictures, params, recipe))
+        images, params = squares("noise", 4, side), view_params(4, sigma=sigma)
+        apart = difference(transformed(images, params, recipe), referred(images, params, recipe))
         assert apart.max() <= 1 + 1e-3
         assert apart.mean() <= 0.02
 
 
 def test_each_sample_and_view_gets_its_own_parameters() -> None:
-    pictures, params, recipe = whole_recipe("smooth", 12, 16, solarize_prob=0.5)
-    together = transformed(pictures, params, recipe)
+    images, params, recipe = whole_recipe("smooth", 12, 16, solarize_prob=0.5)
+    on_all_ranks = transformed(images, params, recipe)
     for sample in range(12):
         part = slice(sample, sample + 1)
         alone = ViewParams(**{f.name: getattr(params, f.name)[part] for f in dataclasses.fields(params)})
         for view in range(2):
-            assert torch.equal(transformed(pictures[part], alone, recipe)[view], together[view][part])
+            assert torch.equal(transformed(images[part], alone, recipe)[view], on_all_ranks[view][part])
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_threads_change_nothing(threads: int) -> None:
     for count in (1, 2, 7, 33):
-        pictures, params, recipe = whole_recipe("noise", count, 16)
+        images, params, recipe = whole_recipe("noise", count, 16)
         for one, other in zip(
-            transformed(pictures, params, recipe), transformed(pictures, params, recipe, threads), strict=True
+            transformed(images, params, recipe), transformed(images, params, recipe, threads), strict=True
         ):
             assert torch.equal(one, other)
 
 
 def test_views_are_channels_last_and_the_input_stays_as_it_was() -> None:
-    pictures, params, recipe = whole_recipe("noise", 9, 16, solarize_prob=0.5)
-    before = pictures.clone()
-    for view in transformed(pictures, params, recipe):
+    images, params, recipe = whole_recipe("noise", 9, 16, solarize_prob=0.5)
+    before = images.clone()
+    for view in transformed(images, params, recipe):
         assert view.shape == (9, 3, 16, 16)
         assert view.dtype == torch.float32
         assert view.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(pictures, before)
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_types_are_the_rounded_wide_one(dtype: torch.dtype) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    pictures, params, recipe = whole_recipe("smooth", 5, 16)
+    images, params, recipe = whole_recipe("smooth", 5, 16)
     with ThreadPoolExecutor(1) as pool:
-        narrow = Photometric(recipe, torch.device("cpu"), dtype, pool, 1)([pictures, pictures], params)
-    for view, wide in zip(narrow, transformed(pictures, params, recipe), strict=True):
+        narrow = Photometric(recipe, torch.device("cpu"), dtype, pool, 1)([images, images], params)
+    for view, wide in zip(narrow, transformed(images, params, recipe), strict=True):
         assert view.dtype == dtype
         assert view.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(view, wide.to(dtype))
@@ -173,13 +173,13 @@ def test_narrow_types_are_the_rounded_wide_one(dtype: torch.dtype) -> None:
 def test_centre_crops_are_only_normalised() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    pictures, recipe = squares("noise", 4, 32), ViewRecipe(image_size=32)
+    images, recipe = squares("noise", 4, 32), ViewRecipe(image_size=32)
     crops: CentreCrops = centre_crops(32, np.full((4, 2), 32, dtype=np.int32))
     with ThreadPoolExecutor(1) as pool:
-        (view,) = Photometric(recipe, torch.device("cpu"), torch.float32, pool, 1)([pictures], crops)
-    expected = (pictures.permute(0, 3, 1, 2) / 255 - torch.tensor(recipe.mean)[:, None, None]) / torch.tensor(
-        recipe.std
-    )[:, None, None]
+        (view,) = Photometric(recipe, torch.device("cpu"), torch.float32, pool, 1)([images], crops)
+    expected = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(recipe.mean)[:, None, None]) / torch.tensor(recipe.std)[
+        :, None, None
+    ]
     torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
 
 

@@ -72,15 +72,15 @@ def test_interpreted_kernels_equal_the_cpu() -> None:
 @pytest.mark.parametrize("kind", ["smooth", "noise", "constant"])
 def test_a_gpu_equals_the_cpu(kind: str, side: int, dtype: torch.dtype) -> None:
     recipe, count = ViewRecipe(image_size=side, solarize_prob=0.2), 64 if side < 100 else 16
-    pictures = squares(kind, count, side)
+    images = squares(kind, count, side)
     params = draw_views(recipe, 5, 0, np.arange(count), np.full((count, 2), side, dtype=np.int32))
     device = torch.device("cuda")
     with ThreadPoolExecutor(1) as pool:
-        views = Photometric(recipe, device, dtype, pool, 1)([pictures.to(device)] * 2, params)
+        views = Photometric(recipe, device, dtype, pool, 1)([images.to(device)] * 2, params)
     for view in views:
         assert view.dtype == dtype
         assert view.is_contiguous(memory_format=torch.channels_last)
-    apart = difference([view.cpu() for view in views], transformed(pictures, params, recipe), recipe)
+    apart = difference([view.cpu() for view in views], transformed(images, params, recipe), recipe)
     rounding = {torch.float32: 0.0, torch.float16: 0.07, torch.bfloat16: 0.6}[dtype]  # half a step at 2.6 std, of 255
     assert apart.mean() <= 0.02 + rounding
     assert apart.max() <= 4 + 2 * rounding

@@ -83,7 +83,7 @@ def flip_byte(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_rotten_picture_is_named(own_dataset: Path) -> None:
+def test_a_rotten_image_is_named(own_dataset: Path) -> None:
     dataset = ShardSet.open(own_dataset)
     row = dataset.samples[5]
     flip_byte(own_dataset / dataset.shards[row["shard"]].name, int(row["offset"]) + 40)
@@ -197,9 +197,9 @@ def test_dalis_own_reader_and_index_tool_agree_with_our_index(photo_dataset: Sha
 
     pipeline = read()
     pipeline.build()
-    pictures, labels = pipeline.run()
+    images, labels = pipeline.run()
     for i in range(len(photo_dataset)):
-        assert bytes(np.asarray(pictures[i])) == photo_dataset.read(i)
+        assert bytes(np.asarray(images[i])) == photo_dataset.read(i)
         assert int(bytes(np.asarray(labels[i]))) == photo_dataset.labels([i])[0]
 
 
@@ -208,7 +208,7 @@ def test_dalis_own_reader_and_index_tool_agree_with_our_index(photo_dataset: Sha
 def test_rows_that_are_too_many_to_be_hashed_at_the_start_are_checked_one_by_one(
     photo_dataset_path: Path, data: st.DataObject
 ) -> None:
-    """Garbage in any row of a large samples.npy: the picture is right, or the sample is refused as bad."""
+    """Garbage in any row of a large samples.npy: the image is right, or the sample is refused as bad."""
     whole = ShardSet.open(photo_dataset_path)
     rows = np.array(whole.samples)
     spoilt = rows.view(np.uint8).reshape(len(rows), -1)
@@ -243,8 +243,8 @@ def test_damage_anywhere_gives_documented_errors_or_the_right_bytes(
             return
         for sample_id in range(min(len(dataset), len(whole))):
             try:
-                picture = dataset.read(sample_id)
+                image = dataset.read(sample_id)
             except BadSampleError:
                 continue
-            assert picture == whole.read(sample_id)
+            assert image == whole.read(sample_id)
         assert dataset.labels(range(48)).tolist() == whole.labels(range(48)).tolist()

@@ -279,10 +279,10 @@ def test_a_full_disk_is_named(proxy: FaultProxy, tmp_path: Path, monkeypatch: py
     assert content(cache, 0) == CONTENT[0]
 
 
-def test_a_disk_that_fails_is_named_and_no_fault_of_a_picture(
+def test_a_disk_that_fails_is_named_and_no_fault_of_an_image(
     proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not an OSError, which would make bad samples of the shard's pictures."""
+    """Not an OSError, which would make bad samples of the shard's images."""
     cache = cache_at(tmp_path / "cache", proxy)
     shutil.rmtree(tmp_path / "cache")
     for use in (cache.open, cache.fetch):

@@ -18,7 +18,7 @@ from pipeline.common.locations import Url
 from pipeline.dataset import remote_files as remote
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.remote_cache import CacheConfig
-from pipeline.dataset.remote_shards import Ahead
+from pipeline.dataset.remote_shards import PrefetchPlan
 from tests.helpers.fault_proxy import FaultProxy, Faults
 from tests.helpers.servers import Nginx, nginx
 
@@ -47,10 +47,10 @@ def ranges(proxy: FaultProxy) -> list[str]:
     return [passed.range for passed in proxy.seen if passed.path.endswith(".tar")]
 
 
-def read_all(dataset: ShardSet, ids: np.ndarray, slack: int = 0, expected: ShardSet | None = None) -> None:
+def read_all(dataset: ShardSet, ids: np.ndarray, max_steps_behind: int = 0, expected: ShardSet | None = None) -> None:
     """Read as a loader does that knows its future, in steps of 12."""
     steps = np.split(ids, range(12, len(ids), 12))
-    with dataset.follow(Ahead(iter(steps), 0), threading.Event(), slack, 1) as begin:
+    with dataset.follow(PrefetchPlan(iter(steps), 0), threading.Event(), max_steps_behind, 1) as begin:
         for step in steps:
             begin()
             for sample in step.tolist():
@@ -67,7 +67,7 @@ def test_it_is_the_dataset_that_was_uploaded(proxy: FaultProxy, photo_dataset: S
     assert copied.read(47) == photo_dataset.read(47)
 
 
-def test_without_a_future_pictures_are_read_alone(proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path) -> None:
+def test_without_a_future_images_are_read_alone(proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path) -> None:
     dataset = opened(proxy, tmp_path)
     for sample in (3, 30):
         assert dataset.read(sample) == photo_dataset.read(sample)
@@ -90,8 +90,8 @@ def test_every_process_of_a_machine_knows_what_must_stay(local_rank: int, proxy:
     """Also those that leave the fetching to the first: making room, they must not take what is needed next."""
     dataset = opened(proxy, tmp_path)
     assert dataset._remote is not None
-    turns = iter([np.array([shard]) for shard in (0, 1, 2, 0)])
-    with dataset._remote.follow(turns, local_rank, threading.Event(), 0, 2) as following:
+    upcoming = iter([np.array([shard]) for shard in (0, 1, 2, 0)])
+    with dataset._remote.follow(upcoming, local_rank, threading.Event(), 0, 2) as following:
         following.advance()
         if local_rank == 0:
             wait_until_there(tmp_path, 3)
@@ -106,7 +106,7 @@ def test_a_fault_in_the_future_is_not_swallowed(proxy: FaultProxy, tmp_path: Pat
         raise IndexError("a fault")
 
     dataset = opened(proxy, tmp_path)
-    with dataset.follow(Ahead(steps(), 0), threading.Event(), 0, 1):
+    with dataset.follow(PrefetchPlan(steps(), 0), threading.Event(), 0, 1):
         wait_until_there(tmp_path, 2)
         with pytest.raises(RuntimeError, match="fetching ahead failed: IndexError: a fault"):
             read_again_and_again(dataset)
@@ -129,11 +129,11 @@ def wait_until_there(cache: Path, shards: int) -> None:
 
 def test_whether_whole_shards_pay(proxy: FaultProxy, tmp_path: Path) -> None:
     dataset = opened(proxy, tmp_path)
-    assert dataset.pays(ALL)
-    assert not dataset.pays([0, 20])
+    assert dataset.worth_fetching_whole(ALL)
+    assert not dataset.worth_fetching_whole([0, 20])
 
 
-def test_a_picture_that_rots_in_the_cache_is_read_from_its_source(
+def test_an_image_that_rots_in_the_cache_is_read_from_its_source(
     proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = opened(proxy, tmp_path)
@@ -206,7 +206,7 @@ def test_what_is_no_dataset(content: bytes | None, said: str, tmp_path: Path, mo
 def test_a_dataset_that_was_changed_after_it_was_uploaded(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard that is not the one of dataset.json is never read from, not even a picture of it that is right."""
+    """A shard that is not the one of dataset.json is never read from, not even an image of it that is right."""
     data = shutil.copytree(photo_dataset_path, tmp_path / "data")
     tar = bytearray((data / "shard-000002.tar").read_bytes())
     tar[100] ^= 1  # in a tar header

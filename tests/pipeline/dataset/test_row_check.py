@@ -22,7 +22,7 @@ from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import SAMPLE_DTYPE
 from tests.helpers.toy_runs import CPU, TINY, call
 from train import pretrain
-from train.engine import run as run_module
+from train.engine import loop as loop_module
 
 
 @pytest.fixture(autouse=True)
@@ -154,13 +154,13 @@ def test_no_checkpoint_rests_on_a_changed_size(
 ) -> None:
     """The comparison ends when the first checkpoint is already under way."""
     change_row(own_dataset, 7, "height", 1)
-    save = run_module.save
+    save = loop_module.save
 
     def save_late(*arguments: Any) -> Any:
         gate.opened.set()
         return save(*arguments)
 
-    monkeypatch.setattr(run_module, "save", save_late)
+    monkeypatch.setattr(loop_module, "save", save_late)
     assert run_here(monkeypatch, own_dataset, tmp_path / "run", "--knn-every", "0") == 2
     assert "samples.npy is damaged" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoints/*.pt"))

@@ -18,14 +18,14 @@ from pipeline.backends.base import DaliConfig
 from pipeline.common.errors import UserError
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.loader import loader as loader_module
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import Views, open_pictures, open_views
-from pipeline.sampling import views as views_module
-from pipeline.sampling.sampler import Process, Span, batch_ids
+from pipeline.loader.loader import ViewBatch, open_images, open_views
+from pipeline.sampling.sampler import BatchSampler, World, batch_ids
 from pipeline.sampling.views import ViewRecipe, centre_crops, draw_views
-from tests.helpers.damage import change_bytes, copy_dataset, put_picture
+from tests.helpers.damage import change_bytes, copy_dataset, put_image
 from tests.helpers.encoded import only_pil_decodes
-from tests.helpers.photos import picture_bytes
+from tests.helpers.photos import image_bytes
 
 DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 BACKENDS = [
@@ -38,7 +38,7 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS)
 needs_dali = pytest.mark.skipif(not DALI, reason="needs NVIDIA DALI: pip install nvidia-dali-cuda130")
 
 RECIPE = ViewRecipe(image_size=32, solarize_prob=0.2)
-ALONE = Process.alone(torch.device("cpu"))
+ALONE = World.alone(torch.device("cpu"))
 STD = torch.tensor(RECIPE.std)[:, None, None]
 
 
@@ -46,26 +46,26 @@ def settings(backend: Any, **fields: Any) -> LoaderConfig:
     return LoaderConfig(**{"backend": backend, "threads": 2, **fields})
 
 
-def part_of(rank: int, world_size: int) -> Process:
+def part_of(rank: int, world_size: int) -> World:
     """One process among those of several machines with one each."""
-    return Process(rank, world_size, 0, 1, torch.device("cpu"))
+    return World(rank, world_size, 0, 1, torch.device("cpu"))
 
 
 def load(
     dataset: ShardSet,
     config: LoaderConfig,
     limit: int | None = None,
-    span: dict[str, int] | None = None,
-    process: Process = ALONE,
+    sampler: dict[str, int] | None = None,
+    process: World = ALONE,
     **options: Any,
-) -> list[Views]:
-    """All views (or the first few) of two epochs of four steps of twelve samples, or as ``span`` says."""
-    span = Span(**{"seed": 9, "global_batch": 12, "epochs": 2, **(span or {})})
-    with open_views(dataset, RECIPE, config, span, process, **options) as batches:
+) -> list[ViewBatch]:
+    """All views (or the first few) of two epochs of four steps of twelve samples, or as ``sampler`` says."""
+    batches_of = BatchSampler(**{"seed": 9, "global_batch": 12, "epochs": 2, **(sampler or {})})
+    with open_views(dataset, RECIPE, config, batches_of, process, **options) as batches:
         return list(itertools.islice(batches, limit))
 
 
-def assert_same(ours: list[Views], theirs: list[Views]) -> None:
+def assert_same(ours: list[ViewBatch], theirs: list[ViewBatch]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert (one.epoch, one.step) == (other.epoch, other.step)
@@ -92,12 +92,12 @@ def test_views_are_those_of_order_and_recipe(photo_dataset: ShardSet, backend: s
         np.testing.assert_array_equal(views.sources, views.ids)
         assert views.wait_s >= 0
         params = draw_views(RECIPE, 9, views.epoch, views.ids, photo_dataset.sizes(views.ids))
-        pictures = [reference.decode(photo_dataset.read(int(sample))) for sample in views.ids]
+        images = [reference.decode(photo_dataset.read(int(sample))) for sample in views.ids]
         for view, x in enumerate((views.x1, views.x2)):
             assert x.shape == (12, 3, 32, 32)
             assert x.dtype == torch.float32
             assert x.is_contiguous(memory_format=torch.channels_last)
-            made = [reference.transform(pic, params, i, view, RECIPE) for i, pic in enumerate(pictures)]
+            made = [reference.transform(pic, params, i, view, RECIPE) for i, pic in enumerate(images)]
             assert_close(x, torch.stack([reference.normalise(pic, RECIPE) for pic in made]))
 
 
@@ -116,8 +116,8 @@ def test_ranks_share_one_global_batch(photo_dataset: ShardSet, backend: str, wor
 
 @both_backends
 def test_micro_batches_make_up_the_batch(photo_dataset: ShardSet, backend: str) -> None:
-    whole = load(photo_dataset, settings(backend), span={"epochs": 1})
-    micro = load(photo_dataset, settings(backend), span={"epochs": 1, "accumulate": 3})
+    whole = load(photo_dataset, settings(backend), sampler={"epochs": 1})
+    micro = load(photo_dataset, settings(backend), sampler={"epochs": 1, "accumulate": 3})
     assert [views.step for views in micro] == [step for step in range(4) for _ in range(3)]
     for step, views in enumerate(whole):
         parts = micro[3 * step : 3 * step + 3]
@@ -133,7 +133,7 @@ def test_a_resume_delivers_the_later_batches_bit_for_bit(
 ) -> None:
     whole = load(photo_dataset, settings(backend))
     rest = {"start_epoch": epoch, "start_step": step}
-    assert_same(load(photo_dataset, settings(backend), span=rest), whole[4 * epoch + step :])
+    assert_same(load(photo_dataset, settings(backend), sampler=rest), whole[4 * epoch + step :])
 
 
 @both_backends
@@ -168,7 +168,7 @@ def test_narrow_types(photo_dataset: ShardSet, backend: str, dtype: torch.dtype)
 @both_backends
 def test_views_stay_as_they_were_while_later_ones_come(photo_dataset: ShardSet, backend: str) -> None:
     """A training step may keep its batch: memory that is lent again must not be among it."""
-    with open_views(photo_dataset, RECIPE, settings(backend), Span(9, 4, epochs=1), ALONE) as batches:
+    with open_views(photo_dataset, RECIPE, settings(backend), BatchSampler(9, 4, epochs=1), ALONE) as batches:
         held = [next(batches) for _ in range(2)]
         copies = [(views.x1.clone(), views.x2.clone()) for views in held]
         for _ in batches:
@@ -188,7 +188,7 @@ def test_leaving_early_leaves_no_thread_behind(photo_dataset: ShardSet, backend:
 
 
 def test_fewer_samples_than_a_batch_are_no_batch(photo_dataset: ShardSet) -> None:
-    assert load(photo_dataset, settings("torchvision"), span={"global_batch": 49}) == []
+    assert load(photo_dataset, settings("torchvision"), sampler={"global_batch": 49}) == []
 
 
 def test_a_machines_ranks_share_its_cores() -> None:
@@ -196,8 +196,8 @@ def test_a_machines_ranks_share_its_cores() -> None:
     assert share_of_cores(10**6) == 1
 
 
-def pictures(dataset: ShardSet, backend: str, ids: list[int], batch: int = 10, **options: Any) -> list[Any]:
-    with open_pictures(
+def images(dataset: ShardSet, backend: str, ids: list[int], batch: int = 10, **options: Any) -> list[Any]:
+    with open_images(
         dataset,
         RECIPE,
         settings(backend),
@@ -211,8 +211,8 @@ def pictures(dataset: ShardSet, backend: str, ids: list[int], batch: int = 10, *
 
 @both_backends
 @pytest.mark.parametrize("ids", [list(range(48)), [5, 5, 47, 0], [3]], ids=["all", "some twice", "one"])
-def test_evaluation_pictures_come_in_the_order_asked_for(photo_dataset: ShardSet, backend: str, ids: list[int]) -> None:
-    made = pictures(photo_dataset, backend, ids)
+def test_evaluation_images_come_in_the_order_asked_for(photo_dataset: ShardSet, backend: str, ids: list[int]) -> None:
+    made = images(photo_dataset, backend, ids)
     assert [len(part) for _, part in made] == [min(10, len(ids) - start) for start in range(0, len(ids), 10)]
     assert np.concatenate([part for _, part in made]).tolist() == ids
     crops = centre_crops(32, photo_dataset.sizes(ids))
@@ -224,20 +224,20 @@ def test_evaluation_pictures_come_in_the_order_asked_for(photo_dataset: ShardSet
 
 
 @both_backends
-def test_no_pictures_to_evaluate(photo_dataset: ShardSet, backend: str) -> None:
-    assert pictures(photo_dataset, backend, []) == []
+def test_no_images_to_evaluate(photo_dataset: ShardSet, backend: str) -> None:
+    assert images(photo_dataset, backend, []) == []
 
 
 @both_backends
 def test_training_and_evaluation_may_run_at_once(photo_dataset: ShardSet, backend: str) -> None:
     alone = load(photo_dataset, settings(backend))
-    evaluated = pictures(photo_dataset, backend, list(range(48)))
-    together = []
-    with open_views(photo_dataset, RECIPE, settings(backend), Span(9, 12, epochs=2), ALONE) as batches:
-        together.append(next(batches))
-        again = pictures(photo_dataset, backend, list(range(48)))
-        together.extend(batches)
-    assert_same(together, alone)
+    evaluated = images(photo_dataset, backend, list(range(48)))
+    on_all_ranks = []
+    with open_views(photo_dataset, RECIPE, settings(backend), BatchSampler(9, 12, epochs=2), ALONE) as batches:
+        on_all_ranks.append(next(batches))
+        again = images(photo_dataset, backend, list(range(48)))
+        on_all_ranks.extend(batches)
+    assert_same(on_all_ranks, alone)
     for (x, _), (y, _) in zip(again, evaluated, strict=True):
         assert torch.equal(x, y)
 
@@ -253,7 +253,7 @@ class Reports(list[BadSampleError]):
         return sorted(report.sample_id for report in self)
 
 
-def assert_replaced(whole: list[Views], clean: list[Views], replaced: dict[int, int]) -> None:
+def assert_replaced(whole: list[ViewBatch], clean: list[ViewBatch], replaced: dict[int, int]) -> None:
     """Where a sample is bad its substitute is seen, with views of the substitute's own; all others are as ever."""
     for views, before in zip(whole, clean, strict=True):
         np.testing.assert_array_equal(views.ids, before.ids)
@@ -275,7 +275,7 @@ BAD = {5: 6, 10: 12, 11: 12, 47: 0}  # and by whom they are replaced: two in a r
 
 @pytest.fixture
 def changed(photo_dataset_path: Path, tmp_path: Path) -> ShardSet:
-    """A dataset some of whose pictures changed on the disk."""
+    """A dataset some of whose images changed on the disk."""
     path = copy_dataset(photo_dataset_path, tmp_path / "changed")
     change_bytes(path, list(BAD))
     return ShardSet.open(path)
@@ -283,10 +283,10 @@ def changed(photo_dataset_path: Path, tmp_path: Path) -> ShardSet:
 
 @pytest.fixture
 def undecodable(photo_dataset_path: Path, tmp_path: Path) -> ShardSet:
-    """A dataset some of whose pictures cannot be decoded, though they are what was written."""
+    """A dataset some of whose images cannot be decoded, though they are what was written."""
     path = copy_dataset(photo_dataset_path, tmp_path / "undecodable")
     for sample in BAD:
-        put_picture(path, sample, ShardSet.open(path).read(sample)[:-400])
+        put_image(path, sample, ShardSet.open(path).read(sample)[:-400])
     return ShardSet.open(path)
 
 
@@ -315,7 +315,7 @@ def test_bad_samples_are_replaced_alike_after_a_resume_and_on_any_ranks(
     whole = load(dataset, settings(backend), on_bad_sample=silent.append)
     for epoch, step in ((0, 2), (1, 1)):
         rest = {"start_epoch": epoch, "start_step": step}
-        resumed = load(dataset, settings(backend), span=rest, on_bad_sample=silent.append)
+        resumed = load(dataset, settings(backend), sampler=rest, on_bad_sample=silent.append)
         assert_same(resumed, whole[4 * epoch + step :])
     ranks = [
         load(dataset, settings(backend), process=part_of(rank, 3), on_bad_sample=silent.append) for rank in range(3)
@@ -342,14 +342,14 @@ def test_both_backends_find_the_same_bad_samples(kind: str, request: pytest.Fixt
 @both_backends
 def test_bad_samples_in_an_evaluation(undecodable: ShardSet, photo_dataset: ShardSet, backend: str) -> None:
     reports = Reports()
-    made = torch.cat([x for x, _ in pictures(undecodable, backend, list(range(48)), on_bad_sample=reports.append)])
-    clean = torch.cat([x for x, _ in pictures(photo_dataset, backend, list(range(48)))])
+    made = torch.cat([x for x, _ in images(undecodable, backend, list(range(48)), on_bad_sample=reports.append)])
+    clean = torch.cat([x for x, _ in images(photo_dataset, backend, list(range(48)))])
     assert torch.equal(made, clean[[BAD.get(sample, sample) for sample in range(48)]])
     assert reports.ids == sorted(BAD)
 
 
 @both_backends
-def test_without_checksums_a_changed_picture_is_found_by_decoding(changed: ShardSet, backend: str) -> None:
+def test_without_checksums_a_changed_image_is_found_by_decoding(changed: ShardSet, backend: str) -> None:
     """Half of a PNG's and most of a JPEG's bytes may change without an error, so one that shows is made."""
     path = changed.path
     row = changed.samples[3]
@@ -363,13 +363,13 @@ def test_without_checksums_a_changed_picture_is_found_by_decoding(changed: Shard
 
 @needs_dali
 @pytest.mark.parametrize("kind", only_pil_decodes())
-def test_a_picture_that_only_pil_decodes_is_replaced_where_dali_runs(
+def test_an_image_that_only_pil_decodes_is_replaced_where_dali_runs(
     kind: str, photo_dataset_path: Path, photo_dataset: ShardSet, tmp_path: Path
 ) -> None:
     path = copy_dataset(photo_dataset_path, tmp_path / "odd")
     odd = only_pil_decodes()[kind]
     sample = int(np.argmax(photo_dataset.samples["length"]))  # there is room for it
-    put_picture(path, sample, odd, (48, 64))
+    put_image(path, sample, odd, (48, 64))
     reports = Reports()
     whole = load(ShardSet.open(path), settings("dali"), on_bad_sample=reports.append)
     assert_replaced(whole, load(photo_dataset, settings("dali")), {sample: (sample + 1) % 48})
@@ -404,13 +404,13 @@ def test_all_bad_ends_with_an_error(
         change_bytes(path, list(range(48)))
     else:
         for sample in range(48):
-            put_picture(path, sample, picture_bytes(0)[:100])
+            put_image(path, sample, image_bytes(0)[:100])
     with pytest.raises(UserError, match=r"no sample of .* can be read"):
         load(ShardSet.open(path), settings(backend), on_bad_sample=Reports().append)
 
 
 def test_the_default_report_is_a_line_on_stderr(changed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
-    load(changed, settings("torchvision"), span={"epochs": 1})
+    load(changed, settings("torchvision"), sampler={"epochs": 1})
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
@@ -425,7 +425,7 @@ def test_an_error_of_the_feeder_reaches_the_training_loop(
     def out_of_memory(*_: object) -> None:
         raise MemoryError("no room for views")
 
-    monkeypatch.setattr(views_module, "draw_views", out_of_memory)
+    monkeypatch.setattr(loader_module, "draw_views", out_of_memory)
     with pytest.raises(MemoryError, match="no room for views"):
         load(photo_dataset, settings("torchvision"))
 

@@ -14,14 +14,14 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.read_batches import IDS_PER_READ, Assembler
-from pipeline.sampling.sampler import Place
+from pipeline.sampling.sampler import BatchIds
 from pipeline.sampling.views import ViewParams, ViewRecipe, draw_views
 from tests.helpers.damage import change_bytes, copy_dataset
 
 RECIPE = ViewRecipe(image_size=16)
 
 
-class Reading:
+class CollapseReading:
     """An assembler of one dataset, and what it reported."""
 
     def __init__(self, dataset: ShardSet, pool: ThreadPoolExecutor, limit: int = 100) -> None:
@@ -57,7 +57,7 @@ def damaged(photo_dataset_path: Path, tmp_path: Path) -> ShardSet:
 def test_batches_hold_the_bytes_of_their_samples(
     photo_dataset: ShardSet, pool: ThreadPoolExecutor, batch: int, depth: int
 ) -> None:
-    reading = Reading(photo_dataset, pool)
+    reading = CollapseReading(photo_dataset, pool)
     ids = np.random.default_rng(0).permutation(48).tolist()
     batches = list(reading.batches(ids, batch, depth))
     assert [made.step for made in batches] == list(range(-(-48 // batch)))
@@ -72,19 +72,19 @@ def test_batches_hold_the_bytes_of_their_samples(
 def test_no_more_places_are_taken_than_are_read_ahead(photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
     taken = []
 
-    def places() -> Iterator[Place]:
+    def places() -> Iterator[BatchIds]:
         for step in range(20):
             taken.append(step)
             yield 0, step, np.array([step])
 
-    batches = Reading(photo_dataset, pool).assembler.read_ahead(places(), 3)
+    batches = CollapseReading(photo_dataset, pool).assembler.read_ahead(places(), 3)
     for step in range(10):
         assert next(batches).step == step
         assert len(taken) == step + 1 + 3
 
 
 def test_bad_samples_are_replaced_by_the_next_good_one(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
-    reading = Reading(damaged, pool)
+    reading = CollapseReading(damaged, pool)
     (batch,) = reading.batches([4, 5, 6, 10, 11, 12, 47, 0])
     assert batch.ids.tolist() == [4, 5, 6, 10, 11, 12, 47, 0]
     assert batch.sources.tolist() == [4, 6, 6, 12, 12, 12, 0, 0]  # two in a row; and the last wraps around
@@ -95,7 +95,7 @@ def test_bad_samples_are_replaced_by_the_next_good_one(damaged: ShardSet, pool: 
 
 
 def test_each_bad_sample_is_reported_once_by_shard_key_and_reason(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
-    reading = Reading(damaged, pool)
+    reading = CollapseReading(damaged, pool)
     for _ in range(3):
         list(reading.batches(list(range(48)) * 2))
     assert sorted(report.sample_id for report in reading.reports) == [5, 10, 11, 47]
@@ -110,7 +110,7 @@ def test_each_bad_sample_is_reported_once_by_shard_key_and_reason(damaged: Shard
 def test_samples_noted_bad_later_are_replaced_like_those_found_when_reading(
     photo_dataset: ShardSet, pool: ThreadPoolExecutor
 ) -> None:
-    reading = Reading(photo_dataset, pool)
+    reading = CollapseReading(photo_dataset, pool)
     (batch,) = reading.batches([1, 2, 3, 4])
     reading.assembler.note_bad(2, "cannot be decoded")
     reading.assembler.note_bad(3, "cannot be decoded")
@@ -124,18 +124,18 @@ def test_samples_noted_bad_later_are_replaced_like_those_found_when_reading(
 
 def test_too_many_bad_samples_stop_with_the_list(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
     with pytest.raises(UserError, match="--max-bad-samples") as caught:
-        list(Reading(damaged, pool, limit=3).batches(list(range(48))))
+        list(CollapseReading(damaged, pool, limit=3).batches(list(range(48))))
     for sample in (5, 10, 11, 47):
         assert f"sample {sample} (key {damaged.key(sample)} in {damaged.shards[sample // 10].name})" in str(
             caught.value
         )
-    reading = Reading(damaged, pool, limit=4)
+    reading = CollapseReading(damaged, pool, limit=4)
     assert len(list(reading.batches(list(range(48))))) == 6
     assert len(reading.reports) == 4
 
 
 def test_none_may_be_bad(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
-    reading = Reading(damaged, pool, limit=0)
+    reading = CollapseReading(damaged, pool, limit=0)
     assert len(list(reading.batches([0, 1, 2]))) == 1
     with pytest.raises(UserError, match="1 bad samples, more than the 0 allowed"):
         list(reading.batches([5]))
@@ -146,7 +146,7 @@ def test_all_bad_is_an_error_not_an_endless_search(
 ) -> None:
     path = copy_dataset(photo_dataset_path, tmp_path / "ruined")
     change_bytes(path, list(range(48)))
-    reading = Reading(ShardSet.open(path), pool, limit=1000)
+    reading = CollapseReading(ShardSet.open(path), pool, limit=1000)
     with pytest.raises(UserError, match=r"no sample of .* can be read"):
         list(reading.batches([3]))
     assert len(reading.reports) == 48
@@ -155,7 +155,7 @@ def test_all_bad_is_an_error_not_an_endless_search(
 
 
 def test_only_makes_a_batch_of_one(photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
-    (batch,) = Reading(photo_dataset, pool).batches([9, 8, 7])
+    (batch,) = CollapseReading(photo_dataset, pool).batches([9, 8, 7])
     alone = batch.only(1)
     assert len(alone) == len(alone.windows) == 1
     assert (alone.ids.tolist(), alone.sources.tolist()) == ([8], [8])

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import Views, open_pictures, open_views
+from pipeline.loader.loader import ViewBatch, open_images, open_views
 from pipeline.sampling.augmentations import (
     DRAWS,
     Augmentation,
@@ -29,7 +29,7 @@ from pipeline.sampling.augmentations import (
     VerticalFlip,
     augment,
 )
-from pipeline.sampling.sampler import Process, Span
+from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import ViewRecipe, draw_views
 from tests.helpers.chance import Z_LIMIT, chi_square_z, kolmogorov_smirnov
 from train.config.recipes import parse_config
@@ -51,7 +51,7 @@ def uniforms(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(1e-9, 1 - 1e-9, (count, len(NAMES), DRAWS))
 
 
-def pictures(count: int, side: int = 9) -> torch.Tensor:
+def images(count: int, side: int = 9) -> torch.Tensor:
     """Random views in the memory layout of the loader's."""
     made = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
     return made.contiguous(memory_format=torch.channels_last)
@@ -64,12 +64,12 @@ def only(name: str, **options: Any) -> Augmentations:
 
 
 def test_vertical_flip_is_torchvisions() -> None:
-    views = pictures(5)
+    views = images(5)
     assert torch.equal(augment(views.clone(), uniforms(5), only("vertical_flip")), F.vertical_flip(views))
 
 
 def test_quarter_turns_are_torchvisions_and_equally_likely() -> None:
-    views = pictures(3000)
+    views = images(3000)
     turned = augment(views.clone(), uniforms(3000), only("quarter_turns"))
     counts = [0, 0, 0]
     for before, after in zip(views, turned, strict=True):
@@ -114,7 +114,7 @@ def test_a_rectangle_longer_than_the_view_is_cut_to_it(ratio: tuple[float, float
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_applied_as_often_as_asked(name: str) -> None:
     """To views of their own, whatever else is on."""
-    views, draws = pictures(4000), uniforms(4000)
+    views, draws = images(4000), uniforms(4000)
     changed = (augment(views.clone(), draws, only(name, prob=0.3)) != views).flatten(1).any(dim=1).numpy()
     assert chi_square_z([changed.sum(), (~changed).sum()], [0.3 * 4000, 0.7 * 4000]) < Z_LIMIT
     np.testing.assert_array_equal(changed, draws[:, NAMES.index(name), 0] < 0.3)
@@ -123,7 +123,7 @@ def test_each_is_applied_as_often_as_asked(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_each_keeps_form_type_and_layout(name: str, dtype: torch.dtype) -> None:
-    views = pictures(6).to(dtype)
+    views = images(6).to(dtype)
     made = augment(views.clone(), uniforms(6), only(name))
     assert (made.shape, made.dtype) == (views.shape, dtype)
     assert made.is_contiguous(memory_format=torch.channels_last)
@@ -132,10 +132,10 @@ def test_each_keeps_form_type_and_layout(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_view_depends_on_its_neighbours(name: str) -> None:
-    views, draws = pictures(7), uniforms(7)
-    together = augment(views.clone(), draws, only(name, prob=0.6))
+    views, draws = images(7), uniforms(7)
+    on_all_ranks = augment(views.clone(), draws, only(name, prob=0.6))
     alone = [augment(views[i : i + 1].clone(), draws[i : i + 1], only(name, prob=0.6)) for i in range(7)]
-    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(on_all_ranks, torch.cat(alone))
 
 
 def test_a_new_one_needs_nothing_but_its_class() -> None:
@@ -156,7 +156,7 @@ def test_a_new_one_needs_nothing_but_its_class() -> None:
     params = draw_views(ViewRecipe(image_size=8, extra=more), 3, 1, np.arange(5), sizes)
     assert params.extra.shape == (5, 2, len(NAMES) + 1, DRAWS)
     np.testing.assert_array_equal(params.crop, plain.crop)
-    views = pictures(5)
+    views = images(5)
     assert torch.equal(augment(views.clone(), params.extra[:, 0], more), -views)
 
 
@@ -172,10 +172,10 @@ def test_draws_are_those_of_the_sample_and_of_no_other_augmentation() -> None:
     np.testing.assert_array_equal(draw_views(replace(recipe, extra=ALL_ON), 0, 0, np.arange(6), sizes).extra, first)
 
 
-def load(dataset: ShardSet, backend: Any, extra: Augmentations) -> list[Views]:
+def load(dataset: ShardSet, backend: Any, extra: Augmentations) -> list[ViewBatch]:
     """Three steps of twelve samples."""
     recipe, config = ViewRecipe(image_size=24, extra=extra), LoaderConfig(backend=backend, threads=2)
-    with open_views(dataset, recipe, config, Span(5, 12, epochs=1), Process.alone(CPU)) as batches:
+    with open_views(dataset, recipe, config, BatchSampler(5, 12, epochs=1), World.alone(CPU)) as batches:
         return list(itertools.islice(batches, 3))
 
 
@@ -193,11 +193,11 @@ def test_they_follow_the_papers_recipe_on_every_back_end(photo_dataset: ShardSet
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pictures_for_evaluation_are_left_alone(photo_dataset: ShardSet, backend: Any) -> None:
+def test_images_for_evaluation_are_left_alone(photo_dataset: ShardSet, backend: Any) -> None:
     made = []
     for extra in (Augmentations(), ALL_ON):
         recipe, config = ViewRecipe(image_size=24, extra=extra), LoaderConfig(backend=backend, threads=2)
-        with open_pictures(photo_dataset, recipe, config, Process.alone(CPU), ids=np.arange(8), batch=8) as batches:
+        with open_images(photo_dataset, recipe, config, World.alone(CPU), ids=np.arange(8), batch=8) as batches:
             made.append(next(batches)[0])
     assert torch.equal(*made)
 
@@ -239,6 +239,6 @@ def test_a_run_is_resumed_only_with_the_same_ones(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_gives_what_a_cpu_gives(name: str) -> None:
-    views, draws = pictures(16), uniforms(16)
+    views, draws = images(16), uniforms(16)
     on_gpu = augment(views.cuda(), draws, only(name, prob=0.5))
     assert torch.equal(on_gpu.cpu(), augment(views.clone(), draws, only(name, prob=0.5)))

@@ -80,8 +80,8 @@ def test_a_machine_asks_for_what_its_ranks_ask_for(machines: int, local: int, ra
     for rank in range(world):
         first = rank // local * local
         asked = [batch_positions(step, world * rank_batch, r, world) for r in range(first, first + local)]
-        together = node_positions(step, world * rank_batch, rank, world, local)
-        np.testing.assert_array_equal(together, np.concatenate(asked))
+        on_all_ranks = node_positions(step, world * rank_batch, rank, world, local)
+        np.testing.assert_array_equal(on_all_ranks, np.concatenate(asked))
 
 
 @given(shards=SHARDS, group=st.integers(1, 5), streams=st.integers(1, 6), part=st.integers(1, 7), epoch=EPOCH)

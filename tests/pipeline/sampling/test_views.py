@@ -54,15 +54,15 @@ def test_a_draw_does_not_depend_on_the_batch(
 ) -> None:
     ids = np.array([row[0] for row in rows], dtype=np.int64)
     sizes = np.array([row[1:] for row in rows], dtype=np.int32)
-    together = draw_views(RECIPE, seed, epoch, ids, sizes)
+    on_all_ranks = draw_views(RECIPE, seed, epoch, ids, sizes)
     picked = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8))
     apart = draw_views(RECIPE, seed, epoch, ids[picked], sizes[picked])
     for name in FIELDS:
-        np.testing.assert_array_equal(getattr(apart, name), getattr(together, name)[picked], err_msg=name)
+        np.testing.assert_array_equal(getattr(apart, name), getattr(on_all_ranks, name)[picked], err_msg=name)
 
 
 @given(rows=ROWS, seed=st.integers(0, 2**64 - 1))
-def test_windows_lie_inside_the_picture_and_factors_in_their_range(rows: list[tuple[int, int, int]], seed: int) -> None:
+def test_windows_lie_inside_the_image_and_factors_in_their_range(rows: list[tuple[int, int, int]], seed: int) -> None:
     ids = np.array([row[0] for row in rows], dtype=np.int64)
     sizes = np.array([row[1:] for row in rows], dtype=np.int32)
     params = draw_views(RECIPE, seed, 0, ids, sizes)
@@ -111,12 +111,12 @@ def test_all_draws_of_a_sample_are_unrelated() -> None:
 
 
 def torchvision_crops(size: tuple[int, int], count: int) -> np.ndarray:
-    picture = torch.empty(3, *size)
+    image = torch.empty(3, *size)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return np.array(
             [
-                RandomResizedCrop.get_params(picture, list(RECIPE.crop_scale), list(RECIPE.crop_ratio))
+                RandomResizedCrop.get_params(image, list(RECIPE.crop_scale), list(RECIPE.crop_ratio))
                 for _ in range(count)
             ]
         )
@@ -140,7 +140,7 @@ def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(2, 3), (3, 2), (3, 4), (4, 4)], ids=str)
-def test_crops_of_tiny_pictures_are_as_likely_as_torchvisions(size: tuple[int, int]) -> None:
+def test_crops_of_tiny_images_are_as_likely_as_torchvisions(size: tuple[int, int]) -> None:
     """Few windows are possible: their probabilities are compared one by one."""
     ours, theirs = draw(np.arange(2 * DRAWS), size).crop[:, 0], torchvision_crops(size, 2 * DRAWS)
     both, which = np.unique(np.concatenate((ours, theirs)), axis=0, return_inverse=True)
@@ -156,7 +156,7 @@ LONG = [(10, 500), (500, 10), (1, 100), (100, 1), (7, 4000), (4000, 7)]
 
 
 @pytest.mark.parametrize("size", LONG, ids=str)
-def test_a_long_picture_falls_back_as_in_torchvision(size: tuple[int, int]) -> None:
+def test_a_long_image_falls_back_as_in_torchvision(size: tuple[int, int]) -> None:
     """No attempt can fit: every crop is the largest centre crop of an allowed aspect."""
     expected = np.unique(torchvision_crops(size, 20), axis=0)
     assert len(expected) == 1
@@ -165,12 +165,12 @@ def test_a_long_picture_falls_back_as_in_torchvision(size: tuple[int, int]) -> N
 
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000))
 def test_the_fallback_of_any_size_is_torchvisions(height: int, width: int) -> None:
-    """A crop of three times the picture, which no user can ask for, never fits: both must fall back."""
+    """A crop of three times the image, which no user can ask for, never fits: both must fall back."""
     recipe = ViewRecipe()
     object.__setattr__(recipe, "crop_scale", (3.0, 3.0))
     crop = draw_views(recipe, 0, 0, np.array([1]), np.array([[height, width]], dtype=np.int32)).crop
-    picture = torch.empty(1).expand(3, height, width)
-    assert crop[0].tolist() == [list(RandomResizedCrop.get_params(picture, [3.0, 3.0], list(recipe.crop_ratio)))] * 2
+    image = torch.empty(1).expand(3, height, width)
+    assert crop[0].tolist() == [list(RandomResizedCrop.get_params(image, [3.0, 3.0], list(recipe.crop_ratio)))] * 2
 
 
 # Probabilities and ranges.
@@ -273,15 +273,15 @@ def test_the_blurs_window_fits_into_the_view() -> None:
 )
 @pytest.mark.parametrize("image_size", [224, 97, 32])
 def test_centre_crops_are_torchvisions_pixel_by_pixel(size: tuple[int, int], image_size: int) -> None:
-    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
     crops = centre_crops(image_size, np.array([size], dtype=np.int32))
     resized = image_size * 256 // 224 if image_size > 64 else image_size
-    expected = Compose([Resize(resized, antialias=True), CenterCrop(image_size)])(picture)
-    assert torch.equal(reference.centre_crop(picture, crops, 0, image_size), expected)
+    expected = Compose([Resize(resized, antialias=True), CenterCrop(image_size)])(image)
+    assert torch.equal(reference.centre_crop(image, crops, 0, image_size), expected)
 
 
 @given(height=SIDE, width=SIDE, image_size=st.integers(2, 512))
-def test_centre_squares_lie_inside_the_picture(height: int, width: int, image_size: int) -> None:
+def test_centre_squares_lie_inside_the_image(height: int, width: int, image_size: int) -> None:
     crops = centre_crops(image_size, np.array([[height, width]], dtype=np.int32))
     assert (crops.corner >= 0).all()
     assert (crops.corner + image_size <= crops.resized).all()

@@ -1,4 +1,4 @@
-"""Bad pictures of every kind among good ones, and archives of any bytes: what is refused, is refused by name."""
+"""Bad images of every kind among good ones, and archives of any bytes: what is refused, is refused by name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
-from pipeline.sources.image_file import BadPictureError, inspect_picture
-from tests.helpers.encoded import bad_pictures, good_pictures
-from tests.helpers.photos import picture_bytes
+from pipeline.sources.image_file import BadImageError, inspect_image
+from tests.helpers.encoded import bad_images, good_images
+from tests.helpers.photos import image_bytes
 from tests.pipeline.sources.test_image_file import BAD
 
 LIMIT = 1_000_000  # pixels
@@ -30,10 +30,10 @@ GOOD = 5
 
 
 def bad_kinds() -> dict[str, bytes]:
-    kinds = {kind: make() for kind, (make, _) in BAD.items()} | bad_pictures()
-    jpeg = picture_bytes(1)
+    kinds = {kind: make() for kind, (make, _) in BAD.items()} | bad_images()
+    jpeg = image_bytes(1)
     kinds["a bomb"] = b"P5\n20000 20000\n255\n" + bytes(1000)
-    kinds["too long a side"] = picture_bytes(1, 1, 65_536, mode="L", encoding="PNG")
+    kinds["too long a side"] = image_bytes(1, 1, 65_536, mode="L", encoding="PNG")
     kinds["a tar header"] = tarfile.TarInfo("x.jpg").tobuf()
     kinds["a pdf"] = b"%PDF-1.7\n" + bytes(100)
     kinds["one byte"] = b"\xff"
@@ -43,14 +43,14 @@ def bad_kinds() -> dict[str, bytes]:
 
 
 def source(form: str, folder: Path, kinds: dict[str, bytes]) -> tuple[str, dict[str, str]]:
-    """Good and bad pictures in random order as a source, and how rejected.jsonl will call each of the bad ones."""
+    """Good and bad images in random order as a source, and how rejected.jsonl will call each of the bad ones."""
     (folder / "in" / "class").mkdir(parents=True)
-    pictures = {f"bad{number:02d}": data for number, data in enumerate(kinds.values())}
-    pictures |= {f"good{number}": picture_bytes(number) for number in range(GOOD)}
-    order = random.Random(0).sample(sorted(pictures), len(pictures))
+    images = {f"bad{number:02d}": data for number, data in enumerate(kinds.values())}
+    images |= {f"good{number}": image_bytes(number) for number in range(GOOD)}
+    order = random.Random(0).sample(sorted(images), len(images))
     for name in order:
-        (folder / "in" / "class" / f"{name}.jpg").write_bytes(pictures[name])
-    named = dict(zip(kinds, sorted(name for name in pictures if name.startswith("bad")), strict=True))
+        (folder / "in" / "class" / f"{name}.jpg").write_bytes(images[name])
+    named = dict(zip(kinds, sorted(name for name in images if name.startswith("bad")), strict=True))
     if form == "folder":
         return str(folder / "in"), {kind: f"class/{name}.jpg" for kind, name in named.items()}
     with tarfile.open(folder / "in.tar", "w") as tar:
@@ -65,7 +65,7 @@ def damaged_headers(count: int) -> Iterator[bytes]:
     """JPEGs some of whose first bytes are zeroed, others, flipped or gone."""
     rng = np.random.default_rng(0)
     for number in range(count):
-        data = bytearray(picture_bytes(number % 7))
+        data = bytearray(image_bytes(number % 7))
         start, length = int(rng.integers(2, 700)), int(rng.integers(1, 60))
         match number % 4:
             case 0:
@@ -80,7 +80,7 @@ def damaged_headers(count: int) -> Iterator[bytes]:
 
 
 def test_damaged_headers_are_refused_where_dali_would_not_read_them() -> None:
-    """Or back ends would train on different pictures: PIL, which judges, skips what DALI's decoder trips over."""
+    """Or back ends would train on different images: PIL, which judges, skips what DALI's decoder trips over."""
     nvimgcodec = pytest.importorskip("nvidia.nvimgcodec")
 
     def dali_reads(data: bytes) -> bool:
@@ -92,8 +92,8 @@ def test_damaged_headers_are_refused_where_dali_would_not_read_them() -> None:
     refused_by_dali = 0
     for data in damaged_headers(3000):
         try:
-            inspect_picture(data, "full", LIMIT)
-        except BadPictureError as error:
+            inspect_image(data, "full", LIMIT)
+        except BadImageError as error:
             if "do not follow each other" in str(error):
                 assert not dali_reads(data)  # no more is refused than must be
                 refused_by_dali += 1
@@ -103,7 +103,7 @@ def test_damaged_headers_are_refused_where_dali_would_not_read_them() -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "tar", "tar of others"])
-def test_every_kind_of_bad_picture_is_named_and_left_out_when_sharded(form: str, tmp_path: Path) -> None:
+def test_every_kind_of_bad_image_is_named_and_left_out_when_sharded(form: str, tmp_path: Path) -> None:
     kinds = bad_kinds()
     assert len(kinds) >= 30
     where, names = source(form, tmp_path, kinds)
@@ -113,17 +113,17 @@ def test_every_kind_of_bad_picture_is_named_and_left_out_when_sharded(form: str,
     assert sorted(line["name"] for line in lines) == sorted(names.values())
     assert all(line["reason"] for line in lines)
     dataset = ShardSet.open(tmp_path / "out")
-    assert sorted(map(dataset.read, range(len(dataset)))) == sorted(picture_bytes(number) for number in range(GOOD))
+    assert sorted(map(dataset.read, range(len(dataset)))) == sorted(image_bytes(number) for number in range(GOOD))
 
 
 @pytest.fixture(scope="module")
 def good() -> list[bytes]:
-    return list(good_pictures().values())
+    return list(good_images().values())
 
 
 @settings(max_examples=300)
 @given(data=st.data())
-def test_pictures_of_any_bytes_are_judged_or_refused(good: list[bytes], data: st.DataObject) -> None:
+def test_images_of_any_bytes_are_judged_or_refused(good: list[bytes], data: st.DataObject) -> None:
     """Good ones with bytes overwritten, cut out or put in: never another error than the documented one."""
     content = bytearray(data.draw(st.sampled_from(good)))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -131,17 +131,17 @@ def test_pictures_of_any_bytes_are_judged_or_refused(good: list[bytes], data: st
         junk = data.draw(st.one_of(st.binary(max_size=6), st.sampled_from([b"\xff" * 4, bytes(4), b"\x7f\xff\xff"])))
         content[start : start + data.draw(st.integers(0, 6))] = junk
     for verify in ("header", "full"):
-        with contextlib.suppress(BadPictureError):
-            picture = inspect_picture(bytes(content), verify, LIMIT)  # type: ignore[arg-type]
-            assert 0 < picture.height * picture.width <= LIMIT
+        with contextlib.suppress(BadImageError):
+            image = inspect_image(bytes(content), verify, LIMIT)  # type: ignore[arg-type]
+            assert 0 < image.height * image.width <= LIMIT
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A WebDataset tar of 6 labelled pictures."""
+    """A WebDataset tar of 6 labelled images."""
     folder = tmp_path_factory.mktemp("archive")
     for number in range(6):
-        (folder / f"{number}.jpg").write_bytes(picture_bytes(number, 24, 32))
+        (folder / f"{number}.jpg").write_bytes(image_bytes(number, 24, 32))
         (folder / f"{number}.cls").write_text(str(number % 3))
     with tarfile.open(folder / "whole.tar", "w") as tar:
         for path in sorted(folder.glob("[0-9].*")):
@@ -169,7 +169,7 @@ def test_archives_of_any_bytes_become_a_dataset_or_are_refused(form: str, archiv
             return
         dataset = ShardSet.open(folder / "out")
         for sample_id in range(len(dataset)):
-            inspect_picture(dataset.read(sample_id), "full", LIMIT)
+            inspect_image(dataset.read(sample_id), "full", LIMIT)
         assert sorted(path.name for path in folder.iterdir()) == ["out", "set.tar"]
     finally:
         shutil.rmtree(folder)

@@ -14,7 +14,7 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sharding.make_dataset import Summary, make_dataset
 from pipeline.sharding.options import ShardingOptions
-from tests.helpers.photos import picture_bytes, write_foreign_tars
+from tests.helpers.photos import image_bytes, write_foreign_tars
 
 
 def index(pattern: str, out: Path, **options: object) -> Summary:
@@ -30,13 +30,13 @@ def tars(tmp_path: Path) -> Path:
 def test_samples_labels_and_refusals(tars: Path, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in tars.iterdir()}
     summary = index(str(tars / "set-{000000..000001}.tar"), tmp_path / "out", workers=2)
-    assert (summary.shards, summary.pictures, summary.rejected) == (2, 11, {"truncated": 1})
+    assert (summary.shards, summary.images, summary.rejected) == (2, 11, {"truncated": 1})
     dataset = ShardSet.open(tmp_path / "out")
     kept = [i for i in range(12) if i != 7]
     assert [dataset.key(i) for i in range(11)] == [f"deep/er/{i:03d}" for i in kept]
     assert dataset.labels(range(11)).tolist() == [i % 3 for i in kept]
     assert (dataset.classes, dataset.has_labels) == (("0", "1", "2"), True)
-    assert all(dataset.read(n) == picture_bytes(i) for n, i in enumerate(kept))
+    assert all(dataset.read(n) == image_bytes(i) for n, i in enumerate(kept))
     assert before == {p: p.read_bytes() for p in tars.iterdir()}
     rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
     assert rejected == {"name": "set-000001.tar/deep/er/007", "reason": "truncated"}
@@ -56,7 +56,7 @@ def test_a_dataset_beside_its_tars_can_be_moved_and_removed(tars: Path, tmp_path
     moved = tars.rename(tmp_path / "moved")
     dataset = ShardSet.open(moved)
     assert [s.name for s in dataset.shards] == ["set-000001.tar", "shard-000000.tar"]
-    assert dataset.read(0) == picture_bytes(6)
+    assert dataset.read(0) == image_bytes(6)
     index(str(moved / "*.tar"), moved, overwrite=True, verify="header")
     assert sorted(p.name for p in moved.glob("*.tar")) == ["set-000001.tar", "shard-000000.tar"]
     assert len(ShardSet.open(moved)) == 12
@@ -85,14 +85,14 @@ def strange_tar(path: Path) -> Path:
             info.size, info.type, info.linkname = len(data), kind, "/etc/passwd"
             tar.addfile(info, io.BytesIO(data))
 
-        add("good.png", picture_bytes(1, encoding="PNG"))
-        add(".hidden.jpg", picture_bytes(1))
+        add("good.png", image_bytes(1, encoding="PNG"))
+        add(".hidden.jpg", image_bytes(1))
         add("link.jpg", b"", tarfile.SYMTYPE)
-        add("../../evil.jpg", picture_bytes(2))
-        add("caption.txt", b"no picture")
-        add("word.jpg", picture_bytes(3))
+        add("../../evil.jpg", image_bytes(2))
+        add("caption.txt", b"no image")
+        add("word.jpg", image_bytes(3))
         add("word.cls", b"seven")
-        add("long.jpg", picture_bytes(3))
+        add("long.jpg", image_bytes(3))
         add("long.cls", b"7" * 100_000)
     return path
 
@@ -102,7 +102,7 @@ def test_strange_members(tmp_path: Path) -> None:
     assert summary.rejected == {
         "a link inside an archive": 1,
         "its .cls file is not a class number": 2,
-        "no picture among its members": 1,
+        "no image among its members": 1,
     }
     dataset = ShardSet.open(tmp_path / "out")
     assert ([dataset.key(i) for i in range(2)], dataset.has_labels, dataset.classes) == (

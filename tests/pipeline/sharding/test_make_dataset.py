@@ -24,7 +24,7 @@ from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.workers import build_missing
 from pipeline.sharding.write_shard import Job, Tick, sample_key
 from pipeline.sources.listing import Listing
-from tests.helpers.photos import CLASSES, picture_bytes
+from tests.helpers.photos import CLASSES, image_bytes
 
 PER_SHARD = 10  # photo_folder then makes 5 shards
 
@@ -80,7 +80,7 @@ def test_the_number_of_workers_makes_no_difference(
     workers: int, photo_folder: Path, photo_dataset_path: Path, tmp_path: Path
 ) -> None:
     summary = make(photo_folder, tmp_path / "out", workers=workers)
-    assert (summary.shards, summary.pictures, summary.missing, summary.classes) == (5, 48, 0, 4)
+    assert (summary.shards, summary.images, summary.missing, summary.classes) == (5, 48, 0, 4)
     assert tree(tmp_path / "out") == tree(photo_dataset_path)
 
 
@@ -116,7 +116,7 @@ def test_seeds_shuffle_over_all_shards(photo_folder: Path, photo_dataset: ShardS
 KILLS = {
     "listing": "kill_at_call(os, 'fsync', 2, signal.SIGKILL)",
     "order there, job not": "kill_at_call(os, 'fsync', 14, signal.SIGKILL)",
-    "inside the third shard": "kill_at_call(pipeline.sharding.write_shard, 'read_picture', 25, signal.SIGKILL)",
+    "inside the third shard": "kill_at_call(pipeline.sharding.write_shard, 'read_image', 25, signal.SIGKILL)",
     "tar there, index not": "kill_at_call(pipeline.sharding.write_shard, 'write_index', 2, signal.SIGKILL)",
     "index there, marker not": "kill_at_call(pipeline.sharding.write_shard, 'write_json', 3, signal.SIGKILL)",
     "all shards there, no samples.npy": "kill_at_call(pipeline.sharding.finalize, '_write_samples', 1, signal.SIGKILL)",
@@ -225,7 +225,7 @@ class DeadlyJob(Job):
     def __len__(self) -> int:
         return 4
 
-    def pictures(self, numbers: list[int]) -> int:
+    def images(self, numbers: list[int]) -> int:
         return len(numbers)
 
     def build(self, number: int, tick: Tick) -> None:
@@ -240,21 +240,21 @@ def test_a_killed_worker_is_a_users_error(tmp_path: Path) -> None:
 def bad_folder(root: Path) -> Path:
     (root / "a").mkdir(parents=True)
     (root / "b").mkdir()
-    good = picture_bytes(1)
+    good = image_bytes(1)
     for i in range(6):
-        (root / "a" / f"good {i}.jpg").write_bytes(picture_bytes(i))
+        (root / "a" / f"good {i}.jpg").write_bytes(image_bytes(i))
     (root / "b" / "cut.jpg").write_bytes(good[: len(good) // 2])
     (root / "b" / "empty.jpg").write_bytes(b"")
     (root / "b" / "text.jpg").write_bytes(b"not found")
-    (root / "b" / "anim.gif.jpg").write_bytes(picture_bytes(2, encoding="GIF"))
-    (root / "b" / "fine.png").write_bytes(picture_bytes(3, encoding="PNG"))
-    (root / "b" / "really a png.jpg").write_bytes(picture_bytes(4, encoding="PNG"))
+    (root / "b" / "anim.gif.jpg").write_bytes(image_bytes(2, encoding="GIF"))
+    (root / "b" / "fine.png").write_bytes(image_bytes(3, encoding="PNG"))
+    (root / "b" / "really a png.jpg").write_bytes(image_bytes(4, encoding="PNG"))
     (root / "b" / "huge.ppm").write_bytes(b"P5\n20000 20000\n255\n")
     (root / "b" / "notes.txt").write_text("")
     return root
 
 
-def test_refused_pictures_are_recorded_and_left_out(tmp_path: Path) -> None:
+def test_refused_images_are_recorded_and_left_out(tmp_path: Path) -> None:
     summary = make(bad_folder(tmp_path / "in"), tmp_path / "out", samples_per_shard=4, workers=2)
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert rejected == [
@@ -262,8 +262,8 @@ def test_refused_pictures_are_recorded_and_left_out(tmp_path: Path) -> None:
         {"name": "b/cut.jpg", "reason": "truncated"},
         {"name": "b/empty.jpg", "reason": "empty file"},
         {"name": "b/huge.ppm", "reason": "larger than --max-pixels 100000000"},
-        {"name": "b/notes.txt", "reason": "not a picture file"},
-        {"name": "b/text.jpg", "reason": "not a picture: unknown or damaged format"},
+        {"name": "b/notes.txt", "reason": "not an image file"},
+        {"name": "b/text.jpg", "reason": "not an image: unknown or damaged format"},
     ]
     assert sum(summary.rejected.values()) == 6
     dataset = ShardSet.open(tmp_path / "out")
@@ -274,12 +274,12 @@ def test_refused_pictures_are_recorded_and_left_out(tmp_path: Path) -> None:
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
 
 
-def test_verify_header_keeps_truncated_pictures(tmp_path: Path) -> None:
+def test_verify_header_keeps_truncated_images(tmp_path: Path) -> None:
     summary = make(bad_folder(tmp_path / "in"), tmp_path / "out", verify="header")
-    assert (summary.pictures, "truncated" in summary.rejected) == (9, False)
+    assert (summary.images, "truncated" in summary.rejected) == (9, False)
 
 
-def test_a_shard_without_any_good_picture_is_left_out(tmp_path: Path) -> None:
+def test_a_shard_without_any_good_image_is_left_out(tmp_path: Path) -> None:
     make(bad_folder(tmp_path / "in"), tmp_path / "out", samples_per_shard=1)
     dataset = ShardSet.open(tmp_path / "out")
     assert (len(dataset.shards), dataset.samples["shard"].tolist()) == (8, list(range(8)))
@@ -289,7 +289,7 @@ def test_a_shard_without_any_good_picture_is_left_out(tmp_path: Path) -> None:
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the 1 pictures can be used.*empty file"):
+    with pytest.raises(UserError, match=r"none of the 1 images can be used.*empty file"):
         make(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out" / "dataset.json").exists()
 
@@ -301,7 +301,7 @@ def test_limit_takes_a_part_of_the_shuffle(photo_folder: Path, photo_dataset: Sh
     assert len(some) == 13
 
 
-def test_shorter_side_reencodes_only_larger_pictures(photo_folder: Path, tmp_path: Path) -> None:
+def test_shorter_side_reencodes_only_larger_images(photo_folder: Path, tmp_path: Path) -> None:
     make(photo_folder, tmp_path / "out", shorter_side=60)
     dataset = ShardSet.open(tmp_path / "out")
     sizes = dataset.sizes(range(48))
@@ -355,14 +355,14 @@ def test_an_interrupted_run_goes_on_only_with_its_options_and_source(photo_folde
     make(source, out, part="0/2")
     with pytest.raises(UserError, match=r"interrupted run with other options \(--verify was full, now none\)"):
         make(source, out, verify="none")
-    (source / CLASSES[0] / "new.jpg").write_bytes(picture_bytes(5))
+    (source / CLASSES[0] / "new.jpg").write_bytes(image_bytes(5))
     with pytest.raises(UserError, match="has changed since the interrupted run"):
         make(source, out)
     make(source, out, overwrite=True)
     assert len(ShardSet.open(out)) == 49
 
 
-def test_a_picture_that_changes_while_it_is_read_stops_the_run(
+def test_an_image_that_changes_while_it_is_read_stops_the_run(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(photo_folder, tmp_path / "photos"))

@@ -1,4 +1,4 @@
-"""Which bytes count as a picture, with the kinds of bad input that real collections hold."""
+"""Which bytes count as an image, with the kinds of bad input that real collections hold."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.sources.image_file import BadPictureError, inspect_picture, shrink_picture
-from tests.helpers.photos import picture_bytes, smooth_pixels
+from pipeline.sources.image_file import BadImageError, inspect_image, shrink_image
+from tests.helpers.photos import image_bytes, smooth_pixels
 
 LIMIT = 100_000_000
 
 
 def jpeg() -> bytes:
-    return picture_bytes(1, 48, 64)
+    return image_bytes(1, 48, 64)
 
 
 def sixteen_bit_png() -> bytes:
@@ -33,7 +33,7 @@ def animated(encoding: str) -> bytes:
 
 
 def with_exif(encoding: str, **options: object) -> bytes:
-    """A picture that is to be shown lying on its side."""
+    """An image that is to be shown lying on its side."""
     exif, out = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.fromarray(smooth_pixels(1, 48, 64)).save(out, encoding, exif=exif, **options)
@@ -43,101 +43,101 @@ def with_exif(encoding: str, **options: object) -> bytes:
 GOOD = {
     "jpeg with exif": (lambda: with_exif("JPEG"), "jpg"),
     "webp with exif": (lambda: with_exif("WEBP"), "webp"),
-    "lossless webp": (lambda: picture_bytes(1, encoding="WEBP", lossless=True), "webp"),
+    "lossless webp": (lambda: image_bytes(1, encoding="WEBP", lossless=True), "webp"),
     "jpeg": (jpeg, "jpg"),
-    "progressive": (lambda: picture_bytes(1, progressive=True), "jpg"),
-    "gray": (lambda: picture_bytes(1, mode="L"), "jpg"),
-    "cmyk": (lambda: picture_bytes(1, mode="CMYK"), "jpg"),
-    "png": (lambda: picture_bytes(1, encoding="PNG"), "png"),
-    "rgba": (lambda: picture_bytes(1, mode="RGBA", encoding="PNG"), "png"),
-    "palette": (lambda: picture_bytes(1, mode="P", encoding="PNG"), "png"),
-    "one bit": (lambda: picture_bytes(1, mode="1", encoding="PNG"), "png"),
+    "progressive": (lambda: image_bytes(1, progressive=True), "jpg"),
+    "gray": (lambda: image_bytes(1, mode="L"), "jpg"),
+    "cmyk": (lambda: image_bytes(1, mode="CMYK"), "jpg"),
+    "png": (lambda: image_bytes(1, encoding="PNG"), "png"),
+    "rgba": (lambda: image_bytes(1, mode="RGBA", encoding="PNG"), "png"),
+    "palette": (lambda: image_bytes(1, mode="P", encoding="PNG"), "png"),
+    "one bit": (lambda: image_bytes(1, mode="1", encoding="PNG"), "png"),
     "16 bit": (sixteen_bit_png, "png"),
-    "webp": (lambda: picture_bytes(1, encoding="WEBP"), "webp"),
+    "webp": (lambda: image_bytes(1, encoding="WEBP"), "webp"),
     "animated webp": (lambda: animated("WEBP"), "webp"),
-    "bmp": (lambda: picture_bytes(1, encoding="BMP"), "bmp"),
-    "tiff": (lambda: picture_bytes(1, encoding="TIFF", compression="tiff_lzw"), "tiff"),
-    "fax tiff": (lambda: picture_bytes(1, mode="1", encoding="TIFF", compression="group4"), "tiff"),
-    "ppm": (lambda: picture_bytes(1, encoding="PPM"), "ppm"),
+    "bmp": (lambda: image_bytes(1, encoding="BMP"), "bmp"),
+    "tiff": (lambda: image_bytes(1, encoding="TIFF", compression="tiff_lzw"), "tiff"),
+    "fax tiff": (lambda: image_bytes(1, mode="1", encoding="TIFF", compression="group4"), "tiff"),
+    "ppm": (lambda: image_bytes(1, encoding="PPM"), "ppm"),
     "several frames (mpo)": (lambda: animated("MPO"), "jpg"),
     "junk behind the end": (lambda: jpeg() + b"junk" * 100, "jpg"),
 }
 BAD = {
     "lossless webp with exif": (lambda: with_exif("WEBP", lossless=True), "lossless WebP with EXIF"),
     "turned tiff": (lambda: with_exif("TIFF"), "orientation"),
-    "png without its end": (lambda: picture_bytes(1, encoding="PNG")[:-12], "truncated"),
+    "png without its end": (lambda: image_bytes(1, encoding="PNG")[:-12], "truncated"),
     "no bytes": (lambda: b"", "empty file"),
-    "text": (lambda: b"<html>404 Not Found</html>", "not a picture"),
-    "gif": (lambda: picture_bytes(1, encoding="GIF"), "GIF is not a supported format"),
+    "text": (lambda: b"<html>404 Not Found</html>", "not an image"),
+    "gif": (lambda: image_bytes(1, encoding="GIF"), "GIF is not a supported format"),
     "avif": (lambda: b"\0\0\0\x20ftypavif" + bytes(64), "AVIF is not a supported format"),
     "truncated": (lambda: jpeg()[: len(jpeg()) // 2], "truncated"),
     "without its last byte": (lambda: jpeg()[:-2], "truncated"),
     "header only": (lambda: jpeg()[: jpeg().index(b"\xff\xda")], "truncated"),
-    "truncated png": (lambda: picture_bytes(1, encoding="PNG")[:-300], "truncated"),
+    "truncated png": (lambda: image_bytes(1, encoding="PNG")[:-300], "truncated"),
     "cut inside the header": (lambda: jpeg()[:200], "truncated"),
     "zeros behind the magic": (lambda: jpeg()[:4] + bytes(2000), ""),
-    "pfm": (lambda: picture_bytes(1, mode="F", encoding="PPM"), "floating-point"),
-    "float tiff": (lambda: picture_bytes(1, mode="F", encoding="TIFF"), "TIFF with F pixels"),
-    "gray and alpha tiff": (lambda: picture_bytes(1, mode="LA", encoding="TIFF"), "TIFF with LA pixels"),
-    "lzma tiff": (lambda: picture_bytes(1, encoding="TIFF", compression="lzma"), "lzma"),
-    "one bit tiff": (lambda: picture_bytes(1, mode="1", encoding="TIFF"), "TIFF with 1 pixels"),
+    "pfm": (lambda: image_bytes(1, mode="F", encoding="PPM"), "floating-point"),
+    "float tiff": (lambda: image_bytes(1, mode="F", encoding="TIFF"), "TIFF with F pixels"),
+    "gray and alpha tiff": (lambda: image_bytes(1, mode="LA", encoding="TIFF"), "TIFF with LA pixels"),
+    "lzma tiff": (lambda: image_bytes(1, encoding="TIFF", compression="lzma"), "lzma"),
+    "one bit tiff": (lambda: image_bytes(1, mode="1", encoding="TIFF"), "TIFF with 1 pixels"),
 }
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_good_kinds_pass_with_their_true_format_and_size(kind: str) -> None:
     make, extension = GOOD[kind]
-    picture = inspect_picture(make(), "full", LIMIT)
-    assert (picture.extension, picture.height, picture.width) == (extension, 48, 64)
+    image = inspect_image(make(), "full", LIMIT)
+    assert (image.extension, image.height, image.width) == (extension, 48, 64)
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_kinds_are_refused_with_a_reason(kind: str) -> None:
     make, reason = BAD[kind]
-    with pytest.raises(BadPictureError) as caught:
-        inspect_picture(make(), "full", LIMIT)
+    with pytest.raises(BadImageError) as caught:
+        inspect_image(make(), "full", LIMIT)
     assert reason in str(caught.value)
     assert str(caught.value)
 
 
 def test_the_size_limit_is_checked_before_decoding() -> None:
     bomb = b"P5\n20000 20000\n255\n"  # its pixels are not even there
-    with pytest.raises(BadPictureError, match="--max-pixels 1000000"):
-        inspect_picture(bomb, "full", 1_000_000)
+    with pytest.raises(BadImageError, match="--max-pixels 1000000"):
+        inspect_image(bomb, "full", 1_000_000)
 
 
 def test_a_side_must_fit_the_index() -> None:
     long = io.BytesIO()
     Image.new("L", (65_536, 1)).save(long, "PNG")
-    with pytest.raises(BadPictureError, match="65535"):
-        inspect_picture(long.getvalue(), "full", LIMIT)
+    with pytest.raises(BadImageError, match="65535"):
+        inspect_image(long.getvalue(), "full", LIMIT)
 
 
 def test_header_verification_reads_the_size_only() -> None:
     half = jpeg()[: len(jpeg()) // 2]
     for verify in ("header", "none"):
-        picture = inspect_picture(half, verify, LIMIT)
-        assert (picture.height, picture.width) == (48, 64)
+        image = inspect_image(half, verify, LIMIT)
+        assert (image.height, image.width) == (48, 64)
 
 
 def test_exif_orientation_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture = inspect_picture(picture_bytes(1, 48, 64, exif=exif.tobytes()), "full", LIMIT)
-    assert (picture.height, picture.width) == (48, 64)
+    image = inspect_image(image_bytes(1, 48, 64, exif=exif.tobytes()), "full", LIMIT)
+    assert (image.height, image.width) == (48, 64)
 
 
 def test_shrinking_keeps_the_ratio_and_the_look() -> None:
-    original = picture_bytes(3, 400, 600, quality=95)
-    small = Image.open(io.BytesIO(shrink_picture(original, 100, 90, LIMIT) or b""))
+    original = image_bytes(3, 400, 600, quality=95)
+    small = Image.open(io.BytesIO(shrink_image(original, 100, 90, LIMIT) or b""))
     assert small.size == (150, 100)
     expected = Image.open(io.BytesIO(original)).resize((150, 100), Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(small, float) - np.asarray(expected, float)).mean() < 3
-    assert shrink_picture(picture_bytes(3, 100, 600), 100, 90, LIMIT) is None
+    assert shrink_image(image_bytes(3, 100, 600), 100, 90, LIMIT) is None
 
 
 def test_dali_decodes_every_kind_that_passes() -> None:
-    """A picture that passes here must not stop a batch later. (16-bit pictures differ: PIL clips, DALI scales.)"""
+    """An image that passes here must not stop a batch later. (16-bit images differ: PIL clips, DALI scales.)"""
     fn = pytest.importorskip("nvidia.dali.fn")
     from nvidia.dali import pipeline_def, types
 
@@ -174,7 +174,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 def refused(judge: Callable[[], object]) -> bool:
     try:
         judge()
-    except (BadPictureError, OSError, SyntaxError):
+    except (BadImageError, OSError, SyntaxError):
         return True
     return False
 
@@ -183,12 +183,12 @@ def refused(judge: Callable[[], object]) -> bool:
     "options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}, {"mode": "L"}], ids=str
 )
 def test_jpegs_read_at_an_eighth_are_judged_as_at_full_size(options: dict[str, object]) -> None:
-    rng, data = random.Random(0), picture_bytes(1, 96, 128, **options)
+    rng, data = random.Random(0), image_bytes(1, 96, 128, **options)
     verdicts = []
     for _ in range(200):
         bytes_ = damaged(data, rng)
-        by_header = refused(lambda: inspect_picture(bytes_, "header", LIMIT))  # noqa: B023  # now
+        by_header = refused(lambda: inspect_image(bytes_, "header", LIMIT))  # noqa: B023  # now
         at_full_size = refused(lambda: Image.open(io.BytesIO(bytes_), formats=["JPEG"]).load())  # noqa: B023
         verdicts.append(by_header or at_full_size)
-        assert refused(lambda: inspect_picture(bytes_, "full", LIMIT)) == verdicts[-1]  # noqa: B023
+        assert refused(lambda: inspect_image(bytes_, "full", LIMIT)) == verdicts[-1]  # noqa: B023
     assert 20 < sum(verdicts) < 180

@@ -58,7 +58,7 @@ def test_the_devkit_numbers_become_the_training_folders_classes(tmp_path: Path) 
     assert labelled.classes == ("n01440764", "n02119789")  # sorted, as the folders are
     train = ("n01440764", "n02100735", "n02119789")
     assert label_by_file(listing(*VALIDATION), kit, train).labels.tolist() == [2, 0, 2]
-    with pytest.raises(UserError, match="2 labels for 3 pictures"):
+    with pytest.raises(UserError, match="2 labels for 3 images"):
         label_by_file(listing(*VALIDATION), devkit(tmp_path / "short.tar.gz", "1\n3\n"))
 
 

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same pictures, names and labels, and hostile ones do no harm."""
+"""Every kind of source gives the same images, names and labels, and hostile ones do no harm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.listing import Listing
 from pipeline.sources.open_source import KINDS, open_source, source_title
 from pipeline.sources.readers import Source
-from tests.helpers.photos import CLASSES, PER_CLASS, picture_bytes
+from tests.helpers.photos import CLASSES, PER_CLASS, image_bytes
 
 COUNT = len(CLASSES) * PER_CLASS
 
@@ -101,7 +101,7 @@ def test_a_compressed_tar_is_unpacked_once(photo_folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("struct", [True, False])
-def test_parquet_gives_the_same_pictures(struct: bool, photo_folder: Path, tmp_path: Path) -> None:
+def test_parquet_gives_the_same_images(struct: bool, photo_folder: Path, tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import json
 
@@ -133,7 +133,7 @@ def test_parquet_with_words_as_labels_and_two_splits(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    table = pa.table({"img": [picture_bytes(i) for i in range(3)], "label": ["zebra", "ape", "zebra"]})
+    table = pa.table({"img": [image_bytes(i) for i in range(3)], "label": ["zebra", "ape", "zebra"]})
     for split in ("train", "test"):
         pq.write_table(table, tmp_path / f"{split}-0.parquet")
     with pytest.raises(UserError, match="test, train: choose"):
@@ -145,7 +145,7 @@ def test_parquet_with_words_as_labels_and_two_splits(tmp_path: Path) -> None:
         open_it(tmp_path / "text.parquet", tmp_path / "spool")
 
 
-def test_synthetic_pictures(tmp_path: Path) -> None:
+def test_synthetic_images(tmp_path: Path) -> None:
     source = open_it("synthetic:20", tmp_path / "spool", seed=3)
     again = contents(open_it("synthetic:20", tmp_path / "spool", seed=3))
     assert contents(source) == again
@@ -162,7 +162,7 @@ def test_hidden_and_foreign_files_and_links(photo_folder: Path, tmp_path: Path) 
     (root / "a" / "deep").mkdir(parents=True)
     (root / "b").mkdir()
     for place in ("a/1.jpg", "a/deep/2.JPEG", "b/3.jpg", "b/.hidden.jpg", "b/Thumbs.db", "b/noextension"):
-        (root / place).write_bytes(picture_bytes(1))
+        (root / place).write_bytes(image_bytes(1))
     (root / "a" / "loop").symlink_to(root)
     (root / "b" / "broken.jpg").symlink_to(root / "nowhere")
     (root / "b" / "linked.jpg").symlink_to(root / "a" / "1.jpg")
@@ -172,15 +172,15 @@ def test_hidden_and_foreign_files_and_links(photo_folder: Path, tmp_path: Path) 
     assert listing.labels.tolist() == [0, 0, 1, 1]
     assert {r.name: r.reason for r in listing.rejected} == {
         "a/loop": "a link to a folder above it",
-        "b/Thumbs.db": "not a picture file",
-        "b/noextension": "not a picture file",
+        "b/Thumbs.db": "not an image file",
+        "b/noextension": "not an image file",
         "b/broken.jpg": "a broken link",
         "b/pipe.jpg": "neither a file nor a folder",
     }
 
 
 def test_members_of_a_hostile_tar_never_become_paths(tmp_path: Path) -> None:
-    data = picture_bytes(1)
+    data = image_bytes(1)
     tar = tar_with(
         tmp_path / "evil.tar", {"/etc/a.jpg": data, "../../b.jpg": data, "x/../c.jpg": data, "x/._d.jpg": data}
     )
@@ -222,7 +222,7 @@ def damaged(kind: str, tmp_path: Path, photo_folder: Path) -> Path:
     path = tar_of(photo_folder, tmp_path / "t.tar")
     whole = path.read_bytes()
     match kind:
-        case "cut inside a picture":
+        case "cut inside an image":
             path.write_bytes(whole[: len(whole) // 2 + 100])
         case "garbage over a header":
             with tarfile.open(path) as tar:
@@ -243,7 +243,7 @@ def damaged(kind: str, tmp_path: Path, photo_folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["cut inside a picture", "garbage over a header", "a cut gzip", "a rotten gzip", "a cut inner tar"]
+    "kind", ["cut inside an image", "garbage over a header", "a cut gzip", "a rotten gzip", "a cut inner tar"]
 )
 def test_a_damaged_archive_is_an_error_not_a_smaller_set(kind: str, tmp_path: Path, photo_folder: Path) -> None:
     with pytest.raises(UserError, match="damaged"):
@@ -273,7 +273,7 @@ def test_when_folders_are_classes_and_when_not(tmp_path: Path) -> None:
         open_it(splits, spool)
     assert open_it(splits, spool, labels="folders").listing.classes == ("test", "train")
     mixed = layout(tmp_path / "mixed", "cover.jpg", "a/1.jpg", "b/2.jpg")
-    with pytest.raises(UserError, match="1 pictures outside of class folders"):
+    with pytest.raises(UserError, match="1 images outside of class folders"):
         open_it(mixed, spool)
     chosen = open_it(mixed, spool, labels="folders").listing
     assert (len(chosen), chosen.labels.tolist(), chosen.rejected[0].name) == (2, [0, 1], "cover.jpg")
@@ -297,7 +297,7 @@ def test_what_a_source_is_called(photo_folder: Path) -> None:
     assert source_title(str(photo_folder)) == photo_folder.name
     assert source_title("synthetic:12") == "synthetic:12"
     assert source_title("wds:/data/{00..09}.tar") == "wds:{00..09}.tar"
-    assert source_title("odd:name/pictures") == "pictures"
+    assert source_title("odd:name/images") == "images"
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
@@ -306,8 +306,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("hello" * 1000)
     for source, message in (
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", "no pictures"),
-        (layout(tmp_path / "docs", "a.txt"), "no pictures.*1 other entries"),
+        (tmp_path / "empty", "no images"),
+        (layout(tmp_path / "docs", "a.txt"), "no images.*1 other entries"),
         (tmp_path / "text.txt", "neither a tar"),
     ):
         with pytest.raises(UserError, match=message):
@@ -316,7 +316,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         open_it(tmp_path / "docs", spool, subtree="train")
 
 
-def test_a_listing_of_a_million_pictures_is_compact(tmp_path: Path) -> None:
+def test_a_listing_of_a_million_images_is_compact(tmp_path: Path) -> None:
     source = open_it("synthetic:100000", tmp_path / "spool")
     columns = (getattr(source.listing, c) for c in ("names", "name_starts", "offsets", "lengths", "labels"))
     assert sum(column.nbytes for column in columns) < 60 * 100_000

@@ -12,7 +12,7 @@ from train.config.recipes import RECIPES, parse_config
 from train.config.run_config import PretrainConfig, RecipeName, check_model
 from train.config.run_plan import make_plan
 
-WHERE = ["--data", "pictures", "--run-dir", "run"]
+WHERE = ["--data", "images", "--run-dir", "run"]
 
 
 def test_every_recipe_can_be_built() -> None:
@@ -20,7 +20,7 @@ def test_every_recipe_can_be_built() -> None:
     for name in RECIPES:
         config = parse_config([*WHERE, "--recipe", name])
         assert config.recipe == name
-        assert (config.data, config.run_dir) == (Path("pictures"), Path("run"))
+        assert (config.data, config.run_dir) == (Path("images"), Path("run"))
         check_model(config.model)
         assert make_plan(config, num_samples=50_000, world_size=8).total_steps > 0
 

@@ -49,7 +49,7 @@ def test_description_names_what_matters() -> None:
         ({}, 100, 5, r"--global-batch 24 .*5 processes.* 20 or 25"),
         ({"accumulate": 5}, 100, 2, r"--global-batch 24 .*2 processes x --accumulate 5.* 20 or 30"),
         ({}, 20, 3, r"20 samples, fewer than one --global-batch of 24.* at most 18"),
-        ({"global_batch": 3}, 100, 3, r"one picture per forward pass.* at least 6"),
+        ({"global_batch": 3}, 100, 3, r"one image per forward pass.* at least 6"),
         ({"order": OrderConfig("blocks", block_streams=5)}, 100, 1, r"--block-streams 5 .* batch of 24 .*20 or 25"),
         ({"global_batch": 0}, 100, 1, r"--global-batch 0: .*at least 1"),
         ({"epochs": -1}, 100, 1, r"--epochs -1"),

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from tests.faults import test_hangs
-from train.distributed.collectives import Agreement
-from train.distributed.process_group import Dist
+from train.distributed.collectives import FlagConsensus
+from train.distributed.process_group import DistContext
 
 VOTES = """
 import json, sys
 import train.openmp
-from train.distributed.collectives import Agreement
+from train.distributed.collectives import FlagConsensus
 from train.distributed.process_group import distributed
 
 with distributed("cpu") as dist:
-    agreement = Agreement(dist, lag={lag})
+    agreement = FlagConsensus(dist, lag={lag})
     heard = [agreement.ask(dist.rank == 1 and step >= 4, dist.rank == 0 and step == 9, False) for step in range(14)]
 print(json.dumps(heard))
 """
@@ -46,5 +46,5 @@ def test_all_ranks_hear_of_a_flag_at_the_same_step(lag: int, tmp_path: Path) -> 
 
 
 def test_one_process_hears_itself_at_once() -> None:
-    agreement = Agreement(Dist.alone(torch.device("cpu")), lag=2)
-    assert agreement.ask(True, False) == (True, False)
+    consensus = FlagConsensus(DistContext.alone(torch.device("cpu")), lag=2)
+    assert consensus.any_rank(True, False) == (True, False)

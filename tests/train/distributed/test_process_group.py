@@ -11,7 +11,7 @@ import torch.distributed as td
 from pipeline.common.errors import UserError
 from tests.helpers.sessions import two_ranks
 from train.distributed import process_group as dist_module
-from train.distributed.process_group import SharedError, distributed, told_once
+from train.distributed.process_group import SharedError, distributed, exit_once
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_processes_on_gpus_leave_together(destroyed: list[str]) -> None:
 
 def test_a_mistake_that_all_know_of_leaves_nothing_behind(destroyed: list[str]) -> None:
     with pytest.raises(SharedError), distributed("cuda"):
-        raise SharedError("too few pictures", speaks=True)
+        raise SharedError("too few images", speaks=True)
     assert destroyed == ["nccl", "destroy"]
 
 
@@ -54,10 +54,10 @@ def test_one_that_fails_alone_on_a_gpu_does_not_wait_for_the_others(
 def test_who_does_not_speak_lets_the_one_that_does_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(dist_module.time, "sleep", slept.append)
-    with pytest.raises(SystemExit) as left, told_once():
+    with pytest.raises(SystemExit) as left, exit_once():
         raise SharedError("no GPU", speaks=False)
     assert (left.value.code, slept) == (2, [dist_module.SILENT_S])
-    with pytest.raises(SharedError), told_once():
+    with pytest.raises(SharedError), exit_once():
         raise SharedError("no GPU", speaks=True)
     assert len(slept) == 1
 

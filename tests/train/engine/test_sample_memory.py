@@ -17,7 +17,7 @@ from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_views
 from pipeline.loader.producer import PAIR_EPOCHS
-from pipeline.sampling.sampler import Span
+from pipeline.sampling.sampler import BatchSampler
 from pipeline.sampling.views import ViewRecipe, draw_views
 from tests.train.test_pretrain import alone, flags, global_batches, losses, run_here, torchrun, views
 from train.config.recipes import parse_config
@@ -63,7 +63,7 @@ def test_one_side_averages_its_target_view_alone(tmp_path: Path) -> None:
 
 
 def test_a_projection_that_is_no_number_is_not_remembered(tmp_path: Path) -> None:
-    """Or every later step with this picture would be skipped."""
+    """Or every later step with this image would be skipped."""
     targets = AveragedTargets(SimSiamConfig(dim=2, target_momentum=0.5), num_samples=2, dist=alone())
     targets.claim(tmp_path)
     seen = views(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
@@ -206,10 +206,10 @@ def test_a_disk_too_small_for_the_rows_is_told_before_the_first_step(tmp_path: P
 
 def test_two_pairs_are_the_same_samples_in_other_views(photo_dataset: ShardSet) -> None:
     recipe = ViewRecipe(image_size=16)
-    span, loader = Span(0, 12, epochs=2), LoaderConfig(backend="torchvision", threads=1)
-    with open_views(photo_dataset, recipe, loader, span, alone()) as batches:
+    sampler, loader = BatchSampler(0, 12, epochs=2), LoaderConfig(backend="torchvision", threads=1)
+    with open_views(photo_dataset, recipe, loader, sampler, alone()) as batches:
         single = list(batches)
-    with open_views(photo_dataset, recipe, loader, span, alone(), pairs=2) as batches:
+    with open_views(photo_dataset, recipe, loader, sampler, alone(), pairs=2) as batches:
         double = list(batches)
     assert [(b.epoch, b.step, b.pair) for b in double] == [(e, s, p) for e in (0, 1) for s in range(4) for p in (0, 1)]
     for plain, first, second in zip(single, double[::2], double[1::2], strict=True):

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import train.openmp  # noqa: F401
-from pipeline.loader.loader import Views
+from pipeline.loader.loader import ViewBatch
 from tests.helpers.toy_runs import CPU, TINY, call
 from train import pretrain
 from train.engine import loop as loop_module
 from train.optimization.optimizer import OptimConfig, build_optimizer
-from train.optimization.precision import StepGuard, diagnosis
+from train.optimization.precision import SkipNonFinite, diagnosis
 from train.storage.run_folder import read_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ class Trial:
         torch.manual_seed(0)
         self.net = Net()
         self.optimizer, _ = build_optimizer(OptimConfig(optimizer=implementation), self.net, 0.1, torch.device("cpu"))
-        self.guard = StepGuard(self.net, self.optimizer, torch.device("cpu"))
+        self.guard = SkipNonFinite(self.net, self.optimizer, torch.device("cpu"))
 
     def step(self, seed: int, poison: float | None = None) -> None:
         x = torch.randn(16, 3, generator=torch.Generator().manual_seed(seed))
@@ -131,7 +131,7 @@ def test_apexs_kernels_are_told_through_their_own_flag() -> None:
 
     trial = Trial("foreach")
     flagged = Flagged(trial.net.parameters(), lr=0.1)
-    trial.optimizer, trial.guard = flagged, StepGuard(trial.net, flagged, torch.device("cpu"))
+    trial.optimizer, trial.guard = flagged, SkipNonFinite(trial.net, flagged, torch.device("cpu"))
     for seed, poison in enumerate([None, NAN, None]):
         trial.step(seed, poison)
     assert flagged.seen == [0, 1, 0]
@@ -156,8 +156,8 @@ def run(
     """Exit code and metrics of a run that sees a nan in every batch of the steps ``poisoned`` (from 0)."""
     train_step = loop_module.train_step
 
-    def poison(it: Any, batches: Iterator[Views]) -> Any:
-        def spoilt() -> Iterator[Views]:
+    def poison(it: Any, batches: Iterator[ViewBatch]) -> Any:
+        def spoilt() -> Iterator[ViewBatch]:
             for views in batches:
                 views.x1[0, 0, 0, 0] = NAN
                 yield views

@@ -23,16 +23,14 @@ from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
 from tests.helpers import toy_runs
 from train import knn
-from train.distributed.process_group import Dist
+from train.distributed.process_group import DistContext
 from train.evaluation import knn_monitor as neighbours_module
-from train.evaluation.features import PictureSource, Samples, extract_features, split_ids
+from train.evaluation.features import ImageSource, Samples, extract_features, split_ids
 from train.evaluation.knn_monitor import KnnConfig, Neighbours, OnlineKnn, bank_ids, score_neighbours
 
 CPU = torch.device("cpu")
-ALONE = Dist.alone(CPU)
-SOURCE = PictureSource(
-    ViewRecipe(image_size=16), LoaderConfig(backend="torchvision"), ALONE, nullcontext, torch.float32
-)
+ALONE = DistContext.alone(CPU)
+SOURCE = ImageSource(ViewRecipe(image_size=16), LoaderConfig(backend="torchvision"), ALONE, nullcontext, torch.float32)
 
 
 def on_circle(*degrees: float) -> Tensor:
@@ -115,7 +113,7 @@ def test_bank_is_a_fixed_spread_subset() -> None:
 
 
 class MeanColour(nn.Module):
-    """A stand-in for a trunk: 4 x 4 mean colours."""
+    """A stand-in for a backbone: 4 x 4 mean colours."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
@@ -125,7 +123,7 @@ def test_features_of_all_ranks_together_are_those_of_one(photo_dataset: ShardSet
     ids = bank_ids(photo_dataset.num_samples, 10)
     whole = extract_features(MeanColour(), photo_dataset, ids, SOURCE)
     parts = [
-        extract_features(MeanColour(), photo_dataset, ids, replace(SOURCE, dist=Dist(rank, 12, rank, 12, CPU)))
+        extract_features(MeanColour(), photo_dataset, ids, replace(SOURCE, dist=DistContext(rank, 12, rank, 12, CPU)))
         for rank in range(12)
     ]
     assert [len(part) for part in parts] == [1] * 10 + [0, 0]
@@ -133,10 +131,10 @@ def test_features_of_all_ranks_together_are_those_of_one(photo_dataset: ShardSet
 
 
 def test_features_leave_the_mode_of_the_backbone(photo_dataset: ShardSet) -> None:
-    trunk = nn.Sequential(MeanColour(), nn.BatchNorm1d(48)).train()
-    extract_features(trunk, photo_dataset, bank_ids(photo_dataset.num_samples, 4), SOURCE)
-    assert trunk.training
-    assert trunk[1].num_batches_tracked == 0
+    backbone = nn.Sequential(MeanColour(), nn.BatchNorm1d(48)).train()
+    extract_features(backbone, photo_dataset, bank_ids(photo_dataset.num_samples, 4), SOURCE)
+    assert backbone.training
+    assert backbone[1].num_batches_tracked == 0
 
 
 def test_online_accuracy_of_held_out_samples(photo_dataset: ShardSet) -> None:
@@ -177,7 +175,7 @@ def test_query_set_must_have_labels(photo_dataset: ShardSet, photo_folder: Path,
 
 
 def rot(dataset: ShardSet, sample_id: int) -> None:
-    """Change a byte of a picture where it lies."""
+    """Change a byte of an image where it lies."""
     row = dataset.samples[sample_id]
     with open(dataset.shard_path(int(row["shard"])), "r+b") as file:
         file.seek(int(row["offset"]) + int(row["length"]) // 2)
@@ -195,13 +193,13 @@ def rotten(photo_dataset: ShardSet, tmp_path: Path) -> ShardSet:
     return dataset
 
 
-def test_an_evaluation_refuses_pictures_that_have_rotted(rotten: ShardSet) -> None:
-    with pytest.raises(UserError, match=r"(?s)sample 7 \(key .*checksum differs.*counts every picture once"):
+def test_an_evaluation_refuses_images_that_have_rotted(rotten: ShardSet) -> None:
+    with pytest.raises(UserError, match=r"(?s)sample 7 \(key .*checksum differs.*counts every image once"):
         extract_features(MeanColour(), rotten, np.arange(rotten.num_samples), SOURCE)
     extract_features(MeanColour(), rotten, np.arange(7), SOURCE)
 
 
-def test_the_monitor_leaves_rotten_pictures_out(photo_dataset: ShardSet, rotten: ShardSet, capsys: Any) -> None:
+def test_the_monitor_leaves_rotten_images_out(photo_dataset: ShardSet, rotten: ShardSet, capsys: Any) -> None:
     good = np.delete(np.arange(photo_dataset.num_samples), 7)
     ids = np.arange(photo_dataset.num_samples)
     scores = [

@@ -1,4 +1,4 @@
-"""Linear evaluation: LARS against its formula, independent classifiers, every validation picture counted once."""
+"""Linear evaluation: LARS against its formula, independent classifiers, every validation image counted once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from pipeline.sharding.options import ShardingOptions
 from tests.helpers.both_evaluations import evaluate_both, numbers
 from tests.helpers.toy_runs import call
 from train import linear
-from train.distributed.process_group import Dist
-from train.evaluation import features as features_module
+from train.distributed.process_group import DistContext
 from train.evaluation.features import EncoderConfig, check_same_classes, open_frozen
 from train.evaluation.linear_probe import (
     LinearHeads,
@@ -43,14 +42,14 @@ from train.linear import LinearConfig, check_numbers, evaluate
 from train.storage.run_folder import read_lines
 
 ROOT = Path(__file__).resolve().parents[3]
-ALONE = Dist.alone(torch.device("cpu"))
+ALONE = DistContext.alone(torch.device("cpu"))
 PROBE = ProbeConfig(epochs=3, global_batch=12, base_lr=1.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def val_path(photo_folder: Path, photo_dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """31 of the pictures: a number that no number of ranks divides."""
+    """31 of the images: a number that no number of ranks divides."""
     out = tmp_path_factory.mktemp("val") / "val"
     options = ShardingOptions(limit=31, classes_from=photo_dataset_path, seed=1)
     make_dataset(str(photo_folder), out, options, quiet=True, in_process=True)
@@ -118,10 +117,10 @@ def train(lr_sweep: str) -> list[Tensor]:
 
 
 def test_each_rate_of_a_sweep_trains_as_if_alone() -> None:
-    together = train("0.02,0.1,30")
-    for weights, rate in zip(together, ("0.02", "0.1", "30"), strict=True):
+    on_all_ranks = train("0.02,0.1,30")
+    for weights, rate in zip(on_all_ranks, ("0.02", "0.1", "30"), strict=True):
         torch.testing.assert_close(weights, train(rate)[0], rtol=1e-6, atol=1e-8)
-    assert (together[0] - together[2]).abs().max() > 1e-3
+    assert (on_all_ranks[0] - on_all_ranks[2]).abs().max() > 1e-3
 
 
 def test_losses_are_means_over_the_batch() -> None:
@@ -177,15 +176,15 @@ def counts(outcome: Outcome) -> list[tuple[int, int, int]]:
 
 @pytest.fixture(scope="module")
 def colours_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 pictures whose class is their colour: what any encoder must leave visible."""
+    """48 images whose class is their colour: what any encoder must leave visible."""
     root = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for label, colour in enumerate(((220, 30, 30), (30, 220, 30), (30, 30, 220), (128, 128, 128))):
-        (root / "pictures" / str(label)).mkdir(parents=True)
+        (root / "images" / str(label)).mkdir(parents=True)
         for i in range(12):
             pixels = np.clip(rng.normal(colour, 20, (24, 24, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / "pictures" / str(label) / f"{i}.png")
-    make_dataset(str(root / "pictures"), root / "dataset", ShardingOptions(), quiet=True, in_process=True)
+            Image.fromarray(pixels).save(root / "images" / str(label) / f"{i}.png")
+    make_dataset(str(root / "images"), root / "dataset", ShardingOptions(), quiet=True, in_process=True)
     return root / "dataset"
 
 
@@ -219,17 +218,17 @@ def test_the_encoder_stays_as_it_was(config: LinearConfig, monkeypatch: pytest.M
         opened.append(open_frozen(*arguments))
         return opened[0]
 
-    monkeypatch.setattr(features_module, "open_frozen", open_and_keep)
+    monkeypatch.setattr(linear, "open_frozen", open_and_keep)
     evaluate(config, ALONE)
-    fresh = open_frozen(config.encoder, torch.device("cpu")).trunk
-    assert not opened[0].trunk.training
-    for name, value in opened[0].trunk.state_dict().items():
+    fresh = open_frozen(config.encoder, torch.device("cpu")).backbone
+    assert not opened[0].backbone.training
+    for name, value in opened[0].backbone.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
 
 
 def test_parts_of_a_batch_change_no_count(config: LinearConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(config, ALONE)
-    monkeypatch.setattr(features_module, "PICTURES_PER_PASS", 3)
+    monkeypatch.setattr(linear, "IMAGES_PER_PASS", 3)
     parts = evaluate(config, ALONE)
     assert counts(parts) == counts(whole)
     assert parts.best.loss == pytest.approx(whole.best.loss, rel=1e-5)

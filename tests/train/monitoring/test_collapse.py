@@ -18,7 +18,7 @@ from model.methods.simsiam import SimSiam, SimSiamConfig, simsiam_loss
 from pipeline.sampling.views import ViewRecipe
 from tests.helpers import toy_runs
 from train import pretrain
-from train.monitoring.collapse import KNN_PATIENCE, PATIENCE, CollapseGuard, Reading, least_share
+from train.monitoring.collapse import KNN_PATIENCE, PATIENCE, CollapseGuard, CollapseReading, least_share
 from train.storage.run_folder import read_lines
 
 DOCUMENTED_STEPS, LOG_EVERY = 150, 10
@@ -32,8 +32,8 @@ def guard(model: SimSiamConfig | None = None, views: ViewRecipe | None = None) -
     return CollapseGuard(model or SimSiamConfig(), views or ViewRecipe(), peak_lr=0.1)
 
 
-def reading(share: float = 1.0, rank: float = 100.0) -> Reading:
-    return Reading(share * HEALTHY, rank, rows=256)
+def reading(share: float = 1.0, rank: float = 100.0) -> CollapseReading:
+    return CollapseReading(share * HEALTHY, rank, rows=256)
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ def trial(model_config: SimSiamConfig, batch: int, lr: float = 1.0, enough: floa
     """It ends early once the guard has spoken and z_std x sqrt(d) has been below ``enough``."""
     torch.manual_seed(0)
     model = SimSiam(model_config).train()
-    pictures = F.interpolate(torch.randn(max(256, batch), 3, 4, 4), size=2, mode="bilinear")
+    images = F.interpolate(torch.randn(max(256, batch), 3, 4, 4), size=2, mode="bilinear")
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     watching, told, shares = guard(model_config), None, []
     for step in range(1, DOCUMENTED_STEPS + 1):
-        x = pictures[torch.randint(len(pictures), (batch,))]
+        x = images[torch.randint(len(images), (batch,))]
         out = model(x + 0.3 * torch.randn_like(x), x.flip(-1) + 0.3 * torch.randn_like(x))
         optimizer.zero_grad()
         simsiam_loss(*out).backward()
         optimizer.step()
         shares.append(z_std(out.z1).item() * math.sqrt(DIM))
         if step % LOG_EVERY == 0:
-            reading = Reading(shares[-1] / math.sqrt(DIM), effective_rank(out.z1).item(), batch)
+            reading = CollapseReading(shares[-1] / math.sqrt(DIM), effective_rank(out.z1).item(), batch)
             told = told or watching.check(step, reading)
         if told is not None and min(shares) < enough:
             break
@@ -158,7 +158,7 @@ def test_what_is_low_depends_on_how_low_it_can_be(
 ) -> None:
     for share, expected in ((told_at, True), (not_at, False)):
         watching = guard(SimSiamConfig(projector_bn=projector_bn))
-        told = [watching.check(step, Reading(share * HEALTHY, 100.0, rows)) for step in range(PATIENCE)]
+        told = [watching.check(step, CollapseReading(share * HEALTHY, 100.0, rows)) for step in range(PATIENCE)]
         assert (told[-1] is not None) == expected
 
 
@@ -171,7 +171,7 @@ def test_few_directions_are_a_sign_though_z_std_is_not() -> None:
 
 def test_a_small_batch_has_few_directions_anyway() -> None:
     watching = guard()
-    assert all(watching.check(step, Reading(HEALTHY, 2.5, rows=8)) is None for step in range(9))
+    assert all(watching.check(step, CollapseReading(HEALTHY, 2.5, rows=8)) is None for step in range(9))
 
 
 def test_knn_that_falls_is_a_sign() -> None:

@@ -12,10 +12,10 @@ import torch
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.timing import ReadCosts
 from tests.train.test_pretrain import flags, run_here
-from train.distributed.process_group import Dist
-from train.monitoring.progress import Waits, costliest_shard, describe_shard, describe_waits
+from train.distributed.process_group import DistContext
+from train.monitoring.progress import DataWait, costliest_shard, describe_shard, describe_waits
 
-ALONE = Dist.alone(torch.device("cpu"))
+ALONE = DistContext.alone(torch.device("cpu"))
 
 
 def test_reads_of_many_threads_add_up() -> None:
@@ -40,13 +40,13 @@ def test_the_costliest_shard_is_the_one_with_most_seconds(photo_dataset: ShardSe
 
 
 def test_waits_name_the_slowest_rank() -> None:
-    waits = Waits((1.0, 3.0), 10.0)
+    waits = DataWait((1.0, 3.0), 10.0)
     assert (waits.shares, waits.slowest) == ([0.1, 0.3], 1)
     assert str(waits) == "30% (ranks 10% 30%)"
     assert describe_waits(waits) == "data_wait: 30% (ranks 10% 30%); rank 1 waited longest, 3.0 s of 10.0 s"
-    assert str(Waits((2.0,), 10.0)) == "20%"
-    assert describe_waits(Waits((2.0,), 10.0)) == "data_wait: 20%, 2.0 s of 10.0 s"
-    many = Waits((*[1.0] * 37, 4.0, *[1.0] * 26), 10.0)
+    assert str(DataWait((2.0,), 10.0)) == "20%"
+    assert describe_waits(DataWait((2.0,), 10.0)) == "data_wait: 20%, 2.0 s of 10.0 s"
+    many = DataWait((*[1.0] * 37, 4.0, *[1.0] * 26), 10.0)
     assert str(many) == "40% (rank 37; mean 10%)"
 
 

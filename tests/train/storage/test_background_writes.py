@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.train.test_pretrain import flags, losses, run_here
+from train.engine import run as run_module
 from train.monitoring.reporter import Reporter, StepResult
-from train.storage import checkpoints as checkpoints_module
 from train.storage.checkpoints import CheckpointWriter, host_copy, load_checkpoint, save_checkpoint
 
 
@@ -104,7 +104,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     arguments = flags(photo_dataset_path, tmp_path / "run", "--checkpoint-every", "3steps", "--knn-every", "0")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints_module, "save_checkpoint", slow_save)
+        patch.setattr(run_module, "save_checkpoint", slow_save)
         patch.setattr(Reporter, "step", step)
         assert run_here(patch, [*arguments, "--max-steps", "6"]) == 0
     third, sixth = sorted((tmp_path / "run" / "checkpoints").iterdir())

@@ -22,7 +22,7 @@ from train.storage.encoder_files import initialise, open_encoder, read_weights
 from train.storage.encoder_formats import recognise, to_detectron2, to_official
 
 CONFIG = SimSiamConfig(backbone="resnet18", stem="cifar", dim=16, projector_hidden=24, predictor_hidden=8)
-PICTURES = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
 
 
 def trained(config: SimSiamConfig) -> SimSiam:
@@ -58,8 +58,8 @@ def saved(path: Path, content: Any) -> Path:
 
 
 def features_of(path: Path, **options: Any) -> torch.Tensor:
-    trunk, width, _ = open_encoder(str(path), **options)
-    features = trunk(PICTURES)
+    backbone, width, _ = open_encoder(str(path), **options)
+    features = backbone(IMAGES)
     assert features.shape == (2, width)
     assert not features.requires_grad
     return features
@@ -68,7 +68,7 @@ def features_of(path: Path, **options: Any) -> torch.Tensor:
 def test_ours_by_file_and_by_run_folder(model: SimSiam, checkpoint: Path) -> None:
     (file,) = (checkpoint / "checkpoints").iterdir()
     for path in (checkpoint, checkpoint / "checkpoints", file):
-        assert torch.equal(features_of(path), model.backbone(PICTURES))
+        assert torch.equal(features_of(path), model.backbone(IMAGES))
     weights = read_weights(checkpoint)
     assert (weights.backbone, weights.stem, weights.parts.layout) == ("resnet18", "cifar", "siamstream")
     assert weights.pixels is not None
@@ -91,11 +91,11 @@ def test_official_checkpoints(model: SimSiam, tmp_path: Path, legacy: bool) -> N
     content = {"epoch": 100, "arch": "resnet18", "state_dict": official_state(model), "optimizer": {"state": {}}}
     path = tmp_path / "checkpoint_0099.pth.tar"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    assert torch.equal(features_of(path, stem="cifar"), model.backbone(PICTURES))
+    assert torch.equal(features_of(path, stem="cifar"), model.backbone(IMAGES))
     other = SimSiam(CONFIG).eval()
     said = initialise(other, read_weights(path, stem="cifar"))
     assert said == f"backbone and projector and predictor from {path} (official names)"
-    for ours, theirs in zip(other(PICTURES, -PICTURES), model(PICTURES, -PICTURES), strict=True):
+    for ours, theirs in zip(other(IMAGES, -IMAGES), model(IMAGES, -IMAGES), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -106,14 +106,14 @@ def test_torchvision_and_safetensors_with_their_classifier(tmp_path: Path) -> No
     safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
     theirs.fc = nn.Identity()
     for path in (saved(tmp_path / "weights.pth", state), tmp_path / "weights.safetensors"):
-        assert torch.equal(features_of(path), theirs(PICTURES))
+        assert torch.equal(features_of(path), theirs(IMAGES))
         assert read_weights(path).stem == "imagenet"
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet_tiny"])
 def test_the_architecture_is_found_out(tmp_path: Path, name: str) -> None:
-    trunk, _ = build_backbone(name)
-    wrapped = {f"module._orig_mod.{key}": value for key, value in trunk.state_dict().items()}
+    backbone, _ = build_backbone(name)
+    wrapped = {f"module._orig_mod.{key}": value for key, value in backbone.state_dict().items()}
     weights = read_weights(saved(tmp_path / "w.pth", {"state_dict": wrapped}))
     assert (weights.backbone, weights.stem) == (name, BACKBONES[name].default_stem)
 
@@ -126,7 +126,7 @@ def test_heads_of_another_shape_start_at_random(checkpoint: Path) -> None:
 
 
 def test_an_untrained_encoder_is_a_function_of_its_seed() -> None:
-    first, again, other = (open_encoder("untrained:resnet_tiny", seed=seed)[0](PICTURES) for seed in (5, 5, 6))
+    first, again, other = (open_encoder("untrained:resnet_tiny", seed=seed)[0](IMAGES) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     with pytest.raises(UserError, match="--checkpoint untrained:resnet51 is unknown; known are resnet18"):

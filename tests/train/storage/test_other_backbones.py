@@ -1,4 +1,4 @@
-"""A trunk that is no ResNet: one entry in BACKBONES, and it trains, resumes, is read again and leaves."""
+"""A backbone that is no ResNet: one entry in BACKBONES, and it trains, resumes, is read again and leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train import pretrain
 from train.storage.encoder_files import open_encoder, read_weights
 from train.storage.run_folder import read_lines
 
-PICTURES = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
 
 
 def plain_network() -> nn.Module:
@@ -38,7 +38,7 @@ def train(monkeypatch: pytest.MonkeyPatch, data: Path, run_dir: Path, *more: str
 
 def features(path: Path) -> torch.Tensor:
     with torch.no_grad():
-        return open_encoder(str(path))[0](PICTURES)
+        return open_encoder(str(path))[0](IMAGES)
 
 
 def test_it_trains_resumes_and_leaves(
@@ -59,7 +59,7 @@ def test_it_trains_resumes_and_leaves(
     alone = plain_network().eval()
     alone.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True))
     with torch.no_grad():
-        assert torch.equal(alone(PICTURES), expected)
+        assert torch.equal(alone(IMAGES), expected)
     alone.load_state_dict(load_file(tmp_path / "out.safetensors"))
     for layout in ("detectron2", "official"):
         assert call(monkeypatch, export_backbone, tmp_path / "run", tmp_path / "x.pth", "--format", layout) == 2
@@ -79,7 +79,7 @@ def test_first_layers_that_it_does_not_have(
         read_weights(tmp_path / "run", stem="small")
 
 
-def test_weights_of_another_trunk_are_told_from_it(tmp_path: Path) -> None:
+def test_weights_of_another_backbone_are_told_from_it(tmp_path: Path) -> None:
     torch.save({"backbone.0.weight": torch.zeros(12, 3, 5, 5)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"another architecture than resnet18, .*, plain"):
         read_weights(tmp_path / "other.pth")
