@@ -215,7 +215,15 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
         about.update(fingerprint=listing_fingerprint(tars), classes=known, rejected=[])
         job = IndexJob(out, tars, options)
     else:
-        found = open_source(source, options, out / PARTIAL_DIR, quiet=quiet)
+        found = open_source(
+            source,
+            out / PARTIAL_DIR,
+            subtree=options.subtree,
+            labels=options.labels,
+            classes_from=options.classes_from,
+            seed=options.seed,
+            quiet=quiet,
+        )
         about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
         about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
         if earlier is None:

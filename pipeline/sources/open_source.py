@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.labels import adopt_classes, dataset_classes, label_by_file, label_by_folder
 from pipeline.sources.listing import Listing
 from pipeline.sources.parquet import parquet_files, spool_parquet
@@ -26,7 +25,8 @@ from pipeline.sources.readers import WDS, ContainerReader, Source, open_folder
 from pipeline.sources.synthetic import open_synthetic
 from pipeline.sources.tar import compression, is_plain_tar, list_tar, unpack_tar
 
-KINDS: dict[str, Callable[[str, ShardingOptions], Source]] = {"synthetic": open_synthetic}  # KIND:REST gets REST
+# KIND:REST is opened by its function, which gets (REST, subtree, seed).
+KINDS: dict[str, Callable[[str, str, int], Source]] = {"synthetic": open_synthetic}
 
 
 def source_title(source: str) -> str:
@@ -37,46 +37,56 @@ def source_title(source: str) -> str:
     return Path(source).resolve().name
 
 
-def open_source(source: str, options: ShardingOptions, spool: Path, *, quiet: bool = True) -> Source:
+def open_source(
+    source: str,
+    spool: Path,
+    *,
+    subtree: str = "",
+    labels: str = "auto",
+    classes_from: Path | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> Source:
     """List the images of SOURCE with their labels.
 
-    ``spool`` is a folder for the one temporary copy of a source without random access. Raises UserError if SOURCE is
-    missing, damaged, empty, or of no known kind.
+    ``spool`` is a folder for the one temporary copy of a source without random access. ``subtree``, ``labels``,
+    ``classes_from`` and ``seed`` are the options of the same names of make_shards.py; only synthetic images use the
+    seed. Raises UserError if SOURCE is missing, damaged, empty, or of no known kind.
     """
     kind, _, rest = source.partition(":")
     if kind in KINDS:
-        opened = KINDS[kind](rest, options)
+        opened = KINDS[kind](rest, subtree, seed)
     else:
         path = Path(source)
         if not path.exists():
             raise UserError(
                 f"SOURCE {source} does not exist: give a folder, a tar, parquet files, synthetic:N or wds:PATTERN"
             )
-        opened = _open_path(path, options, spool, quiet)
-    return replace(opened, listing=_with_labels(opened.listing, source, options))
+        opened = _open_path(path, subtree, labels, spool, quiet)
+    return replace(opened, listing=_with_labels(opened.listing, source, labels, classes_from))
 
 
-def _open_path(path: Path, options: ShardingOptions, spool: Path, quiet: bool) -> Source:
-    if parquet_files(path, options.subtree):
-        container, listing = spool_parquet(path, options.subtree, options.labels, spool, quiet)
+def _open_path(path: Path, subtree: str, labels: str, spool: Path, quiet: bool) -> Source:
+    if parquet_files(path, subtree):
+        container, listing = spool_parquet(path, subtree, labels, spool, quiet)
         return Source(listing, ContainerReader(container))
     if path.is_dir():
-        return open_folder(path, options.subtree, quiet)
+        return open_folder(path, subtree, quiet)
     container = path if compression(path) is None else unpack_tar(path, spool, quiet)
     if not is_plain_tar(container):
         raise UserError(
             f"SOURCE {path} is neither a tar (plain, gz, bz2, xz) nor a parquet file: unpack it, or convert it"
         )
-    return Source(list_tar(container, options.subtree, quiet), ContainerReader(container))
+    return Source(list_tar(container, subtree, quiet), ContainerReader(container))
 
 
-def _with_labels(listing: Listing, source: str, options: ShardingOptions) -> Listing:
+def _with_labels(listing: Listing, source: str, labels: str, classes_from: Path | None) -> Listing:
     """Labels and classes as --labels and --classes-from want them."""
-    if options.labels == "none":
+    if labels == "none":
         return replace(listing, labels=np.full(len(listing), -1, np.int32), classes=())
-    known = () if options.classes_from is None else dataset_classes(options.classes_from)
-    if options.labels not in ("auto", "folders"):
-        return label_by_file(listing, Path(options.labels), known)
+    known = () if classes_from is None else dataset_classes(classes_from)
+    if labels not in ("auto", "folders"):
+        return label_by_file(listing, Path(labels), known)
     if not listing.classes:  # parquet and synthetic sources bring theirs
-        listing = label_by_folder(listing, source, "auto" if options.labels == "auto" else "folders")
-    return listing if options.classes_from is None else adopt_classes(listing, options.classes_from)
+        listing = label_by_folder(listing, source, "auto" if labels == "auto" else "folders")
+    return listing if classes_from is None else adopt_classes(listing, classes_from)

@@ -18,7 +18,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from pipeline.common.errors import UserError
-from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.listing import UNKNOWN_LENGTH, Listing
 from pipeline.sources.readers import Source
 
@@ -39,14 +38,14 @@ class SyntheticReader:
         return SyntheticImages(self.count, self.seed)
 
 
-def open_synthetic(count_text: str, options: ShardingOptions) -> Source:
+def open_synthetic(count_text: str, subtree: str, seed: int) -> Source:
     """``synthetic:N``: N images drawn by numpy from the seed, with labels."""
-    if options.subtree:
-        raise UserError(f"--subtree {options.subtree} does not go with synthetic:N, which has no folders: leave it out")
+    if subtree:
+        raise UserError(f"--subtree {subtree} does not go with synthetic:N, which has no folders: leave it out")
     if not count_text.isdecimal() or int(count_text) < 1:
         raise UserError(f"synthetic:{count_text}: the number of images must be a whole number of at least 1")
     count = int(count_text)
-    images = SyntheticImages(count, options.seed)
+    images = SyntheticImages(count, seed)
     names = [f"synthetic-{i:09d}.jpg".encode() for i in range(count)]
     listing = Listing(
         names=np.frombuffer(b"".join(names), np.uint8),
@@ -57,7 +56,7 @@ def open_synthetic(count_text: str, options: ShardingOptions) -> Source:
         classes=tuple(images.classes),
         rejected=(),
     )
-    return Source(listing, SyntheticReader(count, options.seed))
+    return Source(listing, SyntheticReader(count, seed))
 
 
 SIDE = 48  # px; random crops of it still fill views of 32 px

@@ -164,7 +164,7 @@ def test_many_threads_share_a_small_cache(proxy: FaultProxy, tmp_path: Path) -> 
 READER = """
 import os, sys, threading
 from pathlib import Path
-from pipeline import remote
+from pipeline.dataset import remote_files as remote
 from pipeline.common.locations import Url
 from pipeline.dataset.remote_cache import CacheConfig, RemoteFile, ShardCache
 remote.PIECE = {piece}

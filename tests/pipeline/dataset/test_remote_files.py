@@ -110,7 +110,7 @@ def test_what_waiting_does_not_help_ends_after_a_few_attempts(
 
 READ_ALL = """
 import sys, threading
-from pipeline import remote
+from pipeline.dataset import remote_files as remote
 from pipeline.common.locations import Url
 remote.FIRST_DELAY_S = 0.01
 name, size = sys.argv[2], int(sys.argv[3])

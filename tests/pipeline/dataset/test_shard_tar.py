@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from webdataset import TarWriter
 
 from pipeline.common import files as disk
-from pipeline.dataset import shard_tar as shard_tar_module
+from pipeline.dataset import shard_tar as shard_tar
 from pipeline.dataset.shard_tar import ShardTar
 
 KEY = st.text("abcxyzABC019_-", min_size=1, max_size=70)
@@ -51,9 +51,7 @@ def test_large_contents_are_read_back_by_tarfile(tmp_path: Path) -> None:
 
 def test_every_byte_but_the_last_ones_is_sent_to_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        shard_tar_module, "start_writing_back", lambda file, start, length: sent.append((start, length))
-    )
+    monkeypatch.setattr(shard_tar, "start_writing_back", lambda file, start, length: sent.append((start, length)))
     with open(tmp_path / "shard.tar", "wb") as file:
         tar = ShardTar(file)
         for number in range(7):

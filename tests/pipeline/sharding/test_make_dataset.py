@@ -87,7 +87,7 @@ def test_the_number_of_workers_makes_no_difference(
 def test_workers_start_without_torch() -> None:
     code = (
         "import sys, pipeline.sharding.make_dataset; assert not {'torch', 'webdataset', 'numba'} & set(sys.modules);"
-        "from pipeline.dataset.shard_tar import keep_torch_out; keep_torch_out();"
+        "from pipeline.sharding.workers import keep_torch_out; keep_torch_out();"
         "from webdataset import TarWriter; assert sys.modules['torch'] is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

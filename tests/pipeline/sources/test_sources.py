@@ -25,7 +25,7 @@ COUNT = len(CLASSES) * PER_CLASS
 
 def open_it(source: Path | str, spool: Path, **options: object) -> Source:
     spool.mkdir(exist_ok=True)
-    return open_source(str(source), ShardingOptions(**options), spool)  # type: ignore[arg-type]
+    return open_source(str(source), spool, **options)  # type: ignore[arg-type]
 
 
 def contents(source: Source) -> dict[str, tuple[int, bytes]]:
