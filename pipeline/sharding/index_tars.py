@@ -1,6 +1,6 @@
-"""Owns turning WebDataset tars made by others into a dataset: they are indexed where they lie, never rewritten.
+"""Make a dataset of existing WebDataset tars (wds:PATTERN): the tars are indexed in place and never rewritten.
 
-Refused images stay in their tar but get no row in samples.npy, so training never sees them.
+Refused images stay in their tar but get no row in samples.npy, so training does not read them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pipeline.sources.listing import Rejected
 from pipeline.sources.tar import Member, scan_tar
 
 _UNUSED = {"limit": None, "shorter_side": None, "subtree": "", "labels": ("auto", "none")}
-_LABEL_BYTES = 32  # more than any number; a longer .cls file is not read at all
+_LABEL_BYTES = 32  # longer than any number; a longer .cls file is refused unread
 
 
 def open_tars(pattern: str, options: ShardingOptions) -> list[Path]:
-    """The tars of wds:PATTERN: braces are expanded ({000000..000146}), then * and ?; sorted within each brace.
+    """The tars of wds:PATTERN: braces are expanded ({000000..000146}), then * and ?, sorted within each brace.
 
     Raises UserError for a missing tar, no tar at all, or options that would need the tars to be rewritten.
     """
@@ -61,7 +61,7 @@ def listing_fingerprint(tars: list[Path]) -> str:
 
 @dataclass
 class IndexJob(Job):
-    """Tars of others; shard i is tar i."""
+    """Index existing tars; shard i is tar i."""
 
     out: Path
     tars: list[Path]
@@ -109,7 +109,7 @@ class IndexJob(Job):
         return member, row
 
     def _place(self, tar: Path) -> str:
-        """Relative where the tar lies below OUT, so that the whole folder can be moved."""
+        """Path of the tar: relative if it lies below OUT, so that the folder can be moved."""
         out, there = (Path(os.path.abspath(path)) for path in (self.out, tar))
         return there.relative_to(out).as_posix() if there.is_relative_to(out) else str(there)
 
@@ -121,7 +121,7 @@ def tar_samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list
         for member in scan_tar(tar):
             if member.refusal is not None:
                 rejected.append(Rejected(f"{tar.name}/{member.name}", member.refusal))
-            elif split_key(member.name)[0].rpartition("/")[2]:  # a hidden file has no key
+            elif split_key(member.name)[0].rpartition("/")[2]:  # empty for a hidden file
                 yield member
 
     for key, members in groupby(usable(), key=lambda member: split_key(member.name)[0]):
@@ -134,7 +134,7 @@ def image_member(members: list[Member]) -> Member | None:
 
 
 def components(members: list[Member]) -> list[Component]:
-    """A sample's members as DALI's index lists them."""
+    """The members of a sample in the form of DALI's index."""
     return [Component(split_key(m.name)[1], m.offset, m.length, m.name) for m in members]
 
 

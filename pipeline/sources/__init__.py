@@ -1,1 +1,1 @@
-"""Sources."""
+"""What users have: image folders, tars, zips, parquet files, WebDataset tars, synthetic images, and their labels."""

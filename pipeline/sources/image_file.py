@@ -1,7 +1,8 @@
-"""Owns the judgement of one image: can the training pipeline decode these bytes, and how large is it?
+"""Check one encoded image: can every back end decode it, and how large is it?
 
-PIL is the judge, since it checks strictly (a truncated file fails) where a region decode on a GPU may not. The formats
-are those that DALI decodes too: an image that passes here must not stop a batch later.
+Used by sharding and by check_shards before an image becomes a sample. PIL decodes, because it is strict: a truncated
+file fails, while a region decode on a GPU may succeed. Formats and variants that DALI does not read are refused, so
+that an accepted image cannot stop a batch during training.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ _TIFF_MODES = frozenset({"RGB", "L", "P", "RGBA", "CMYK", "YCbCr", "I;16"})
 MAX_SIDE = 65535  # samples.npy keeps height and width as uint16
 _KNOWN_MAGIC = ((b"GIF8", "GIF"), (b"%PDF", "PDF"), (b"<svg", "SVG"), (b"8BPS", "Photoshop"), (b"\xff\x0a", "JPEG XL"))
 _KNOWN_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
-_SEGMENT = re.compile(rb"\xff+(?P<marker>[^\x00\xff])(?P<length>..)", re.DOTALL)  # any number of fill bytes before
-# PIL's own limit warns at 89 million pixels and stops at twice that; ours is checked before anything is decoded.
+_SEGMENT = re.compile(rb"\xff+(?P<marker>[^\x00\xff])(?P<length>..)", re.DOTALL)  # preceded by any number of fill bytes
+# PIL's own limit warns at 89 million pixels and fails at twice that; --max-pixels is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
 
 class BadImageError(Exception):
-    """These bytes are refused; the message is the reason that goes into rejected.jsonl."""
+    """An image is refused; the message is the reason for rejected.jsonl."""
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What is known about one accepted image. Height and width are as stored: EXIF orientation is ignored."""
+    """Format and size of one accepted image, as stored: EXIF orientation is ignored."""
 
     extension: str  # of the content, without a dot: a PNG named .jpg is "png"
     height: int  # pixels
@@ -55,14 +56,14 @@ class ImageInfo:
 
 
 def inspect_image(data: bytes, verify: Verify, max_pixels: int) -> ImageInfo:
-    """Check encoded bytes. ``full`` reads everything; ``header`` and ``none`` only look at the header.
+    """Check encoded bytes. ``full`` decodes the image; ``header`` and ``none`` read the header only.
 
     Raises BadImageError with the reason: not an image, a format DALI cannot decode, too large, truncated, ...
     """
     image = _open(data, max_pixels)
     inspected = ImageInfo(EXTENSIONS[_format(image)], image.height, image.width)
     if verify == "full":
-        # JPEGs at an eighth of their size: every code in them is read, and the arithmetic left out cannot fail
+        # A JPEG is decoded at an eighth of its size: all entropy codes are read, and the skipped IDCT cannot fail.
         image.draft(None, (1, 1))
         _decode(image)
     return inspected
@@ -90,7 +91,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImageError("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata are no reason to refuse an image
+            warnings.simplefilter("ignore")  # warnings about odd metadata do not refuse an image
             image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
     except Image.UnidentifiedImageError:
         raise BadImageError(_describe_unknown(data)) from None
@@ -127,22 +128,22 @@ def _check_variant(image: Image.Image, data: bytes) -> None:
 def _check_segments(data: bytes) -> None:
     """Refuse a JPEG unless each segment up to the scan begins where the one before ends (ITU-T T.81, B.1.1).
 
-    DALI demands it; PIL skips what it does not know. tests/test_hostile_input.py compares with DALI's decoder.
+    DALI requires it; PIL skips unknown bytes. tests/test_hostile_input.py compares with DALI's decoder.
     """
-    at = 2  # behind the marker of the start
+    at = 2  # after the start-of-image marker
     while at < len(data):
         segment = _SEGMENT.match(data, at)
         if segment is not None and segment["marker"] == b"\xda":
             return
         length = 0 if segment is None else int.from_bytes(segment["length"], "big")
-        if segment is None or length < 2:  # the two bytes of the length are counted in
+        if segment is None or length < 2:  # the length includes its own two bytes
             raise BadImageError("damaged header: its JPEG segments do not follow each other")
         at = segment.start("length") + length
     raise BadImageError("truncated")
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    """Decode every byte, and convert as torchvision's loaders do. Gray stays gray."""
+    """Decode all pixels to RGB, as torchvision's loaders do, or to L for a gray image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -153,12 +154,12 @@ def _decode(image: Image.Image) -> Image.Image:
 
 
 def _format(image: Image.Image) -> str:
-    return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with further frames behind the first
+    return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG followed by further frames
 
 
 def _reason(error: Exception, what: str) -> str:
     if "truncated" in str(error).lower():
-        return "truncated"  # one reason for the summary: PIL's message counts the bytes that are left
+        return "truncated"  # PIL's message contains a byte count; the summary groups by reason
     return f"{what}: {_first_line(error)}"
 
 

@@ -1,4 +1,7 @@
-"""Owns labels that lie apart from the images: ground-truth files, ImageNet's devkit, another dataset's classes."""
+"""Labels of a source: from class folders, from a label file, from ImageNet's devkit; class lists of other datasets.
+
+``open_source`` calls these functions on a ``Listing`` without labels and gets one with labels and class names.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +62,7 @@ def _by_name(listing: Listing, rows: list[list[str]], file: Path) -> list[str]:
 
 
 def _refuse_ilsvrc_numbers(listing: Listing, words: list[str], file: Path) -> None:
-    """ILSVRC's own numbers 1 to 1000 are not in the order of the sorted class names: taking them as labels is a
-    classic.
-    """
+    """Raise UserError for ILSVRC's own class numbers 1 to 1000: they are not in the order of the WordNet ids."""
     if PurePosixPath(listing.name(0)).name.startswith("ILSVRC2012_val_") and all(word.isdecimal() for word in words):
         raise UserError(
             f"{file} numbers ImageNet's classes as the devkit does, which is not the order of the training folders: "
@@ -84,7 +85,10 @@ def _number(listing: Listing, words: list[str], classes: tuple[str, ...], file: 
 
 
 def adopt_classes(listing: Listing, dataset: Path) -> Listing:
-    """The same labels, renumbered by another dataset's class list. Raises UserError for a class it does not have."""
+    """The same labels, renumbered by the class list of another dataset.
+
+    Raises UserError for a class that is missing there.
+    """
     classes = dataset_classes(dataset)
     number = {name: i for i, name in enumerate(classes)}
     if unknown := [name for name in listing.classes if name not in number]:
@@ -94,7 +98,7 @@ def adopt_classes(listing: Listing, dataset: Path) -> Listing:
 
 
 def dataset_classes(dataset: Path) -> tuple[str, ...]:
-    """Class names of a dataset on disk. Raises UserError if it has none."""
+    """Class names of a dataset on disk. Raises UserError if the dataset has none."""
     classes = tuple(read_dataset_file(dataset)["classes"])
     if not classes:
         raise UserError(f"--classes-from {dataset}: that dataset has no classes")
@@ -132,9 +136,9 @@ SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "dev"})
 def label_by_folder(listing: Listing, source: str, mode: Literal["auto", "folders"]) -> Listing:
     """Labels from the first component of each name; classes are the sorted components.
 
-    ``auto``: flat images, or all images directly in one single folder, have no labels. Raises UserError where
-    a class cannot be meant: folders named like splits, one folder around all classes, or a mixture. ``folders`` takes
-    the first two as they are and leaves images outside of class folders out.
+    ``auto``: flat images, or images that all lie directly in one folder, get no labels. Raises UserError where the
+    folders are probably not classes: folders named like splits, one folder around all classes, or images beside
+    folders. ``folders`` accepts the first two cases and rejects images outside of class folders.
     """
     names = [listing.name(i) for i in range(len(listing))]
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]

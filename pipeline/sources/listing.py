@@ -1,7 +1,7 @@
-"""Owns the table of a source's images: names, byte ranges and labels as flat arrays that processes share by mmap.
+"""The table of a source's images: names, byte ranges and labels as flat arrays.
 
-Fourteen million images are about 1 GB here, and a worker reads only the rows it needs; as Python objects they would
-be many times that in every process.
+A source fills a ``ListingBuilder``; the ``Listing`` is saved once and memory-mapped by every worker process. 14 million
+images take about 1 GB this way; as Python objects they would take several times as much in each process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Listing:
         return bytes(self.names[start:stop]).decode("utf-8", "surrogateescape")
 
     def fingerprint(self) -> str:
-        """sha256 over names, lengths, labels and classes. It does not see that a file changed but kept its length."""
+        """sha256 over names, lengths, labels and classes. A changed file of the same length goes unnoticed."""
         digest = hashlib.sha256()
         for column in (self.names, self.name_starts, self.lengths, self.labels):
             digest.update(np.ascontiguousarray(column).data)
@@ -60,7 +60,7 @@ class Listing:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write the columns into ``folder``, each atomically; meta.json comes last."""
+        """Write the columns into ``folder``, each atomically; meta.json last."""
         folder.mkdir(parents=True, exist_ok=True)
         for column in _COLUMNS:
             with atomic_file(folder / f"{column}.npy") as file:
@@ -70,7 +70,7 @@ class Listing:
 
     @classmethod
     def load(cls, folder: Path) -> Listing:
-        """Map a saved listing. Raises OSError if it is not there."""
+        """Map a saved listing. Raises OSError if it does not exist."""
         meta = json.loads((folder / "meta.json").read_text())
         maps = {c: np.load(folder / f"{c}.npy", mmap_mode="r", allow_pickle=False) for c in _COLUMNS}
         columns = {c: column.view(np.ndarray) for c, column in maps.items()}  # memmap itself is slow to index
@@ -90,7 +90,7 @@ class ListingBuilder:
     rejected: list[Rejected] = field(default_factory=list)
 
     def add(self, name: str, offset: int, length: int, label: int | None = None) -> None:
-        """Add one entry; what is not named like an image goes to ``rejected``."""
+        """Add one entry; a name without an image's extension goes to ``rejected``."""
         if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
             self.reject(name, "not an image file")
             return
@@ -101,7 +101,7 @@ class ListingBuilder:
             self.labels.append(label)
 
     def reject(self, name: str, reason: str) -> None:
-        """Record an entry that is no image for us."""
+        """Record an entry that is not used, with the reason."""
         self.rejected.append(Rejected(name, reason))
 
     def build(self, classes: Sequence[str] = ()) -> Listing:
@@ -133,7 +133,7 @@ class ListingBuilder:
         )
 
     def _sorted_unique(self) -> list[int]:
-        """Rows sorted by name. As in tar, a later entry of the same name replaces the earlier one."""
+        """Rows sorted by name. A later entry of the same name replaces the earlier one, as when a tar is unpacked."""
         order = sorted(range(len(self.names)), key=self.names.__getitem__)
         kept = []
         for position, row in enumerate(order):
@@ -147,7 +147,7 @@ class ListingBuilder:
 
 
 def select(listing: Listing, mask: np.ndarray, rejected: tuple[Rejected, ...]) -> Listing:
-    """The rows where ``mask`` (bool[n]) holds, with ``rejected`` added for the others."""
+    """The rows where ``mask`` (bool[n]) is true, with ``rejected`` added for the others."""
     rows = np.flatnonzero(mask)
     if len(rows) == 0:
         raise UserError("no image is left after choosing: check --subtree and --labels")

@@ -1,8 +1,8 @@
-"""Owns the little of MATLAB's version 5 file format that ImageNet's devkit needs: one array of structs.
+"""Read one array of structs from a MATLAB version 5 file, as ImageNet's devkit stores its synsets.
 
-From "MAT-File Format", The MathWorks, chapter 1: a file is a header of 128 bytes and data elements; an element is a
-type, a length and that many bytes padded to 8; a matrix is an element made of elements (flags, dimensions, name,
-contents).
+The format is from "MAT-File Format", The MathWorks, chapter 1: a file is a header of 128 bytes and data elements; an
+element is a type, a length and that many bytes padded to 8; a matrix is an element that contains further elements
+(flags, dimensions, name, contents).
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Owns where images come from: every source becomes a ``Listing`` plus a ``Reader`` with cheap random access.
+"""Open a SOURCE of make_shards.py: every source becomes a ``Listing`` plus a ``Reader`` with random access.
 
-Random access is what lets a global shuffle cost no memory: shards are cut from a permutation of the listing, and each
-worker reads only the images of its own shard. Sources without it (compressed tars, parquet) are unpacked once, into
+Random access makes the global shuffle free of memory: shards are cut from a permutation of the listing, and each worker
+reads only the images of its own shard. Sources without random access (compressed tars, parquet) are copied once into
 one temporary file beside the shards.
 
-To add a source, write a ``Reader`` and an ``open_...`` function that lists the images. One that is named KIND:REST is
-an entry of ``KINDS``, any other a case of ``_open_path``; tests/test_sources.py says what every source has to do.
+To add a source, write a ``Reader`` and an ``open_...`` function that lists the images. A source named KIND:REST becomes
+an entry of ``KINDS``, any other a case of ``_open_path``; tests/pipeline/sources/test_sources.py checks what every
+source must do.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from pipeline.sources.readers import WDS, ContainerReader, Source, open_folder
 from pipeline.sources.synthetic import open_synthetic
 from pipeline.sources.tar import compression, is_plain_tar, list_tar, unpack_tar
 
-# KIND:REST is opened by its function, which gets (REST, subtree, seed).
+# KIND:REST is opened by KINDS[KIND](REST, subtree, seed).
 KINDS: dict[str, Callable[[str, str, int], Source]] = {"synthetic": open_synthetic}
 
 
 def source_title(source: str) -> str:
-    """SOURCE as dataset.json records it: without folders, so that it is the same on every machine."""
+    """SOURCE as dataset.json records it: the base name, which is the same on every machine."""
     kind, colon, rest = source.partition(":")
     if colon and (kind in KINDS or source.startswith(WDS)):
         return f"{kind}:{os.path.basename(rest)}"
@@ -49,9 +50,9 @@ def open_source(
 ) -> Source:
     """List the images of SOURCE with their labels.
 
-    ``spool`` is a folder for the one temporary copy of a source without random access. ``subtree``, ``labels``,
-    ``classes_from`` and ``seed`` are the options of the same names of make_shards.py; only synthetic images use the
-    seed. Raises UserError if SOURCE is missing, damaged, empty, or of no known kind.
+    ``spool`` is a folder for the temporary copy of a source without random access. ``subtree``, ``labels``,
+    ``classes_from`` and ``seed`` are the options of make_shards.py with these names; only synthetic images use
+    ``seed``. Raises UserError if SOURCE is missing, damaged, empty, or of no known kind.
     """
     kind, _, rest = source.partition(":")
     if kind in KINDS:
@@ -81,12 +82,12 @@ def _open_path(path: Path, subtree: str, labels: str, spool: Path, quiet: bool) 
 
 
 def _with_labels(listing: Listing, source: str, labels: str, classes_from: Path | None) -> Listing:
-    """Labels and classes as --labels and --classes-from want them."""
+    """Apply --labels and --classes-from."""
     if labels == "none":
         return replace(listing, labels=np.full(len(listing), -1, np.int32), classes=())
     known = () if classes_from is None else dataset_classes(classes_from)
     if labels not in ("auto", "folders"):
         return label_by_file(listing, Path(labels), known)
-    if not listing.classes:  # parquet and synthetic sources bring theirs
+    if not listing.classes:  # parquet and synthetic sources have their own
         listing = label_by_folder(listing, source, "auto" if labels == "auto" else "folders")
     return listing if classes_from is None else adopt_classes(listing, classes_from)

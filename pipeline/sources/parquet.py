@@ -1,6 +1,6 @@
-"""Owns reading Hugging Face style parquet files: an image column of encoded bytes and, maybe, a label column.
+"""Read Hugging Face style parquet files: a column of encoded images and, optionally, a label column.
 
-Parquet has no cheap random access, so the images are copied once, one after the other, into one temporary file.
+Parquet has no cheap random access, so all images are copied once into one temporary file beside the shards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 64  # 64 photos of 110 KB are 7 MB
 
 
 def parquet_files(path: Path, subtree: str) -> list[Path]:
-    """The parquet files SOURCE means: itself, or those in a folder whose relative path starts with ``subtree``."""
+    """The parquet files of SOURCE: the file itself, or those in a folder whose path begins with ``subtree``."""
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
     files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
@@ -113,7 +113,7 @@ class _ParquetReader:
         return f"{file.stem}/{row:09d}_{stem}", data, label
 
     def named(self, listing: Listing) -> Listing:
-        """The listing with class names: those of the file's metadata, the sorted words, or the numbers themselves."""
+        """The listing with class names: from the file's metadata, the sorted words, or the numbers."""
         labels = np.maximum(listing.labels, -1)
         if self._words:
             words = sorted(self._words)
@@ -142,7 +142,7 @@ def _label_column(schema: Any, types: Any) -> str | None:
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
-    """Class names as the datasets library keeps them in the schema's metadata; () without."""
+    """Class names from the schema's metadata, where the datasets library stores them; () without."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return tuple(features[label]["names"])

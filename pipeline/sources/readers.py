@@ -1,4 +1,4 @@
-"""Reads image i of a folder or container; the one temporary copy of a source without random access."""
+"""Readers of image i in a folder or container file, and the spool: one copy of a source without random access."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.common.files import write_json
 from pipeline.common.system import progress
 from pipeline.sources.listing import Listing, ListingBuilder
 
-WDS = "wds:"  # SOURCE: tars made by others, which pipeline/sharding/index_tars.py indexes in place
+WDS = "wds:"  # prefix of a SOURCE of WebDataset tars, which pipeline/sharding/index_tars.py indexes in place
 
 
 class Reader(Protocol):
@@ -61,12 +61,12 @@ class ContainerReader:
         return os.pread(self._handle, int(listing.lengths[index]), int(listing.offsets[index]))
 
     def __getstate__(self) -> dict[str, Path]:
-        """Only the path travels to another process, never an open handle."""
+        """Pickle the path only: an open handle has no meaning in another process."""
         return {"path": self.path}
 
 
 def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
-    """List a folder of images, in sorted order; hidden files are left out, links are followed once."""
+    """List a folder of images, sorted by name. Hidden files are skipped; a link to a folder above is not followed."""
     top = root / subtree
     if not top.is_dir():
         raise UserError(f"{top} is not a folder: check SOURCE and --subtree")
@@ -84,7 +84,7 @@ def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
 def _walk(
     folder: Path, prefix: str, above: tuple[tuple[int, int], ...], builder: ListingBuilder
 ) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of every file below ``folder``. ``above`` identifies the folders on the way, against loops."""
+    """(name, bytes) of every file below ``folder``. ``above``: (device, inode) of its parents, to find loops."""
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -117,12 +117,12 @@ def check_room(folder: Path, needed: int, doing: str) -> None:
 
 
 def spool_state(files: list[Path], *choices: str) -> list[Any]:
-    """What a spool depends on: the files (name, bytes, time of change) and the choices made when it was filled."""
+    """Identity of a spool's contents: the files (name, bytes, time of change) and the options it depends on."""
     return [[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files], list(choices)]
 
 
 def spooled(spool: Path, state: list[Any]) -> bool:
-    """Whether an earlier run filled ``spool`` completely from just this."""
+    """Whether an earlier run filled ``spool`` completely from this state."""
     marker = spool / "spool.json"
     return marker.exists() and json.loads(marker.read_text()) == state
 

@@ -1,9 +1,9 @@
-"""Owns the synthetic images: deterministic grey textures of twelve classes, free of any license, drawn by numpy.
+"""Synthetic images for tests and demos (synthetic:N): deterministic gray textures of twelve classes, drawn by numpy.
 
-White noise is filtered to a band around a class's frequency and directions and bent by its profile. What
-says nothing of the class varies from image to image: the exact frequency, contrast, large-scale light, grain,
-negative or not. Pixels therefore compare badly, a trained encoder does well. Mirroring an image left to right keeps
-its class, and there is no colour that could give one away.
+White noise is filtered to a band around the frequency and directions of a class and shaped by its profile. Frequency,
+contrast, large-scale light, grain and sign vary within a class, so a nearest-neighbour search on raw pixels scores low
+and a trained encoder scores high. Horizontal flips keep the class, and there is no colour. The images are free of any
+license.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def open_synthetic(count_text: str, subtree: str, seed: int) -> Source:
     return Source(listing, SyntheticReader(count, seed))
 
 
-SIDE = 48  # px; random crops of it still fill views of 32 px
+SIDE = 48  # px; leaves room for random crops at views of 32 px
 JPEG_QUALITY = 92
 Directions = Literal["any", "across", "upright", "both", "oblique"]
 Profile = Literal["smooth", "ridged", "stepped"]
@@ -73,7 +73,7 @@ STEP_SHARPNESS = 4.0  # slope of the stepped profile at its edges
 
 DEGREES: dict[Directions, tuple[float, ...]] = {
     "any": (),
-    "across": (90.0,),  # lines that run left to right vary from top to bottom
+    "across": (90.0,),  # horizontal lines vary along the vertical axis
     "upright": (0.0,),
     "both": (0.0, 90.0),
     "oblique": (-45.0, 45.0),
@@ -82,7 +82,7 @@ DEGREES: dict[Directions, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Texture:
-    """What makes a class."""
+    """The parameters of a class."""
 
     frequency: float  # cycles an image
     directions: Directions
@@ -119,7 +119,7 @@ class SyntheticImages:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, sorted; a label is a place in it."""
+        """The class names, sorted; a label is an index into them."""
         return tuple(TEXTURES)
 
     def __len__(self) -> int:
@@ -127,12 +127,12 @@ class SyntheticImages:
         return self.count
 
     def label(self, index: int) -> int:
-        """The class of image ``index``; classes take turns. Raises IndexError outside of 0 .. count - 1."""
+        """The class of image ``index``: index mod 12. Raises IndexError outside of 0 .. count - 1."""
         self._check(index)
         return index % len(TEXTURES)
 
     def encode(self, index: int) -> bytes:
-        """Image ``index`` as a grey JPEG of 48 x 48 px. Raises IndexError outside of 0 .. count - 1."""
+        """Image ``index`` as a gray JPEG of 48 x 48 px. Raises IndexError outside of 0 .. count - 1."""
         self._check(index)
         rng = np.random.default_rng((self.seed, index))
         texture = TEXTURES[self.classes[self.label(index)]]
@@ -162,12 +162,12 @@ def _draw(texture: Texture, rng: np.random.Generator) -> UInt8[np.ndarray, "side
 
 
 def _direction_filter(directions: Directions) -> Float[np.ndarray, "..."]:
-    """The share that each wave of the half spectrum keeps, by its direction."""
+    """Gain of each frequency of the half spectrum, by its direction."""
     if directions == "any":
         return np.ones(1)
     lobes = np.zeros_like(_ANGLE)
     for degrees in DEGREES[directions]:
-        away = (_ANGLE - np.deg2rad(degrees) + np.pi / 2) % np.pi - np.pi / 2  # a wave has no front: modulo a half turn
+        away = (_ANGLE - np.deg2rad(degrees) + np.pi / 2) % np.pi - np.pi / 2  # directions are equal modulo half a turn
         lobes += np.exp(-0.5 * (away / ANGLE_WIDTH) ** 2)
     return lobes
 

@@ -1,8 +1,8 @@
-"""Owns reading tars that we did not write: where each image lies, without unpacking and without trusting a name.
+"""List the images of a tar from elsewhere: name, offset and length of each member.
 
-Members never become paths. A plain tar is scanned once, header by header, and its images are read as byte ranges;
-ImageNet's tar of class tars is opened in place in the same way. A compressed tar has no random access and is unpacked
-once.
+A plain tar is scanned once, header by header, and its images are then read as byte ranges; ImageNet's tar of class tars
+is read in place in the same way. A compressed tar has no random access and is decompressed once. Member names are
+labels only and never become paths.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _PIECE = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a tar. ``refusal`` says why it cannot be used, where it cannot."""
+    """One member of a tar. ``refusal`` is the reason why it cannot be used, or None."""
 
-    name: str  # as stored: it may be absolute, hold "..", or bytes that are not UTF-8 (surrogate-escaped)
+    name: str  # as stored: may be absolute, contain "..", or bytes that are not UTF-8 (surrogate-escaped)
     offset: int  # bytes from the start of the file to the contents
     length: int  # bytes
     refusal: str | None
@@ -65,9 +65,7 @@ class _Window(io.RawIOBase):
 
 
 def scan_tar(path: Path) -> Iterator[Member]:
-    """Every file, link and device of a plain tar, in its order; folders are left out. Raises UserError if it is
-    damaged.
-    """
+    """Every file, link and device of a plain tar, in order, without folders. Raises UserError for a damaged tar."""
     with open(path, "rb") as file:
         yield from _scan(file, 0, os.fstat(file.fileno()).st_size, str(path))
 
@@ -81,7 +79,7 @@ def _scan(file: IO[bytes], start: int, length: int, where: str) -> Iterator[Memb
             end = tar.offset
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise UserError(f"the tar {where} is damaged or cut off ({error}): fetch it again") from error
-    # tarfile takes a damaged header in the middle for the end: all that follows would be lost without a word
+    # tarfile takes a damaged header in the middle for the end, and would silently drop all later members
     window.seek(end)
     if any(window.read(tarfile.BLOCKSIZE) or b""):
         raise UserError(f"the tar {where} is damaged: no valid header at byte {end}; fetch it again")
@@ -106,7 +104,7 @@ def _refusal(info: tarfile.TarInfo) -> str | None:
 
 
 def list_tar(path: Path, subtree: str, quiet: bool) -> Listing:
-    """The images of a plain tar below ``subtree``; members that are tars count as folders of their stem's name."""
+    """The images of a plain tar below ``subtree``; a tar inside counts as a folder named by its stem."""
     builder = ListingBuilder(f"{path}{f' below {subtree}' if subtree else ''}")
     below = plain_name(subtree)
     total, text = path.stat().st_size, f"listing {path.name}"
@@ -137,7 +135,7 @@ def _list_inner(file: IO[bytes], outer: Member, name: str, builder: ListingBuild
 
 
 def plain_name(name: str) -> str:
-    """A member's name without leading slash, "." and ".." components: a label for people, never a path."""
+    """A member's name without leading slash, "." and ".." components; used for display and labels, never as a path."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
@@ -170,7 +168,7 @@ def compression(path: Path) -> Any | None:
 
 
 def unpack_tar(path: Path, spool: Path, quiet: bool) -> Path:
-    """Decompress a tar into folder ``spool``, unless an earlier run did, and give the plain tar's path.
+    """Decompress a tar into folder ``spool``, unless an earlier run did; returns the path of the plain tar.
 
     Raises UserError if the archive is damaged or the disk cannot hold it.
     """

@@ -14,7 +14,6 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sharding.make_dataset import make_dataset
-from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.listing import Listing
 from pipeline.sources.open_source import KINDS, open_source, source_title
 from pipeline.sources.readers import Source
@@ -283,8 +282,8 @@ def test_when_folders_are_classes_and_when_not(tmp_path: Path) -> None:
 
 
 def test_a_new_kind_of_source_is_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def open_drawn(count: str, options: ShardingOptions) -> Source:
-        return open_it(f"synthetic:{count}", tmp_path / "spool", seed=options.seed)
+    def open_drawn(count: str, subtree: str, seed: int) -> Source:
+        return open_it(f"synthetic:{count}", tmp_path / "spool", subtree=subtree, seed=seed)
 
     monkeypatch.setitem(KINDS, "drawn", open_drawn)
     make_dataset("drawn:5", tmp_path / "out", quiet=True, in_process=True)
