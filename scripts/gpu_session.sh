@@ -82,7 +82,7 @@ dataset() {  # the one that was given, or synthetic images
     data=$out/synthetic
     [ -f "$data/dataset.json" ] || step synthetic 60 "$python" -c "
 from pathlib import Path
-from tools.imagenet_like import draw_dataset
+from tools.common.fake_imagenet import draw_dataset
 if __name__ == '__main__':
     draw_dataset(Path('$data'), $([ -n "$toy" ] && echo 64 || echo 256))" || exit 1
   fi

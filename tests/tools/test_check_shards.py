@@ -250,7 +250,7 @@ def test_a_repair_that_was_killed_begins_again(copy: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.sharding.workers.build_missing", killed)
+        patch.setattr("pipeline.checking.repair.build_missing", killed)
         patch.setattr("pipeline.checking.repair.shutil.rmtree", lambda *_, **__: None)  # as little is done when killed
         with pytest.raises(KeyboardInterrupt):
             repair_dataset(copy, 1, quiet=True)

@@ -41,7 +41,7 @@ def test_the_whole_demo_at_toy_size(tmp_path: Path) -> None:
 
 
 def test_test_images_are_other_ones_than_those_trained_on(tmp_path: Path) -> None:
-    make_datasets(DemoConfig(out=tmp_path, images=24))
+    make_datasets(DemoConfig(out=tmp_path, num_images=24))
     checksums = [set(ShardSet.open(tmp_path / name).samples["checksum"].tolist()) for name in ("train", "test")]
     assert len(checksums[0]) == len(checksums[1]) == 24
     assert not checksums[0] & checksums[1]

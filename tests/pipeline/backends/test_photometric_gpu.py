@@ -33,7 +33,7 @@ def test_kernels_compile_without_a_gpu(capability: int, out: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pipeline import photometric_gpu
+    from pipeline.backends import photometric_gpu
 
     for name, text in KERNELS.items():
         if out != "fp16" and "{out}" not in text:

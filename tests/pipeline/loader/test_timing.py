@@ -33,6 +33,7 @@ class FakeEvent:
 
 
 class FakeStream:
+    __class__ = torch.cuda.Stream  # type: ignore[assignment]  # for the checks of annotations
     now_ms = 0.0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import pipeline.common.files
-import pipeline.sources.tar
+import pipeline.sources.readers
 from pipeline.common.errors import UserError
 from pipeline.common.files import exclusive_lock
 from pipeline.dataset.dataset import ShardSet
@@ -210,7 +210,7 @@ def test_too_little_room_is_said_before_the_work(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
-    monkeypatch.setattr(pipeline.sources.tar.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(pipeline.sources.readers.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="writing the shards needs at least"):
         make(photo_folder, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))

@@ -19,8 +19,10 @@ from train.distributed.collectives import FlagConsensus
 from train.distributed.process_group import distributed
 
 with distributed("cpu") as dist:
-    agreement = FlagConsensus(dist, lag={lag})
-    heard = [agreement.ask(dist.rank == 1 and step >= 4, dist.rank == 0 and step == 9, False) for step in range(14)]
+    consensus = FlagConsensus(dist, lag={lag})
+    heard = [
+        consensus.any_rank(dist.rank == 1 and step >= 4, dist.rank == 0 and step == 9, False) for step in range(14)
+    ]
 print(json.dumps(heard))
 """
 

@@ -265,7 +265,10 @@ def test_two_ranks_give_the_accuracy_of_one_to_the_sample(
 ) -> None:
     one = evaluate_both(photo_dataset_path, val_path, tmp_path / "1", ALONE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(ROOT / "tests" / "both_evaluations.py"), str(photo_dataset_path), str(val_path), str(tmp_path / "2")]
+    script = [
+        str(ROOT / "tests" / "helpers" / "both_evaluations.py"),
+        *map(str, (photo_dataset_path, val_path, tmp_path / "2")),
+    ]
     ended = subprocess.run(
         [*launcher, *script],
         cwd=ROOT,
