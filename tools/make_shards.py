@@ -12,8 +12,8 @@ SOURCE is a folder of images (class sub-folders, or flat), a tar of one (also .t
 tars), a parquet file or a folder of them, synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are
 and are only indexed. Killed and started again it goes on with the shards that are missing.
 
-Images are JPEG, PNG, WebP, BMP, TIFF or PPM, and are known by their names, in small or capital letters: .jpg .jpeg
-.jpe .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm
+Images are JPEG, PNG, WebP, BMP, TIFF or PPM, and are recognised by their endings, in small or capital letters: .jpg
+.jpeg .jpe .jfif .pjpeg .pjp .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm
 """
 
 from __future__ import annotations

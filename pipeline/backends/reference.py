@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.common.png import without_text
 from pipeline.sampling.augmentations import augment
 from pipeline.sampling.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, CentreCrops, ViewParams, ViewRecipe
 
@@ -30,7 +31,7 @@ def decode(encoded: bytes) -> ImageInfo:
 
     Raises OSError, ValueError or SyntaxError, as PIL does, when the bytes are no whole image.
     """
-    with Image.open(io.BytesIO(encoded)) as file:
+    with Image.open(io.BytesIO(without_text(encoded))) as file:
         image: Image.Image = file
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")

@@ -8,7 +8,6 @@ that an accepted image cannot stop a batch during training.
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -17,9 +16,13 @@ from PIL import Image
 from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
 
+from pipeline.common.png import without_text
+from pipeline.sources.file_kinds import SEGMENT, describe_unknown, jpeg_frame
+
 Verify = Literal["full", "header", "none"]
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "PPM": "ppm"}
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
+_JPEG_SUFFIXES = {"jpg", "jpeg", "jpe", "jfif", "pjpeg", "pjp"}
+IMAGE_SUFFIXES = frozenset(_JPEG_SUFFIXES | {"png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"})
 _TIFF_COMPRESSIONS = frozenset(
     [
         "raw",
@@ -35,9 +38,6 @@ _TIFF_COMPRESSIONS = frozenset(
 )
 _TIFF_MODES = frozenset({"RGB", "L", "P", "RGBA", "CMYK", "YCbCr", "I;16"})
 MAX_SIDE = 65535  # samples.npy keeps height and width as uint16
-_KNOWN_MAGIC = ((b"GIF8", "GIF"), (b"%PDF", "PDF"), (b"<svg", "SVG"), (b"8BPS", "Photoshop"), (b"\xff\x0a", "JPEG XL"))
-_KNOWN_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}
-_SEGMENT = re.compile(rb"\xff+(?P<marker>[^\x00\xff])(?P<length>..)", re.DOTALL)  # preceded by any number of fill bytes
 # PIL's own limit warns at 89 million pixels and fails at twice that; --max-pixels is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -64,7 +64,8 @@ def inspect_image(data: bytes, verify: Verify, max_pixels: int) -> ImageInfo:
     inspected = ImageInfo(EXTENSIONS[_format(image)], image.height, image.width)
     if verify == "full":
         # A JPEG is decoded at an eighth of its size: all entropy codes are read, and the skipped IDCT cannot fail.
-        image.draft(None, (1, 1))
+        if not _is_lossless_jpeg(image, data):  # it has no DCT to be scaled
+            image.draft(None, (1, 1))
         _decode(image)
     return inspected
 
@@ -79,7 +80,8 @@ def shrink_image(data: bytes, shorter_side: int, quality: int, max_pixels: int) 
     if short <= shorter_side:
         return None
     width, height = (max(1, round(side * shorter_side / short)) for side in image.size)
-    image.draft(None, (2 * width, 2 * height))  # DCT scaling stays at twice the target: no visible loss
+    if not _is_lossless_jpeg(image, data):
+        image.draft(None, (2 * width, 2 * height))  # DCT scaling stays at twice the target: no visible loss
     pixels = _decode(image)
     out = io.BytesIO()
     pixels.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=quality)
@@ -92,9 +94,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about odd metadata do not refuse an image
-            image = Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+            image = Image.open(io.BytesIO(without_text(data)), formats=tuple(EXTENSIONS))
     except Image.UnidentifiedImageError:
-        raise BadImageError(_describe_unknown(data)) from None
+        raise BadImageError(describe_unknown(data)) from None
     except Exception as error:  # noqa: BLE001 a parser may raise anything on hostile bytes
         raise BadImageError(_reason(error, "damaged header")) from None
     if image.width * image.height > max_pixels:
@@ -132,7 +134,7 @@ def _check_segments(data: bytes) -> None:
     """
     at = 2  # after the start-of-image marker
     while at < len(data):
-        segment = _SEGMENT.match(data, at)
+        segment = SEGMENT.match(data, at)
         if segment is not None and segment["marker"] == b"\xda":
             return
         length = 0 if segment is None else int.from_bytes(segment["length"], "big")
@@ -157,6 +159,11 @@ def _format(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG followed by further frames
 
 
+def _is_lossless_jpeg(image: Image.Image, data: bytes) -> bool:
+    frame = jpeg_frame(data) if _format(image) == "JPEG" else None
+    return frame is not None and frame.marker == 0xC3
+
+
 def _reason(error: Exception, what: str) -> str:
     if "truncated" in str(error).lower():
         return "truncated"  # PIL's message contains a byte count; the summary groups by reason
@@ -166,12 +173,3 @@ def _reason(error: Exception, what: str) -> str:
 def _first_line(error: Exception) -> str:
     text = str(error).splitlines()
     return text[0][:200] if text else type(error).__name__
-
-
-def _describe_unknown(data: bytes) -> str:
-    for magic, name in _KNOWN_MAGIC:
-        if data.startswith(magic):
-            return f"{name} is not a supported format"
-    if data[4:8] == b"ftyp" and data[8:12] in _KNOWN_BRANDS:
-        return f"{_KNOWN_BRANDS[data[8:12]]} is not a supported format"
-    return "not an image: unknown or damaged format"

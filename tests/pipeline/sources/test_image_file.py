@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import random
+import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.backends.reference import decode
+from pipeline.common.png import without_text
 from pipeline.sources.image_file import BadImageError, inspect_image, shrink_image
+from tests.helpers.lossless_jpeg import lossless_jpeg
 from tests.helpers.photos import image_bytes, smooth_pixels
 
 LIMIT = 100_000_000
@@ -40,7 +45,31 @@ def with_exif(encoding: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+def with_text(kind: bytes, content: bytes, count: int = 1) -> bytes:
+    """A PNG with ``count`` chunks of text or a profile before its pixels, and as many behind them."""
+    data = image_bytes(1, encoding="PNG")
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    before, after = data.index(b"IDAT") - 4, data.rindex(b"IEND") - 4
+    return data[:before] + chunk * count + data[before:after] + chunk * count + data[after:]
+
+
+def frame_changed(at: int, content: bytes) -> bytes:
+    """A JPEG with other bytes in its frame header: 4 the bits, 5 the height, 7 the width (2 bytes each)."""
+    data = jpeg()
+    start = data.index(b"\xff\xc0")
+    return data[: start + at] + content + data[start + at + len(content) :]
+
+
 GOOD = {
+    "lossless jpeg": (lambda: lossless_jpeg(smooth_pixels(1, 48, 64)), "jpg"),
+    "png with 4 MB of compressed text": (lambda: with_text(b"zTXt", b"c\0\0" + zlib.compress(bytes(4 << 20))), "png"),
+    "png with 12 MB of plain text": (lambda: with_text(b"tEXt", b"c\0" + b"x" * (12 << 20)), "png"),
+    "png with 3000 texts": (lambda: with_text(b"tEXt", b"c\0hello", 3000), "png"),
+    "png with a text bomb of utf-8": (
+        lambda: with_text(b"iTXt", b"c\0\1\0\0\0" + zlib.compress(bytes(64 << 20), 9)),
+        "png",
+    ),
+    "png with a profile bomb": (lambda: with_text(b"iCCP", b"c\0\0" + zlib.compress(bytes(8 << 20))), "png"),
     "jpeg with exif": (lambda: with_exif("JPEG"), "jpg"),
     "webp with exif": (lambda: with_exif("WEBP"), "webp"),
     "lossless webp": (lambda: image_bytes(1, encoding="WEBP", lossless=True), "webp"),
@@ -63,6 +92,24 @@ GOOD = {
     "junk behind the end": (lambda: jpeg() + b"junk" * 100, "jpg"),
 }
 BAD = {
+    "12-bit jpeg": (lambda: frame_changed(4, b"\x0c"), "JPEG with 12 bits per sample"),
+    "jpeg with DNL": (lambda: frame_changed(5, b"\0\0"), "(DNL marker)"),
+    "jpeg-ls": (lambda: jpeg().replace(b"\xff\xc0", b"\xff\xf7"), "JPEG-LS"),
+    "jpeg without a frame": (lambda: b"\xff\xd8\xff\xda\0\x08" + bytes(20), "no JPEG frame"),
+    "jpeg 2000": (lambda: b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64), "JPEG 2000 is not a supported format"),
+    "jpeg 2000 codestream": (lambda: b"\xff\x4f\xff\x51" + bytes(64), "JPEG 2000"),
+    "git-lfs": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a Git LFS pointer",
+    ),
+    "html": (lambda: b"\xef\xbb\xbf\n<!-- x --><!DOCTYPE html>\n<html>", "a web page (HTML)"),
+    "svg": (lambda: b'<?xml version="1.0"?>\n<svg width="1">', "SVG is not a supported format"),
+    "an error of an object store": (lambda: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "XML"),
+    "heic": (lambda: b"\0\0\0\x18ftypheic" + bytes(64), "HEIC is not a supported format"),
+    "mp4": (lambda: b"\0\0\0\x18ftypisom" + bytes(64), "MP4 or QuickTime video"),
+    "dicom": (lambda: bytes(128) + b"DICM" + bytes(64), "DICOM"),
+    "a hole of the disk": (lambda: bytes(5000), "zero bytes"),
+    "a zip": (lambda: b"PK\x03\x04" + bytes(64), "ZIP is not a supported format"),
     "lossless webp with exif": (lambda: with_exif("WEBP", lossless=True), "lossless WebP with EXIF"),
     "turned tiff": (lambda: with_exif("TIFF"), "orientation"),
     "png without its end": (lambda: image_bytes(1, encoding="PNG")[:-12], "truncated"),
@@ -132,6 +179,8 @@ def test_shrinking_keeps_the_ratio_and_the_look() -> None:
     small = Image.open(io.BytesIO(shrink_image(original, 100, 90, LIMIT) or b""))
     assert small.size == (150, 100)
     expected = Image.open(io.BytesIO(original)).resize((150, 100), Image.Resampling.BICUBIC)
+    lossless = shrink_image(lossless_jpeg(smooth_pixels(3, 400, 600)), 100, 90, LIMIT)
+    assert Image.open(io.BytesIO(lossless or b"")).size == (150, 100)
     assert np.abs(np.asarray(small, float) - np.asarray(expected, float)).mean() < 3
     assert shrink_image(image_bytes(3, 100, 600), 100, 90, LIMIT) is None
 
@@ -152,7 +201,7 @@ def test_dali_decodes_every_kind_that_passes() -> None:
     pipeline.build()
     (pixels,) = pipeline.run()
     for i, (kind, data) in enumerate(encoded.items()):
-        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), int)
+        expected = np.asarray(Image.open(io.BytesIO(without_text(data))).convert("RGB"), int)
         assert np.asarray(pixels[i]).shape == expected.shape, kind
         if kind != "16 bit":
             assert np.abs(np.asarray(pixels[i]) - expected).max() <= 1, kind
@@ -192,3 +241,11 @@ def test_jpegs_read_at_an_eighth_are_judged_as_at_full_size(options: dict[str, o
         verdicts.append(by_header or at_full_size)
         assert refused(lambda: inspect_image(bytes_, "full", LIMIT)) == verdicts[-1]  # noqa: B023
     assert 20 < sum(verdicts) < 180
+
+
+def test_text_and_lossless_coding_change_no_pixel() -> None:
+    """In the torchvision back end too, which decodes with PIL."""
+    pixels = smooth_pixels(1, 48, 64)
+    assert (decode(lossless_jpeg(pixels)).permute(1, 2, 0).numpy() == pixels).all()
+    for kind in ("png with 4 MB of compressed text", "png with 3000 texts", "png with a profile bomb"):
+        assert (decode(GOOD[kind][0]()).permute(1, 2, 0).numpy() == pixels).all()
