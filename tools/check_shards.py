@@ -1,13 +1,13 @@
-"""Check a dataset that tools/make_shards.py wrote, and make its sidecar files again where they are damaged.
+"""Check a dataset that tools/make_shards.py wrote, and rebuild damaged sidecar files.
 
     python tools/check_shards.py data/photos
     python tools/check_shards.py data/photos --decode full --json report.json
     python tools/check_shards.py data/photos --repair
 
-Compares the tars with dataset.json (lengths, sha256), samples.npy (places, lengths, labels, sizes, crc32) and DALI's
-indexes, decodes some images of each shard or all of them, looks for images that are there twice, and counts the
-classes. --repair writes dataset.json, samples.npy, rejected.jsonl and the indexes again from the tars, which are never
-touched, and checks the result.
+Compares the tars with dataset.json (lengths, sha256), samples.npy (offsets, lengths, labels, sizes, crc32) and DALI's
+indexes, decodes some images of each shard or all of them, finds duplicate images, and counts the classes. --repair
+rebuilds dataset.json, samples.npy, rejected.jsonl and the indexes from the tars, which are only read, and checks the
+result.
 Exit codes: 0 nothing is damaged; 1 something is; 2 a user's mistake.
 """
 
@@ -26,7 +26,7 @@ from pipeline.checking.repair import repair_dataset
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable, disk_errors, write_json
 
-CLASSES_SHOWN = 5  # smallest and largest classes that the report names
+CLASSES_SHOWN = 5  # smallest and largest classes listed in the report
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Command:
     dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of the dataset."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the report to this file as JSON, too."""
+    """Also write the report to this file as JSON."""
     repair: bool = False
-    """Make damaged sidecar files again from the tars, then check."""
+    """Rebuild damaged sidecar files from the tars, then check."""
     global_batch: int = 512
-    """Batch that the report's last line is about; the paper's by default."""
+    """Global batch for the report's last line, the steps of an epoch (default: the paper's 512)."""
     quiet: bool = False
-    """No progress bar."""
+    """Show no progress bar."""
     options: Annotated[CheckOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckOptions)
 
 
@@ -58,7 +58,7 @@ def main() -> None:
             _repair(command)
         inspection = inspect_dataset(command.dir, command.options, quiet=command.quiet)
     except KeyboardInterrupt:
-        print("\ninterrupted; no tar was touched", file=sys.stderr)
+        print("\ninterrupted; the tars are unchanged", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C
     print(describe(inspection, command.global_batch))
     if command.json is not None:
@@ -125,7 +125,7 @@ def _duplicates(found: Duplicates) -> list[str]:
 
 
 def _batches(samples: int, global_batch: int) -> str:
-    """Ranks and shards need not fit each other, since the order is global; only the batch must not be too large."""
+    """The steps of an epoch. The order is global, so ranks and shards may have any ratio."""
     if samples < global_batch:
         return f"too few samples for a global batch of {global_batch:,}: lower --global-batch of the training"
     steps, rest = divmod(samples, global_batch)

@@ -1,8 +1,7 @@
-"""Owns the examination of a whole dataset: what is damaged, and what its owner should know.
+"""Check a whole dataset: list its damage, count its classes, find duplicate images.
 
-The tars are the truth: dataset.json, samples.npy and DALI's indexes are compared with them, shard by shard, in threads
-(hashing and decoding release the interpreter's lock). Memory stays bounded: one shard a thread, and a fixed budget for
-the search for duplicates.
+dataset.json, samples.npy and DALI's indexes are compared with the tars, shard by shard, in threads (hashing and
+decoding release the GIL). Memory is bounded: one shard per thread, and a fixed budget for the search for duplicates.
 """
 
 from __future__ import annotations
@@ -34,30 +33,30 @@ from pipeline.dataset.format import (
 )
 from pipeline.sources.readers import WDS
 
-GROUPS_LISTED = 1000  # groups of equal images that a report names; all are counted
-KEYS_AT_ONCE = 1 << 25  # images compared at a time in the search for duplicates: 256 MB of keys
-ROWS_AT_ONCE = 1 << 20  # rows of samples.npy looked at together: 32 MB
+GROUPS_LISTED = 1000  # groups of equal images listed in a report; all are counted
+KEYS_AT_ONCE = 1 << 25  # images per pass of the search for duplicates: 256 MB of keys
+ROWS_AT_ONCE = 1 << 20  # rows of samples.npy in memory at a time: 32 MB
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Images that are there more than once, byte for byte."""
+    """Images that occur more than once, byte for byte."""
 
     groups: int
-    redundant: int  # images that could be left out
-    other_labels: int  # groups whose members do not all have one label
+    redundant: int  # images beyond the first of each group
+    other_labels: int  # groups with more than one label
     listed: tuple[tuple[int, ...], ...]  # sample ids of the first GROUPS_LISTED groups
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What came out. ``damage`` must be mended; everything else is only worth knowing."""
+    """Result of a check. ``damage`` must be mended; the other fields are information."""
 
     path: Path
     samples: int
     shards: int
     bytes: int  # of all tars
-    readable_rows: int  # of samples.npy; what follows from rows is counted over these
+    readable_rows: int  # of samples.npy; the counts below are over these
     decoded: int  # images that were decoded
     damage: tuple[Damage, ...]
     class_counts: dict[str, int]  # class name -> samples
@@ -76,8 +75,7 @@ class Inspection:
 
 
 def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -> Inspection:
-    """Examine the dataset in folder ``path``. Raises UserError if there is none, or one that is only half-written."""
-    options.check()
+    """Check the dataset in folder ``path``. Raises UserError if there is none, or an unfinished one."""
     info, damage = _read_record(path)
     if info is None:
         return Inspection(path, 0, 0, 0, 0, 0, tuple(damage), {}, 0, Duplicates(0, 0, 0, ()), (0, 0))
@@ -112,7 +110,7 @@ def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -
 
 
 def _in_order(pool: ThreadPoolExecutor, records: Records, options: CheckOptions) -> Iterator[ShardFindings]:
-    """The shards' findings in their order, a few shards ahead."""
+    """The findings of each shard in order; a few shards are checked ahead."""
     numbers = iter(range(len(records.dataset.shards)))
 
     def start(count: int) -> Iterator[Future[ShardFindings]]:
@@ -129,7 +127,7 @@ def _in_order(pool: ThreadPoolExecutor, records: Records, options: CheckOptions)
 
 
 def _read_record(path: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
-    """dataset.json as far as it can be read, and what is wrong with it by itself."""
+    """(dataset.json if it can be read, damage of dataset.json itself)."""
     found = Findings(DATASET_FILE)
     lost = path.is_dir() and not (path / DATASET_FILE).exists()
     if lost and not (path / PARTIAL_DIR).exists() and any(path.glob("*.tar")):
@@ -177,12 +175,12 @@ def _open_records(path: Path, info: dict[str, Any]) -> tuple[Records, list[Damag
 
 
 def read_rejected(path: Path, found: Findings) -> list[tuple[str, str]]:
-    """(name, reason) of every refused image, as rejected.jsonl of a dataset's folder says; none if it is lost."""
+    """(name, reason) of every refused image from rejected.jsonl in folder ``path``; empty if the file is missing."""
     try:
         lines = [json.loads(line) for line in (path / REJECTED_FILE).read_bytes().splitlines()]
         return [(str(line["name"]), str(line["reason"])) for line in lines]
     except FileNotFoundError:
-        return []  # no training needs it
+        return []  # training does not need it
     except (ValueError, KeyError, TypeError, RecursionError):
         found.add("cannot be read")
         return []
@@ -217,7 +215,7 @@ def find_duplicates(dataset: ShardSet) -> Duplicates:
 
 
 def _candidates(samples: np.ndarray) -> Iterator[list[int]]:
-    """Sample ids of equal length and crc32. Each pass looks at the share of all checksums that fits into memory."""
+    """Sample ids of equal length and crc32. Each pass covers the share of all checksums that fits into memory."""
     passes = 1 << max(0, -(-len(samples) // KEYS_AT_ONCE) - 1).bit_length()
     for number in range(passes):
         keys, ids = _keys_of_pass(samples, number, passes)
@@ -248,5 +246,5 @@ def _confirmed(dataset: ShardSet, candidates: list[int]) -> Iterator[tuple[int, 
         try:
             by_content[hashlib.sha256(dataset.read(sample_id)).digest()].append(sample_id)
         except BadSampleError:
-            continue  # the shard's findings name it
+            continue  # reported by the check of its shard
     yield from (tuple(group) for group in by_content.values() if len(group) > 1)

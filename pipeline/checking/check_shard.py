@@ -1,4 +1,4 @@
-"""Owns the examination of one shard: its tar against the record, DALI's index, samples.npy and its own checksums."""
+"""Check one shard: its tar against dataset.json, DALI's index, samples.npy and the images' checksums."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
 from pipeline.sources.tar import Member
 
-EXAMPLES = 5  # of each kind of damage that a report names; the rest is counted
+EXAMPLES = 5  # cases of each kind of damage listed in a report; the rest is counted
 Decode = Literal["sampled", "full", "none"]
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How thorough a check is."""
+    """Options of a check. Raises UserError for values outside their range."""
 
     decode: Decode = "sampled"
-    """full: decode every image. sampled: some of each shard, always the same ones. none: look at headers only."""
+    """Images to decode. full: all. sampled: some of each shard, always the same ones. none: read headers only."""
     decode_per_shard: int = 32
     """Images of a shard that --decode sampled decodes, evenly spread."""
     workers: int = 0
     """Threads that read and decode; 0 = one per CPU core."""
 
-    def check(self) -> None:
-        """Raise UserError for numbers that make no sense."""
+    def __post_init__(self) -> None:
+        """Raise UserError for values outside their range."""
         require("--decode-per-shard", self.decode_per_shard, self.decode_per_shard >= 1, "must be at least 1")
         require("--workers", self.workers, self.workers >= 0, "must be at least 1, or 0 for one per CPU core")
 
@@ -55,23 +55,23 @@ class Damage:
 
 
 class Findings:
-    """The damage found so far in one file: every kind counted, a few cases of it named."""
+    """The damage found so far in one file: cases counted by kind, a few of each listed."""
 
     def __init__(self, where: str) -> None:
-        """Nothing was found yet in file ``where``."""
+        """Empty findings of file ``where``."""
         self._where = where
         self._counts: dict[str, int] = {}
         self._examples: dict[str, list[str]] = {}
 
     def add(self, kind: str, example: str = "") -> None:
-        """Note a case."""
+        """Count a case; list ``example`` if fewer than EXAMPLES are listed."""
         self._counts[kind] = self._counts.get(kind, 0) + 1
         examples = self._examples.setdefault(kind, [])
         if example and len(examples) < EXAMPLES:
             examples.append(example)
 
     def damage(self) -> list[Damage]:
-        """What was found."""
+        """The damage found so far."""
         return [Damage(self._where, kind, n, tuple(self._examples[kind])) for kind, n in self._counts.items()]
 
 
@@ -87,7 +87,7 @@ class _TarSample:
 
 @dataclass(frozen=True)
 class ShardFindings:
-    """What came out for one shard."""
+    """Result of checking one shard."""
 
     damage: list[Damage]
     decoded: int  # images
@@ -95,28 +95,28 @@ class ShardFindings:
 
 @dataclass(frozen=True)
 class Records:
-    """What is recorded of all shards, as far as it could be read."""
+    """The records of all shards, as far as they can be read."""
 
     dataset: ShardSet  # its ``samples`` may be empty or those of another dataset
     first_row: np.ndarray  # int64[shards + 1]: rows first_row[n] to first_row[n + 1] are shard n's
     rejected: frozenset[str]  # names in rejected.jsonl; empty unless tars of others were indexed
-    foreign: bool  # tars of others, in which refused images stay
+    foreign: bool  # indexed tars of others; refused images are still in them
 
     @property
     def options(self) -> ShardingOptions:
-        """Those of the sharding that decide what a row holds."""
+        """The sharding options that decide the contents of a row."""
         return recorded_options(self.dataset.info["recipe"])
 
 
 def recorded_options(recipe: dict[str, Any]) -> ShardingOptions:
-    """What a dataset's recipe says about reading tars: whether labels were taken, and the largest image allowed."""
+    """Options for reading the tars again, from a dataset's recipe: whether labels were read, and the pixel limit."""
     max_pixels = recipe.get("max_pixels")
     limit = max_pixels if isinstance(max_pixels, int) and max_pixels > 0 else ShardingOptions.max_pixels
     return ShardingOptions(max_pixels=limit, labels="none" if recipe.get("labels") == "none" else "auto")
 
 
 def check_shard(records: Records, number: int, options: CheckOptions) -> ShardFindings:
-    """Examine shard ``number``. What cannot be read is a finding, not an error."""
+    """Check shard ``number``. An unreadable file is a finding, not an exception."""
     dataset, shard = records.dataset, records.dataset.shards[number]
     tar = dataset.shard_path(number)
     in_tar, in_rows = Findings(shard.name), Findings(f"samples.npy, rows of {shard.name}")
@@ -137,7 +137,7 @@ def check_shard(records: Records, number: int, options: CheckOptions) -> ShardFi
 
 
 def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarSample], bool]:
-    """The tar's samples by the offset of their image, and whether the tar could be read to its end."""
+    """(the tar's samples by the offset of their image, whether the tar could be read to its end)."""
     samples: dict[int, _TarSample] = {}
     strange: list[Rejected] = []
     with open(tar, "rb") as file:
@@ -183,7 +183,7 @@ def _check_rows(
     in_tar: Findings,
     in_rows: Findings,
 ) -> int:
-    """Each row against the tar; gives the number of images that were decoded."""
+    """Compare each row with the tar; returns the number of decoded images."""
     to_decode = decoded_rows(rows, options)
     for sample_id in rows:
         row = records.dataset.samples[sample_id]
@@ -202,7 +202,7 @@ def _check_rows(
 
 
 def decoded_rows(rows: range, options: CheckOptions) -> frozenset[int]:
-    """The rows of a shard whose images are decoded: all, none, or evenly spread ones."""
+    """Rows of a shard whose images are decoded: all, none, or evenly spread ones."""
     if options.decode == "none":
         return frozenset()
     if options.decode == "full" or len(rows) <= options.decode_per_shard:
@@ -245,7 +245,7 @@ def _check_image(records: Records, sample_id: int, decode: bool, in_tar: Finding
 def _check_unlisted(
     records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings
 ) -> None:
-    """Samples of the tar that no row names."""
+    """Find samples of the tar without a row."""
     if len(rows) == 0:
         return
     tar = records.dataset.shard_path(number).name
@@ -256,7 +256,7 @@ def _check_unlisted(
 
 
 def _check_index(records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings) -> None:
-    """DALI's index against the tar, line by line."""
+    """Compare DALI's index with the tar, line by line."""
     chosen = samples
     if records.foreign and len(rows):
         listed = set(records.dataset.samples["offset"][rows.start : rows.stop].tolist())

@@ -1,8 +1,8 @@
-"""Owns the repair of a dataset: dataset.json, samples.npy and DALI's indexes are made again from the tars.
+"""Repair a dataset: rebuild dataset.json, samples.npy and DALI's indexes from its tars.
 
-Tars are read and never touched, and are believed only as far as the record allows: one whose sha256 is not the recorded
-one holds something that was not written there, so nothing is rebuilt from it. Without any record every image is
-decoded, and those that cannot be are left out. The work is that of indexing other people's tars: parallel, atomic.
+Tars are only read. If the sha256 of a tar differs from the recorded one, nothing is rebuilt. Without dataset.json every
+image is decoded, and undecodable ones are left out. The work is done by the job that indexes tars of others, in
+parallel and atomically.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ UNKNOWN_SEED = -1  # make_shards takes no negative seed
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did."""
+    """Result of a repair."""
 
-    rewritten: tuple[str, ...]  # files that are others now
-    lost: tuple[str, ...]  # what could not be restored, for people
+    rewritten: tuple[str, ...]  # files whose bytes changed
+    lost: tuple[str, ...]  # descriptions of what could not be restored
 
 
 @dataclass
 class RepairJob(IndexJob):
-    """The dataset's own tars, indexed again under the names that their indexes have."""
+    """The dataset's own tars, indexed again; the indexes keep their names."""
 
     indexes: list[str]
 
@@ -55,11 +55,10 @@ class RepairJob(IndexJob):
 
 
 def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process: bool = False) -> Repaired:
-    """Make the sidecar files of the dataset in folder ``path`` again.
+    """Rebuild the sidecar files of the dataset in folder ``path``.
 
-    Raises UserError if it cannot be done: no tars, a tar that is damaged or is not the recorded one, a full disk.
+    Raises UserError if that is impossible: no tars, a damaged tar, a tar that is not the recorded one, a full disk.
     """
-    ShardingOptions(workers=workers).check()
     info = _readable_record(path)
     job = _lost_job(path, workers) if info is None else _known_job(path, info, workers)
     partial = path / PARTIAL_DIR
@@ -68,25 +67,25 @@ def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process:
         with exclusive_lock(partial / "lock", shared=False):
             try:
                 (partial / _OURS).touch()
-                shutil.rmtree(partial / "done", ignore_errors=True)  # of a repair that was killed
+                shutil.rmtree(partial / "done", ignore_errors=True)  # left by a killed repair
                 before = _contents(path, job)
                 build_missing(job, job.options, quiet, in_process)
                 lost = _finish(job, info)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)  # nothing that was there before is lost with it
+                shutil.rmtree(partial, ignore_errors=True)  # it holds only files of this repair
         after = _contents(path, job)
     return Repaired(tuple(name for name in after if after[name] != before[name]), tuple(lost))
 
 
-_OURS = "repair"  # in .partial: what lies there is a repair's, to be thrown away, and no unfinished sharding
+_OURS = "repair"  # this file in .partial marks the folder as a repair's, to be deleted, not as unfinished sharding
 
 
 def _readable_record(path: Path) -> dict[str, Any] | None:
-    """dataset.json, or None if it is lost. Raises UserError if ``path`` holds nothing that can be repaired."""
+    """dataset.json, or None if it is lost. Raises UserError if ``path`` holds no dataset."""
     partial = path / PARTIAL_DIR
     unfinished = partial.exists() and not (partial / _OURS).exists()
     if not path.is_dir() or (unfinished and not (path / DATASET_FILE).exists()):
-        return read_dataset_file(path)  # says what is wrong
+        return read_dataset_file(path)  # raises the UserError
     try:
         return read_dataset_file(path, check_files=False)
     except UserError as error:
@@ -96,7 +95,7 @@ def _readable_record(path: Path) -> dict[str, Any] | None:
 
 
 def _known_job(path: Path, info: dict[str, Any], workers: int) -> RepairJob:
-    """Images of our own tars were checked when they were written; those of others are chosen again as they were."""
+    """Images of our own tars were verified when written; those of indexed tars are verified again as recorded."""
     recipe, foreign = info["recipe"], info["source"].startswith(WDS)
     verify: Verify = "full" if foreign and recipe.get("verify") == "full" else "header"
     options = replace(recorded_options(recipe), workers=workers, verify=verify)
@@ -122,7 +121,7 @@ def _lost_job(path: Path, workers: int) -> RepairJob:
 
 
 def _finish(job: RepairJob, info: dict[str, Any] | None) -> list[str]:
-    """Compare with the record, write samples.npy, rejected.jsonl and dataset.json; gives what is lost."""
+    """Compare with dataset.json, write the sidecar files; returns descriptions of what is lost."""
     records = [job.done(number) for number in range(len(job))]
     assert all(records), "every shard was built"
     again = [record["shard"] for record in records if record is not None]

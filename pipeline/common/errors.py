@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A user's mistake. The message names the value, the rule and the remedy; no traceback is shown."""
 
 

@@ -1,4 +1,4 @@
-"""Owns the last step of making a dataset: the sidecar files, joined from what the shards left; dataset.json last."""
+"""The last step of making a dataset: join the shards' rows into the sidecar files; write dataset.json last."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from pipeline.sharding.write_shard import Job
 
 
 def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
-    """Write samples.npy, rejected.jsonl and, last, dataset.json; gives the latter's contents. None if shards are
-    missing.
+    """Write samples.npy, rejected.jsonl and, last, dataset.json; returns the contents of dataset.json.
 
-    ``about``: recipe, fingerprint, classes and rejected entries of the source. Raises UserError if no image is
-    usable.
+    Returns None if shards are missing. ``about``: recipe, fingerprint, classes and rejected entries of the source.
+    Raises UserError if no image is usable.
     """
     out = job.out
     records = [job.done(n) for n in range(len(job))]
@@ -65,14 +64,14 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _classes(known: list[str], highest: int) -> list[str]:
-    """Class names; tars of others only have numbers, which then serve as names."""
+    """Class names; for indexed tars, which have only class numbers, the numbers as names."""
     if known and highest >= len(known):
         raise UserError(f"there is a label {highest}, but only {len(known)} classes are known: check --classes-from")
     return known or [str(number) for number in range(highest + 1)]
 
 
 def _write_samples(job: Job, records: list[dict[str, Any]]) -> tuple[int, int]:
-    """Join the shards' rows into samples.npy, one shard in memory at a time; gives the lowest and the highest label."""
+    """Join the shards' rows into samples.npy, one shard in memory at a time; returns the lowest and highest label."""
     images = sum(record["shard"]["samples"] for record in records)
     shard, lowest, highest = 0, np.iinfo(np.int32).max, -1
     with atomic_file(job.out / SAMPLES_FILE, job.out / PARTIAL_DIR) as file:

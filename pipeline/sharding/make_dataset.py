@@ -1,8 +1,10 @@
-"""Owns the making of a dataset: sources -> shards, in parallel, verified, atomic, resumable.
+"""Make a dataset from a source of images: in parallel, verified, atomic, resumable.
 
-Everything unfinished lies in OUT/.partial: the listing of the source, the order, and a marker for each finished shard.
-A run that was killed goes on with the shards that have no marker. dataset.json is written last: only then is OUT
-a dataset.
+    make_dataset("~/photos", "data/photos", ShardingOptions(samples_per_shard=1000))
+
+Unfinished work is kept in OUT/.partial: the listing of the source, the order, and a marker file per finished shard.
+After an interruption the same call builds only the shards without a marker. dataset.json is written last; until then
+OUT is not a dataset.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ _SHARD_GLOB = "shard-" + "[0-9]" * 6
 
 @dataclass(frozen=True)
 class Summary:
-    """What a call of make_dataset did."""
+    """Result of one call of make_dataset."""
 
     out: Path
-    missing: int  # shards that other parts have still to build; 0 = complete
+    missing: int  # shards that other parts still have to build; 0 = complete
     shards: int
     images: int
     rejected: dict[str, int]  # reason -> count
     bytes: int  # of all tars
     classes: int
-    labelled: bool  # whether each image has a label
+    labelled: bool  # whether every image has a label
     seconds: float
     already_there: bool = False  # the dataset was complete before the call
 
@@ -56,14 +58,14 @@ def make_dataset(
     quiet: bool = False,
     in_process: bool = False,
 ) -> Summary:
-    """Write the images of SOURCE as a dataset into folder ``out``; go on if an earlier call was interrupted.
+    """Write the images of SOURCE as a dataset into folder ``out``, or continue an interrupted call.
 
     The bytes written depend on the images, the seed and the options, not on the number of workers or interruptions.
-    ``quiet`` turns the progress bar off; ``in_process`` does without worker processes. Raises UserError for everything
-    a user can mend: a missing source, a full disk, an interrupted run with other options, no usable image, ...
+    ``quiet`` turns the progress bar off; ``in_process`` builds the shards in this process. Raises UserError for
+    everything that a user can mend: a missing source, a full disk, an interrupted run with other options, no usable
+    image, ...
     """
     options = options or ShardingOptions()
-    options.check()
     out, started = Path(out), time.monotonic()
     with disk_errors(f"making the dataset in {out}"):
         _check_place(source, out)
@@ -83,7 +85,7 @@ def make_dataset(
 def _make(
     source: str, out: Path, options: ShardingOptions, lock: IO[bytes], quiet: bool, in_process: bool
 ) -> dict[str, Any] | None:
-    """The contents of dataset.json; what is known so far if parts are missing; None if another part completed it."""
+    """The contents of dataset.json, a partial summary while parts are missing, or None if another part completed it."""
     if options.part is None:
         for left_over in (out / PARTIAL_DIR).rglob("*.tmp-*"):
             left_over.unlink()
@@ -93,7 +95,7 @@ def _make(
         _forget_beginning(out, options)
         raise
     build_missing(job, options, quiet, in_process)
-    if options.part is not None:  # parts run side by side; completing is for one of them
+    if options.part is not None:  # parts run side by side; only one may complete the dataset
         make_exclusive(lock)
         if (out / DATASET_FILE).exists():
             return None
@@ -115,7 +117,7 @@ def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget_beginning(out: Path, options: ShardingOptions) -> None:
-    """A source that could not be listed leaves nothing behind, except what was unpacked from it."""
+    """Remove .partial after a failed listing, unless it holds an unpacked copy of the source or an earlier run."""
     partial = out / PARTIAL_DIR
     if options.part is None and not (partial / "job.json").exists() and not (partial / "spool.json").exists():
         shutil.rmtree(partial)
@@ -124,15 +126,15 @@ def _forget_beginning(out: Path, options: ShardingOptions) -> None:
 
 
 def remove_dataset(out: Path) -> None:
-    """Delete a dataset, or the beginning of one, from ``out``: its own files only, dataset.json first.
+    """Delete a complete or unfinished dataset from ``out``: only files that make_dataset wrote, dataset.json first.
 
-    Tars that were only indexed belong to somebody else and stay. Raises UserError if that cannot be told.
+    Tars that were only indexed are kept. Raises UserError if dataset.json cannot be read to decide that.
     """
     try:
         title, names = _recorded(out)
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{out / DATASET_FILE} is damaged: which files belong to the dataset cannot be told; delete {out} yourself"
+            f"{out / DATASET_FILE} is damaged: so the files of the dataset are unknown; delete {out} yourself"
         ) from None
     if title is None:
         return
@@ -145,14 +147,14 @@ def remove_dataset(out: Path) -> None:
 
 
 def _recorded(out: Path) -> tuple[str | None, list[str]]:
-    """(title of the source, the tars and indexes we wrote) as dataset.json, or the interrupted run, records them."""
+    """(title of the source, names of the tars and indexes that we wrote), from dataset.json or the interrupted run."""
     if (out / DATASET_FILE).exists():
         info = json.loads((out / DATASET_FILE).read_bytes())
         title, shards = info["source"], info["shards"]
         names = [shard["index"] for shard in shards]
         names += [] if title.startswith(WDS) else [shard["name"] for shard in shards]
         if any(Path(name).name != name for name in names):
-            raise ValueError("files of a dataset lie in its own folder")
+            raise ValueError("the files of a dataset are in its own folder")
         return title, names
     if not (out / PARTIAL_DIR).exists():
         return None, []
@@ -199,7 +201,7 @@ def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> tuple[Job, dict[str, Any]]:
-    """List the source, compare with what an interrupted run left, and lay the job out in OUT/.partial."""
+    """List the source, compare it with an interrupted run, and write the plan of the job to OUT/.partial."""
     job_file = out / PARTIAL_DIR / "job.json"
     earlier = json.loads(job_file.read_text()) if job_file.exists() else None
     about: dict[str, Any] = {"recipe": {"source": source_title(source), **options.recipe()}}
@@ -242,7 +244,7 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
 def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:
     """Save the listing and the order for the workers.
 
-    The order sorts by raw 64-bit numbers, which numpy promises to keep; what Generator.permutation gives may change.
+    The order sorts raw 64-bit numbers: numpy guarantees the raw stream of PCG64, but not Generator.permutation.
     """
     listing.save(out / PARTIAL_DIR / "listing")
     order = np.argsort(np.random.PCG64(options.seed).random_raw(len(listing)), kind="stable")
@@ -259,7 +261,7 @@ def _summary(out: Path, info: dict[str, Any], started: float, already_there: boo
         rejected=info["rejected"],
         bytes=sum(shard["bytes"] for shard in info["shards"]),
         classes=len(info["classes"]),
-        labelled=info.get("has_labels", True),  # of unfinished ones nothing is known
+        labelled=info.get("has_labels", True),  # unknown while parts are missing
         seconds=time.monotonic() - started,
         already_there=already_there,
     )

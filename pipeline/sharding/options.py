@@ -1,4 +1,7 @@
-"""Owns the options of sharding: what decides the bytes of a dataset, apart from how the work is done."""
+"""The options of make_shards.py: those that decide the bytes of a dataset, and those that only schedule the work.
+
+``recipe()`` gives the first kind for dataset.json; an interrupted run continues only with an equal recipe.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ from typing import Any
 from pipeline.common.errors import UserError, require
 from pipeline.sources.image_file import Verify
 
-_HOW = ("workers", "part", "overwrite")  # how the work is done; everything else decides the result
+_SCHEDULING = ("workers", "part", "overwrite")  # all other options decide the bytes
 
 
 @dataclass(frozen=True)
 class ShardingOptions:
-    """What decides the bytes of a dataset, and how the work is done."""
+    """Options of one call of ``make_dataset``. Raises UserError for values outside their range."""
 
     samples_per_shard: int = 2048
     """Images in one tar; 2048 ImageNet images are about 225 MB, the size WebDataset recommends."""
     workers: int = 0
-    """Processes that read, check and write; 0 = one per CPU core. The result does not depend on it."""
+    """Worker processes; 0 = one per CPU core. The result does not depend on it."""
     seed: int = 0
     """Seed of the global shuffle (and of the images of synthetic:N)."""
     verify: Verify = "full"
@@ -29,28 +32,31 @@ class ShardingOptions:
     max_pixels: int = 100_000_000
     """Images with more pixels (height x width) are refused before they are decoded."""
     shorter_side: int | None = None
-    """Re-encode images whose shorter side has more pixels than this as JPEG of this size. Default: keep all bytes."""
+    """Re-encode images with a longer shorter side as JPEGs whose shorter side has this many pixels. Default: keep all
+    bytes."""
     jpeg_quality: int = 90
     """Quality (1 to 100) of images re-encoded by --shorter-side."""
     limit: int | None = None
     """Take only this many images, drawn by the seed. Default: all."""
     subtree: str = ""
-    """Folder inside SOURCE to take, as in --subtree train; classes are the folders inside it. For parquet files: how
-    their names begin."""
+    """Use only this folder of SOURCE, as in --subtree train; its sub-folders are the classes. For parquet files: use
+    only those whose names begin with this."""
     labels: str = "auto"
-    """auto: from class folders, where there are any. folders: insist on them. none: no labels. Or a FILE with a class
-    per line in the order of the sorted image names, or with `name class` per line; or ImageNet's devkit archive."""
+    """Source of the labels. auto: class folders if there are any. folders: class folders, required. none: no labels.
+    Or a FILE with a class per line in the order of the sorted image names, or with `name class` per line; or ImageNet's
+    devkit archive."""
     classes_from: Path | None = None
-    """A dataset written before, whose class list is taken over, so that labels of a validation set agree with it."""
+    """Use the class list of this dataset, so that the labels of a validation set agree with its training set."""
     split: str | None = None
-    """A name to record in dataset.json, as in --split train."""
+    """Record this name in dataset.json, as in --split train."""
     part: str | None = None
-    """i/n: build only part i of n (i from 0 to n - 1), for machines that share OUT; the last to end completes it."""
+    """i/n: build only part i of n (i from 0 to n - 1), for machines that share OUT; the last one to end completes the
+    dataset."""
     overwrite: bool = False
-    """Delete the dataset in OUT, or the beginning of one, and write it again."""
+    """Delete the complete or unfinished dataset in OUT and write it again."""
 
-    def check(self) -> None:
-        """Raise UserError for values that make no sense."""
+    def __post_init__(self) -> None:
+        """Raise UserError for values outside their range."""
         for name in ("samples_per_shard", "max_pixels", "shorter_side", "limit"):
             value = getattr(self, name)
             require(f"--{name.replace('_', '-')}", value, value is None or value >= 1, "must be at least 1")
@@ -69,8 +75,10 @@ class ShardingOptions:
         return int(match[1]), int(match[2])
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the dataset's bytes, for dataset.json. Paths become base names, the same on every machine."""
-        values = {name: value for name, value in asdict(self).items() if name not in _HOW}
+        """The options that decide the dataset's bytes, for dataset.json. Paths are reduced to their base names, which
+        are equal on every machine.
+        """
+        values = {name: value for name, value in asdict(self).items() if name not in _SCHEDULING}
         values["labels"] = Path(self.labels).name
         values["classes_from"] = None if self.classes_from is None else self.classes_from.resolve().name
         values["subtree"] = self.subtree.strip("/")

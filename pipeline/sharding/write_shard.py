@@ -1,7 +1,7 @@
-"""Owns the building of one shard: chosen images in, a tar, its DALI index and its rows of samples.npy out.
+"""Build one shard: selected images in; a tar, its DALI index and its rows of samples.npy out.
 
-What comes out depends on the listing, the order and the options alone: modification times, users and modes in the tar
-are fixed, so the same images give the same bytes on every machine and with any number of workers.
+The bytes depend only on the listing, the order and the options: modification times, users and modes in the tar are
+fixed, so equal images give equal bytes on every machine and with any number of workers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected
 from pipeline.sources.readers import Reader
 
 Tick = Callable[[int, int], None]  # (images, bytes) done since the last call; may raise to stop the work
-_KEY_STEM = 60  # characters of the original name kept in a key, so that a member's name always fits a plain header
+_KEY_STEM = 60  # characters of the original name in a key; a member's name then always fits a plain tar header
 
 
 @dataclass
 class ShardParts:
-    """What is known of a finished tar: rows (SAMPLE_DTYPE), index lines, refused images; all in the tar's order."""
+    """Contents of a finished tar in the tar's order: rows (SAMPLE_DTYPE), lines of the index, refused images."""
 
     rows: list[tuple[int, ...]]
     samples: list[list[Component]]
@@ -42,7 +42,7 @@ class ShardParts:
 
 
 class Job(ABC):
-    """A dataset in the making: numbered shards that can be built in any order by any process."""
+    """A dataset being made: numbered shards that can be built in any order by any process."""
 
     out: Path
 
@@ -52,15 +52,15 @@ class Job(ABC):
 
     @abstractmethod
     def images(self, numbers: list[int]) -> int | None:
-        """Number of images to look at in shards ``numbers``; None if it is not known before."""
+        """Number of images to read for shards ``numbers``; None if unknown before the work."""
 
     def room(self, numbers: list[int]) -> int:
-        """About how many bytes shards ``numbers`` will take on the disk of OUT; 0 if that is not known or nothing."""
+        """Estimated bytes that shards ``numbers`` will take on the disk of OUT; 0 if none or unknown."""
         return 0
 
     @abstractmethod
     def build(self, number: int, tick: Tick) -> None:
-        """Build shard ``number`` and mark it as done. Raises OSError, UserError, or what ``tick`` raises."""
+        """Build shard ``number`` and write its marker. Raises OSError, UserError, and the exceptions of ``tick``."""
 
     def done(self, number: int) -> dict[str, Any] | None:
         """The record of a finished shard: {"shard": Shard, "rejected": [[name, reason]]}; None if unfinished."""
@@ -70,15 +70,15 @@ class Job(ABC):
             if shard.samples == 0 or (self.out / shard.name).stat().st_size == shard.bytes:
                 return record
         except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass  # unfinished, or cut off by a crash of the machine: it is built again
+            pass  # unfinished, or damaged by a crash of the machine: build it again
         return None
 
     def rows(self, number: int) -> np.ndarray:
-        """Rows of samples.npy of finished shard ``number`` (SAMPLE_DTYPE[samples]), its field ``shard`` not yet set."""
+        """Rows of samples.npy for finished shard ``number``: SAMPLE_DTYPE[samples], field ``shard`` not yet set."""
         return np.load(self._marker(number).with_suffix(".npy"), allow_pickle=False)
 
     def finish(self, number: int, tar: str, size: int, sha256: str, parts: ShardParts, index: str) -> None:
-        """Write the sidecars of a finished tar; the marker comes last."""
+        """Write the sidecar files of a finished tar; the marker is written last."""
         if parts.rows:
             write_index(self.out / index, parts.samples, self.out / PARTIAL_DIR)
         self._marker(number).parent.mkdir(exist_ok=True)
@@ -94,9 +94,9 @@ class Job(ABC):
 
 @dataclass
 class WriteJob(Job):
-    """Images of a source, permuted, cut into shards of ``options.samples_per_shard``.
+    """The images of a source, permuted and divided into shards of ``options.samples_per_shard``.
 
-    The listing and the order lie in OUT/.partial, where every worker maps them instead of receiving a copy.
+    Every worker maps the listing and the order from OUT/.partial instead of receiving a copy.
     """
 
     out: Path
@@ -110,7 +110,7 @@ class WriteJob(Job):
 
     @cached_property
     def order(self) -> np.ndarray:
-        """int64: the images in the order in which they are written."""
+        """Int64[n]: image numbers in the order of writing."""
         return np.load(self.out / PARTIAL_DIR / "order.npy", mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:
@@ -118,12 +118,12 @@ class WriteJob(Job):
         return -(-len(self.order) // self.options.samples_per_shard)
 
     def images(self, numbers: list[int]) -> int:
-        """Number of images to be written in shards ``numbers``, before any is refused."""
+        """Number of images of shards ``numbers``, including those that will be refused."""
         per_shard = self.options.samples_per_shard
         return sum(min(per_shard, len(self.order) - n * per_shard) for n in numbers)
 
     def room(self, numbers: list[int]) -> int:
-        """The images' bytes and their tar headers."""
+        """Bytes of the images and their tar headers."""
         if self.options.shorter_side is not None:
             return 0
         per_shard = self.options.samples_per_shard
@@ -161,7 +161,7 @@ class WriteJob(Job):
         return parts
 
     def _sample(self, index: int) -> tuple[bytes, str, tuple[int, int]]:
-        """(bytes, extension, (height, width)) of one image as it will be written. Raises BadImageError."""
+        """(bytes, extension, (height, width)) of one image as written. Raises BadImageError."""
         options = self.options
         data = read_image(self.reader, self.listing, index)
         image = inspect_image(data, options.verify, options.max_pixels)
@@ -179,8 +179,8 @@ def _room(lengths: np.ndarray) -> int:
 def read_image(reader: Reader, listing: Listing, index: int) -> bytes:
     """The bytes of image ``index``.
 
-    Raises BadImageError if we may not read that one file, UserError if the source itself fails or has changed: a disk
-    or network that goes away must not turn into thousands of refused images.
+    Raises BadImageError for missing permissions, UserError if the source fails or has changed: an unmounted disk must
+    stop the run instead of refusing thousands of images.
     """
     name, expected = listing.name(index), int(listing.lengths[index])
     try:
@@ -189,7 +189,7 @@ def read_image(reader: Reader, listing: Listing, index: int) -> bytes:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise BadImageError("cannot be read: permission denied") from None
         raise UserError(
-            f"cannot read {name!r} of the source: {error.strerror}; see to the source, then run the same command again"
+            f"cannot read {name!r} of the source: {error.strerror}; restore the source, then run the same command again"
         ) from error
     if expected != UNKNOWN_LENGTH and len(data) != expected:
         raise UserError(
@@ -200,6 +200,6 @@ def read_image(reader: Reader, listing: Listing, index: int) -> bytes:
 
 
 def sample_key(index: int, name: str) -> str:
-    """A unique, plain key: the image's number in the source and what is readable of its name; no dot, no slash."""
+    """A unique key of plain characters: the image's number in the source and its name without dots and slashes."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:_KEY_STEM]
     return f"{index:09d}_{stem}"
