@@ -1,0 +1,217 @@
+"""Write the features of every image of a dataset: one row a sample, in the dataset's order, with its name.
+
+    python tools/embed.py runs/photos data/photos photos-embeddings
+    torchrun --standalone --nproc-per-node=8 tools/embed.py runs/imagenet data/imagenet-train embeddings --dtype float16
+    python tools/embed.py untrained:resnet50 data/photos out --format parquet --normalise
+
+CHECKPOINT is anything that train/linear.py reads. Interrupted and started again, it goes on with what is missing; the
+numbers do not depend on the number of processes. An image that cannot be read gets a row of nan and is listed in
+_embeddings.json.
+"""
+
+from __future__ import annotations
+
+import train.openmp  # noqa: F401  # before torch
+
+# isort: split
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import LocalPath, Location
+from pipeline.common.system import duration, progress
+from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.loader.config import LoaderConfig
+from pipeline.loader.loader import open_dataset, open_images
+from tools.embedding.store import BLOCK, Block, EmbeddingWriter, Format
+from train.distributed.collectives import on_all_ranks, on_rank0, print0
+from train.distributed.process_group import DistContext, distributed, exit_once
+from train.evaluation.features import IMAGES_PER_PASS, EncoderConfig, FrozenEncoder, open_frozen
+from train.optimization.precision import Precision, PrecisionName, choose_precision
+
+BLOCKS_AT_ONCE = 64  # a rank's loader is opened for a million images at a time: the list of ids stays small
+assert BLOCK % IMAGES_PER_PASS == 0
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Write the features of every image of a dataset."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A run folder, a checkpoint, weights of torchvision or timm, .safetensors, or untrained:BACKBONE."""
+    data: Annotated[Location, tyro.conf.Positional]
+    """The dataset to embed."""
+    out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The folder to write."""
+    format: Format = "npy"
+    """npy: one array and a list of names. parquet: columns id, name, label, vector (needs pyarrow: pip install
+    'siamstream[parquet]'). webdataset: tars of KEY.npy and KEY.json."""
+    features: Literal["backbone", "projector"] = "backbone"
+    """backbone: what linear.py and knn.py judge, for search and classification. projector: what the loss sees."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """Number format of the written vectors; float16 takes half the disk."""
+    normalise: bool = False
+    """Scale every vector to length 1."""
+    overwrite: bool = False
+    """Delete the embeddings in OUT and write them again."""
+    backbone: str | None = None
+    """Which backbone the checkpoint holds, where it does not say; default: found out."""
+    image_size: int | None = None
+    """Side of the images in pixels; default: as in training if the checkpoint says so, else 224."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute; auto: the GPUs if there are any."""
+    precision: PrecisionName = "auto"
+    """Number format of the forward pass; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU."""
+    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+
+
+def main() -> None:
+    """Parse the command line and embed."""
+    config = tyro.cli(EmbedConfig, description=__doc__, prog="embed.py", config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        with exit_once(), distributed(config.device) as dist:
+            embed(config, dist)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on with what is missing in {config.out}", file=sys.stderr)
+        sys.exit(130)  # the shell's code for Ctrl-C
+
+
+def embed(config: EmbedConfig, dist: DistContext) -> None:
+    """Write the folder. Raises SharedError for a user's mistake on any rank. A collective."""
+    dataset, encoder, precision = on_all_ranks(dist, lambda: _open(config, dist))
+    head = _head(config, encoder)
+    width = on_all_ranks(dist, lambda: _width(encoder, head, dist))
+    identity = {
+        "features": config.features,
+        "normalised": config.normalise,
+        "encoder": encoder.weights.identity,
+        "image_size": encoder.recipe.image_size,
+        "precision": precision.name,
+        "dataset": dataset.fingerprint,
+    }
+    writer = EmbeddingWriter(config.out, config.format, dataset.num_samples, width, config.dtype, identity)
+    if not on_rank0(dist, lambda: writer.start(config.overwrite)):
+        print0(dist, f"{config.out} is complete already; --overwrite writes it again")
+        return
+    print0(
+        dist, f"encoder      {encoder.weights.describe()}, images of {encoder.recipe.image_size} px, {precision.name}"
+    )
+    missing = on_rank0(dist, writer.missing)
+    if len(missing) < writer.blocks:
+        print0(dist, f"going on: {writer.blocks - len(missing)} of {writer.blocks} blocks are there")
+    job = _Job(config, dataset, encoder, head, precision, dist, writer)
+    seconds = on_all_ranks(dist, lambda: _embed_blocks(job, missing))
+    about = {"checkpoint": config.checkpoint, "data": str(config.data), "describe": encoder.weights.describe()}
+    bad = on_rank0(dist, lambda: writer.finish(about))
+    print0(dist, f"{config.out}: {dataset.num_samples:,} x {width} {config.dtype} in {duration(seconds)}")
+    if bad:
+        print0(dist, f"{len(bad)} images could not be read and have rows of nan: bad_samples in _embeddings.json")
+
+
+def _open(config: EmbedConfig, dist: DistContext) -> tuple[ShardSet, FrozenEncoder, Precision]:
+    if config.format == "parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise UserError("--format parquet needs pyarrow: pip install 'siamstream[parquet]'") from None
+    asked = EncoderConfig(config.checkpoint, backbone=config.backbone, image_size=config.image_size)
+    encoder = open_frozen(asked, dist.device)
+    return open_dataset(config.data, config.loader), encoder, choose_precision(config.precision, dist.device)
+
+
+def _head(config: EmbedConfig, encoder: FrozenEncoder) -> torch.nn.Module:
+    if config.features == "backbone":
+        return torch.nn.Identity()
+    raise UserError("--features projector: this file holds no projector; embed with --features backbone")
+
+
+@torch.no_grad()
+def _width(encoder: FrozenEncoder, head: torch.nn.Module, dist: DistContext) -> int:
+    side = encoder.recipe.image_size
+    return int(head(encoder.backbone(torch.zeros(1, 3, side, side, device=dist.device))).shape[1])
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: EmbedConfig
+    dataset: ShardSet
+    encoder: FrozenEncoder
+    head: torch.nn.Module
+    precision: Precision
+    dist: DistContext
+    writer: EmbeddingWriter
+
+
+def _embed_blocks(job: _Job, missing: list[int]) -> float:
+    """This rank's share of the missing blocks; returns the seconds that it took."""
+    dataset, dist = job.dataset, job.dist
+    mine = missing[dist.rank :: dist.world_size]
+    images = sum(len(_ids(dataset, number)) for number in mine)
+    with progress(quiet=not dist.is_main, total=images, unit="img", desc="embedding") as bar:
+        for first in range(0, len(mine), BLOCKS_AT_ONCE):
+            numbers = mine[first : first + BLOCKS_AT_ONCE]
+            bad: set[int] = set()
+            vectors = _vectors(job, numbers, bad)
+            for number in numbers:
+                ids, rows = _ids(dataset, number), []
+                for _ in range(-(-len(ids) // IMAGES_PER_PASS)):
+                    rows.append(next(vectors).float().cpu().numpy())
+                    bar.update(len(rows[-1]))
+                matrix = np.concatenate(rows)
+                found = sorted(bad.intersection(ids.tolist()))
+                matrix[np.isin(ids, found)] = np.nan
+                labels = dataset.labels(ids).astype(np.int64)
+                job.writer.write(Block(number, ids, sample_names(dataset, ids), labels, matrix, found))
+        return float(bar.format_dict["elapsed"])
+
+
+def _ids(dataset: ShardSet, number: int) -> np.ndarray:
+    return np.arange(number * BLOCK, min((number + 1) * BLOCK, dataset.num_samples))
+
+
+@torch.no_grad()
+def _vectors(job: _Job, numbers: list[int], bad: set[int]) -> Iterator[Tensor]:
+    """The features of the blocks ``numbers``, one after the other, pass by pass; ``bad`` collects unreadable ids."""
+
+    def note(error: BadSampleError) -> None:
+        if error.sample_id not in bad:
+            print(f"bad sample, its row is nan: {error}", file=sys.stderr, flush=True)
+        bad.add(error.sample_id)
+
+    with open_images(
+        job.dataset,
+        job.encoder.recipe,
+        replace(job.config.loader, max_bad_samples=job.dataset.num_samples),
+        job.dist,
+        ids=np.concatenate([_ids(job.dataset, number) for number in numbers]),
+        batch=IMAGES_PER_PASS,
+        dtype=job.precision.view_dtype,
+        on_bad_sample=note,
+    ) as batches:
+        for x, _ in batches:
+            with job.precision.autocast():
+                out = job.head(job.encoder.backbone(x)).float()
+            yield F.normalize(out, dim=1) if job.config.normalise else out
+
+
+def sample_names(dataset: ShardSet, ids: np.ndarray) -> list[str]:
+    """The path of each sample in its source; of a dataset that does not record it, SHARD/KEY."""
+    names = []
+    for sample in ids.tolist():
+        try:
+            names.append(dataset.key(sample))
+        except (OSError, ValueError):
+            names.append(f"sample {sample}")
+    return names
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
