@@ -10,6 +10,7 @@ RUNTIME = [
     "webdataset>=1.0",
     "braceexpand>=0.1.7",
     "fsspec[http]>=2024.6",  # remote datasets
+    "nvidia-ml-py>=12; sys_platform == 'linux'",  # torch.cuda.utilization
     "numpy>=1.26",
     "numba>=0.61",
     "pillow>=10",

@@ -107,7 +107,7 @@ class Bench:
 
 
 def lost(runs: Mapping[str, list[Run]], kind: str) -> Spread:
-    """Seconds a checkpoint cost the loop, turn by turn."""
+    """Seconds a checkpoint cost the loop, round by round."""
     pairs = zip(runs[kind], runs["undisturbed"], strict=True)
     return Spread.of([run.wall_s - undisturbed.wall_s for run, undisturbed in pairs])
 

@@ -1,7 +1,7 @@
 """What comparing every image with its checksum costs: python benchmarks/checksums.py DATASET
 
 The whole CPU loader, and reading alone, each with and without `--no-verify-checksums`, in turn; and how fast one core
-computes the checksum. Cost is the time or CPU time with it over that without it, turn by turn, less one. Then how fast
+computes the checksum. Cost is the time or CPU time with it over that without it, pair by pair, less one. Then how fast
 one core compares samples.npy with its sha256, which a run on more than 2.4 million samples does beside its first steps.
 """
 
@@ -81,17 +81,17 @@ def main() -> None:
     print(f"{batches * config.batch} images, {config.repeats} runs each in turn; median (minimum .. maximum)")
     print(f"{'':8} {'time with / without':>28} {'CPU time with / without':>28} {'images/s with':>26}")
     results = {}
-    for rung, passes in (("read", config.read_epochs), ("loader", 1)):
+    for stage, passes in (("read", config.read_epochs), ("loader", 1)):
         images = passes * batches * config.batch
-        rate = Spread.of([images / run.wall_s for run in runs[f"{rung}, checked"]])
+        rate = Spread.of([images / run.wall_s for run in runs[f"{stage}, checked"]])
         wall, cpu = (
-            ratio(runs, f"{rung}, unchecked", f"{rung}, checked", quantity) for quantity in ("wall_s", "cpu_s")
+            ratio(runs, f"{stage}, unchecked", f"{stage}, checked", quantity) for quantity in ("wall_s", "cpu_s")
         )
-        print(f"{rung:8} {wall!s:>28} {cpu!s:>28} {rate!s:>26}")
-        results[rung] = {"wall_ratio": wall, "cpu_ratio": cpu, "img_per_s": rate}
+        print(f"{stage:8} {wall!s:>28} {cpu!s:>28} {rate!s:>26}")
+        results[stage] = {"wall_ratio": wall, "cpu_ratio": cpu, "img_per_s": rate}
     if config.json is not None:
         speeds = {"gb_per_s": speed, "rows_gb_per_s": rows, "mean_bytes": mean, "ms_per_image": cost_ms}
-        write_results(config.json, {**speeds, "rungs": results})
+        write_results(config.json, {**speeds, "stages": results})
 
 
 def crc_speed(dataset: ShardSet, repeats: int) -> Spread:
@@ -124,7 +124,7 @@ def row_speed(repeats: int) -> Spread:
 
 
 def contestants(config: Config, batches: int) -> dict[str, Callable[[], None]]:
-    """Both rungs, with and without; each run opens its rung and closes it, so that no queue fills in another's turn."""
+    """Both stages, with and without checksums; each run opens and closes its own, so that no queue fills."""
     plain = Bench(
         ShardSet.open(config.data),
         ViewRecipe(image_size=config.image_size),
@@ -137,19 +137,19 @@ def contestants(config: Config, batches: int) -> dict[str, Callable[[], None]]:
         dtype=torch.float32,
     )
 
-    def run(rung: Callable[[Bench], AbstractContextManager[Advance]], verify: bool, count: int) -> Callable[[], None]:
+    def run(stage: Callable[[Bench], AbstractContextManager[Advance]], verify: bool, count: int) -> Callable[[], None]:
         bench = replace(plain, dataset=ShardSet.open(config.data, verify_checksums=verify))
 
         def work() -> None:
-            with rung(bench) as advance:
+            with stage(bench) as advance:
                 advance(count)
 
         return work
 
-    rungs = (("read", read_bytes, config.read_epochs * batches), ("loader", whole_loader, batches))
+    stages = (("read", read_bytes, config.read_epochs * batches), ("loader", whole_loader, batches))
     return {
-        f"{name}, {'checked' if verify else 'unchecked'}": run(rung, verify, count)
-        for (name, rung, count), verify in itertools.product(rungs, (True, False))
+        f"{name}, {'checked' if verify else 'unchecked'}": run(stage, verify, count)
+        for (name, stage, count), verify in itertools.product(stages, (True, False))
     }
 
 

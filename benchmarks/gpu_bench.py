@@ -1,4 +1,4 @@
-"""Owns what every part of the GPU suite stands on: its sizes, its clock, the device, and where its numbers go."""
+"""Shared by all parts of the GPU suite: sizes, time limit, device, and the file that receives the numbers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipeline.common.files import atomic_file
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.views import ViewRecipe
-from tools.common.gpu_monitor import GpuWatch
-from tools.throughput.report import RungResult
-from tools.throughput.stages import Advance, Bench, Rung
-from tools.throughput.timing import FEWEST_BATCHES, Climber, Turn
+from tools.common.gpu_monitor import GpuMonitor
+from tools.throughput.report import StageResult
+from tools.throughput.stages import Advance, Bench, Stage
+from tools.throughput.timing import FEWEST_BATCHES, StageRunner, Trial
 from tools.throughput.workload import ProfileConfig, build
 from train.distributed.process_group import DistContext, distributed
 from train.engine.run import Run
@@ -38,7 +38,7 @@ class Size:
     model: SimSiamConfig
     image_size: int
     batches: tuple[int, ...]
-    turn_s: float
+    trial_s: float
     repeats: int
     compiler: str  # torch.compile's back end
     device: Literal["cuda", "cpu"]
@@ -75,7 +75,7 @@ class Suite:
     name: str
     end_s: float  # time.perf_counter
     dist: DistContext
-    watch: GpuWatch
+    watch: GpuMonitor
     results: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     stack: ExitStack = field(default_factory=ExitStack)
@@ -85,7 +85,7 @@ class Suite:
         """Take the device. Raises UserError if it is missing."""
         stack, size = ExitStack(), toy_or_real(toy)
         dist = stack.enter_context(distributed(size.device))
-        watch = stack.enter_context(GpuWatch(dist.device))
+        watch = stack.enter_context(GpuMonitor(dist.device))
         return Suite(ShardSet.open(data), size, out, name, end_s, dist, watch, stack=stack)
 
     def __enter__(self) -> Suite:
@@ -158,23 +158,23 @@ class Suite:
             run = replace(run, parallel=parallel, config=replace(run.config, compile=True))
         return bench, run
 
-    def climb(
-        self, rungs: dict[str, Rung], bench: Bench, note: Callable[[dict[str, RungResult]], None]
-    ) -> dict[str, list[Turn]]:
-        """Turns of rungs, as many as there is time for; ``note`` hears after each what is known by then."""
-        turns: dict[str, list[Turn]] = {}
+    def run_stages(
+        self, stages: dict[str, Stage], bench: Bench, note: Callable[[dict[str, StageResult]], None]
+    ) -> dict[str, list[Trial]]:
+        """Time the stages as often as there is time for; ``note`` receives all results so far after each trial."""
+        trials: dict[str, list[Trial]] = {}
 
-        def tell(name: str, turn: Turn) -> None:
-            turns.setdefault(name, []).append(turn)
-            note({name: RungResult.of(of) for name, of in turns.items()})
+        def add(name: str, trial: Trial) -> None:
+            trials.setdefault(name, []).append(trial)
+            note({name: StageResult.of(of) for name, of in trials.items()})
 
-        climber = Climber(self.size.turn_s, self.watch, bench.tidy)
-        return climber.climb(rungs, self.size.repeats, tell, self.end_s)
+        runner = StageRunner(self.size.trial_s, self.watch, bench.tidy)
+        return runner.run(stages, self.size.repeats, add, self.end_s)
 
-    def stretches(self, advance: Advance, batch: int) -> list[Turn]:
-        """Timed stretches of one rung that stays open, after a warm-up."""
-        climber = Climber(self.size.turn_s, self.watch, lambda: None)
+    def stretches(self, advance: Advance, batch: int) -> list[Trial]:
+        """Timed stretches of one stage that stays open, after a warm-up."""
+        runner = StageRunner(self.size.trial_s, self.watch, lambda: None)
         advance(WARM_STEPS)
-        first = climber.timed(advance, batch, FEWEST_BATCHES)
-        count = max(FEWEST_BATCHES, round(self.size.turn_s / first.wall_s * FEWEST_BATCHES))
-        return [climber.timed(advance, batch, count) for _ in range(self.size.repeats)]
+        first = runner.timed(advance, batch, FEWEST_BATCHES)
+        count = max(FEWEST_BATCHES, round(self.size.trial_s / first.wall_s * FEWEST_BATCHES))
+        return [runner.timed(advance, batch, count) for _ in range(self.size.repeats)]

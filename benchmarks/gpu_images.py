@@ -1,4 +1,4 @@
-"""Owns the GPU suite's parts about images: parity with torchvision, decoding and loading by placement."""
+"""The GPU suite's parts about images: parity with torchvision, decoding and loading by placement."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_views
 from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import ViewRecipe
-from tools.throughput.report import RungResult
-from tools.throughput.stages import make_ladder
+from tools.throughput.report import StageResult
+from tools.throughput.stages import make_stages
 
 PARITY_SAMPLES = 64
 HW_LOADS = (0.65, 0.0, 1.0)  # profile_throughput.py --tune tries more of them
@@ -86,13 +86,15 @@ def loader(suite: Suite) -> None:
     _by_placement(suite, "loader", suite.size.batches[-1])
 
 
-def _by_placement(suite: Suite, rung: Literal["decode", "loader"], batch: int) -> None:
+def _by_placement(suite: Suite, stage: Literal["decode", "loader"], batch: int) -> None:
     bench, _ = suite.set_up(batch)
-    rungs = {name: make_ladder(replace(bench, loader=config), None)[rung] for name, config in placements(suite).items()}
+    stages = {
+        name: make_stages(replace(bench, loader=config), None)[stage] for name, config in placements(suite).items()
+    }
 
-    def note(results: dict[str, RungResult]) -> None:
+    def note(results: dict[str, StageResult]) -> None:
         for name, result in results.items():
             suite.note(name, result)
 
-    for name, turns in suite.climb(rungs, bench, note).items():
-        suite.record(name, RungResult.of(turns))
+    for name, trials in suite.run_stages(stages, bench, note).items():
+        suite.record(name, StageResult.of(trials))

@@ -1,4 +1,4 @@
-"""Owns the GPU suite's yardstick: the official recipe (PIL, float32, contiguous, unfused) on the same GPU."""
+"""The GPU suite's yardstick: the official recipe (PIL, float32, contiguous, unfused) on the same GPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from loader_vs_official import official_loader, write_folder
 from pipeline.common.system import share_of_cores
 from pipeline.loader.loader import ViewBatch
 from pipeline.sampling.views import ViewRecipe
-from tools.throughput.report import RungResult
+from tools.throughput.report import StageResult
 from tools.throughput.stages import Advance
-from tools.throughput.timing import Climber, Turn
+from tools.throughput.timing import StageRunner, Trial
 from train.engine.loop import train_step
 from train.engine.run import Run
 
@@ -45,19 +45,19 @@ def _measure_official(suite: Suite) -> dict[str, Any]:
         _fill_folder(suite, batch, folder)
         with number_format("fp32"), _official_steps(suite, run, folder, batch) as advance:
             advance(2)  # workers start, algorithms are chosen
-            climber = Climber(suite.size.turn_s, suite.watch, bench.tidy)
+            runner = StageRunner(suite.size.trial_s, suite.watch, bench.tidy)
             count = max(4, round(16 * 1024 / batch / 4)) if suite.size.device == "cuda" else 2
-            turns: list[Turn] = []
+            trials: list[Trial] = []
             for _ in range(suite.size.repeats):
-                turns.append(climber.timed(advance, batch, count))
-                suite.note("official, end to end", _official_result(turns, batch))
+                trials.append(runner.timed(advance, batch, count))
+                suite.note("official, end to end", _official_result(trials, batch))
     finally:
         shutil.rmtree(folder)
-    return _official_result(turns, batch)
+    return _official_result(trials, batch)
 
 
-def _official_result(turns: list[Turn], batch: int) -> dict[str, Any]:
-    return {**asdict(RungResult.of(turns)), "batch": batch, "workers": share_of_cores(1)}
+def _official_result(trials: list[Trial], batch: int) -> dict[str, Any]:
+    return {**asdict(StageResult.of(trials)), "batch": batch, "workers": share_of_cores(1)}
 
 
 def _fill_folder(suite: Suite, batch: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Owns the list of the GPU suite's parts, and the ladder among them. Each part writes down every number at once."""
+"""The GPU suite's parts, and the measurement of all stages. A part writes each number as soon as it has it."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from gpu_images import decode, loader, parity
 from gpu_official import official
 from gpu_steps import compiled, model
 
-from tools.throughput.report import RungResult, as_json, describe, draw_ladder, judge, table
-from tools.throughput.stages import Rung, make_ladder, model_step
+from tools.throughput.report import StageResult, as_json, describe, draw_stages, judge, table
+from tools.throughput.stages import Stage, make_stages, model_step
 from tools.throughput.workload import setting_of, subtitle
 
 
-def ladder(suite: Suite) -> None:
-    """All rungs, eager, at the largest batch."""
-    _ladder(suite, compiled=False)
+def stages(suite: Suite) -> None:
+    """All stages, eager, at the largest batch."""
+    _stages(suite, compiled=False)
 
 
-def ladder_compiled(suite: Suite) -> None:
-    """The upper rungs with the compiled model, which asks more of the loader."""
-    _ladder(suite, compiled=True)
+def stages_compiled(suite: Suite) -> None:
+    """The upper stages with the compiled model, which asks more of the loader."""
+    _stages(suite, compiled=True)
 
 
-def _ladder(suite: Suite, compiled: bool) -> None:
+def _stages(suite: Suite, compiled: bool) -> None:
     bench, run = suite.set_up(suite.size.batches[-1], compiled=compiled)
     run.model.train()
-    every: dict[str, Rung] = {str(name): rung for name, rung in make_ladder(bench, run).items()}
+    every: dict[str, Stage] = {str(name): stage for name, stage in make_stages(bench, run).items()}
     views = bench.resident_views()
     every["model"] = replace(every["model"], open=lambda: model_step(bench, run, views))
     upper = ("model", "end_to_end", "loader")  # first, in case there is no time for all
-    rungs = {name: every[name] for name in (upper if compiled else dict.fromkeys((*upper, *every)))}
-    turns = suite.climb(rungs, bench, lambda results: suite.note("rungs", results))
-    turns = {name: turns[name] for name in every if name in turns}
-    results = {name: RungResult.of(of) for name, of in turns.items()}
-    verdict = judge(results, turns, setting_of(bench, run))
+    stages = {name: every[name] for name in (upper if compiled else dict.fromkeys((*upper, *every)))}
+    trials = suite.run_stages(stages, bench, lambda results: suite.note("stages", results))
+    trials = {name: trials[name] for name in every if name in trials}
+    results = {name: StageResult.of(of) for name, of in trials.items()}
+    verdict = judge(results, trials, setting_of(bench, run))
     print(table(results))
     print(describe(verdict))
     for name, value in as_json(results, verdict).items():
         suite.record(name, value)
-    file = "ladder-compiled.png" if compiled else "ladder.png"
-    draw_ladder(results, verdict, subtitle(bench, run)).savefig(suite.out / file, dpi=130)
+    file = "stages-compiled.png" if compiled else "stages.png"
+    draw_stages(results, verdict, subtitle(bench, run)).savefig(suite.out / file, dpi=130)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Part:
 
 PARTS = {
     "parity": Part(parity, 45),
-    "ladder": Part(ladder, 105),
+    "stages": Part(stages, 105),
     "official": Part(official, 65),
-    "ladder-compiled": Part(ladder_compiled, 150),
+    "stages-compiled": Part(stages_compiled, 150),
     "model": Part(model, 100),
     "decode": Part(decode, 65),
     "compiled": Part(compiled, 100),

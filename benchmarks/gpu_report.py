@@ -1,4 +1,4 @@
-"""Owns the GPU suite's report: tables in markdown, of whatever was measured."""
+"""The GPU suite's report: markdown tables of all that was measured."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tools.throughput.report import TITLES
 
 HEADINGS = {
     "parity": "Parity with torchvision (absolute difference, of 255)",
-    "ladder": "The ladder, eager",
-    "ladder-compiled": "The ladder, compiled model",
+    "stages": "The stages, eager",
+    "stages-compiled": "The stages, compiled model",
     "decode": "Decode alone, by placement",
     "loader": "Whole loader, by placement",
     "model": "Model step alone, eager",
@@ -23,13 +23,13 @@ def markdown(results: dict[str, Any]) -> str:
     """The whole report."""
     lines = ["# GPU suite" + (" (toy size: the numbers mean nothing)" if results["toy"] else ""), ""]
     lines += [f"- {name}: {value}" for name, value in results["machine"].items()]
-    lines += ["", "Source images per second: median (slowest .. fastest turn)."]
+    lines += ["", "Source images per second: median (slowest .. fastest trial)."]
     for name, part in results["parts"].items():
         lines += ["", f"## {HEADINGS.get(name, name)}", ""]
         if name == "parity":
             lines += _parity(part)
-        elif "rungs" in part:
-            lines += _rates({TITLES.get(rung, rung): value for rung, value in part["rungs"].items()})
+        elif "stages" in part:
+            lines += _rates({TITLES.get(stage, stage): value for stage, value in part["stages"].items()})
             verdict = part.get("verdict")
             if verdict is not None:
                 bound = "" if verdict["gpu_bound"] is None else f"gpu_bound {verdict['gpu_bound']:.3f}; "

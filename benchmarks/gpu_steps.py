@@ -1,4 +1,4 @@
-"""Owns the GPU suite's parts about the step alone: number format, layout, batch, compiler, implementation of SGD."""
+"""The GPU suite's parts about the step alone: number format, layout, batch, compiler, implementation of SGD."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from gpu_bench import Suite
 
 from pipeline.loader.loader import ViewBatch
-from tools.throughput.report import RungResult
+from tools.throughput.report import StageResult
 from tools.throughput.stages import model_step
 from train.engine.run import Run
 from train.optimization.optimizer import parameter_groups
@@ -55,7 +55,7 @@ def compiled(suite: Suite) -> None:
     """The step alone, compiled: the likeliest settings first, since each takes most of a minute to compile."""
     small, large = suite.size.batches
     variants = [
-        Variant(large, compiled=True),  # ladder-compiled has left its code in the compiler's cache
+        Variant(large, compiled=True),  # stages-compiled has left its code in the compiler's cache
         Variant(small, compiled=True),
         Variant(large, "fp16", compiled=True),
         Variant(large, "tf32", compiled=True),
@@ -92,9 +92,9 @@ def _measure_step(suite: Suite, variant: Variant, views: list[ViewBatch]) -> dic
     run.model.train()
     seen = [_cut(view, variant, bench.dtype) for view in views]
     with number_format(variant.precision), model_step(bench, run, seen) as advance:
-        turns = suite.stretches(advance, bench.batch)
+        trials = suite.stretches(advance, bench.batch)
     memory = torch.cuda.max_memory_allocated() / 2**30 if suite.dist.device.type == "cuda" else None
-    return {**asdict(RungResult.of(turns)), "torch_memory_gib": memory}
+    return {**asdict(StageResult.of(trials)), "torch_memory_gib": memory}
 
 
 def _cut(views: ViewBatch, variant: Variant, dtype: torch.dtype) -> ViewBatch:

@@ -11,7 +11,7 @@ times over into an image folder, which need not be ImageNet's:
 
 Each part runs in a process of its own with a time limit, so that a crash, a hang or a GPU in a bad state costs that
 part alone; what it had measured by then is kept. The failures are listed, and the exit code is 1 if there was one.
-DIR receives suite.json, suite.md, part-*.json and ladder*.png.
+DIR receives suite.json, suite.md, part-*.json and stages*.png.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Config:
     out: Path
     """Folder for the results; made if it is not there."""
     toy: bool = False
-    """A tiny model and short turns on the CPU: the same code at toy size."""
+    """A tiny model and short trials on the CPU: the same code at toy size."""
     minutes: float = 8.7
     """Time for all parts; those at the end are cut short or left out when it is over."""
     parts: tuple[str, ...] = tuple(PARTS)

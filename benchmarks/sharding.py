@@ -286,7 +286,7 @@ def report_scaling(
 
 
 def times_as_fast(named: dict[str, Contestant], runs: dict[str, list[Run]], name: str, as_: str) -> Spread:
-    """Images a second of ``name`` against those of ``as_``, turn by turn."""
+    """Images a second of ``name`` against those of ``as_``, round by round."""
     share = named[name].samples / named[as_].samples
     return Spread.of([share * b.wall_s / a.wall_s for a, b in zip(runs[name], runs[as_], strict=True)])
 

@@ -27,7 +27,7 @@ import gpu_steps  # noqa: E402
 import gpu_suite  # noqa: E402
 from gpu_report import markdown  # noqa: E402
 
-QUICK = ("parity", "ladder", "decode", "official", "model")
+QUICK = ("parity", "stages", "decode", "official", "model")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -44,16 +44,16 @@ def test_every_part_measures_and_reports(
     assert tuple(parts) == QUICK
     assert results["failures"] == {}
     assert parts["parity"]["whole recipe"]["mean"] < 0.5
-    assert set(parts["ladder"]["rungs"]) == {
+    assert set(parts["stages"]["stages"]) == {
         *("read", "decode", "crops", "photometric", "loader", "model", "end_to_end"),
     }
-    assert parts["ladder"]["verdict"]["gpu_bound"] > 0
-    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+    assert parts["stages"]["verdict"]["gpu_bound"] > 0
+    assert (tmp_path / "stages.png").stat().st_size > 10_000
     measured = [value for name in QUICK[2:] for value in parts[name].values() if "img_per_s" in value]
     assert len(measured) >= 5
     assert all(value["img_per_s"]["minimum"] > 0 and value["img_per_s"]["runs"] == 3 for value in measured)
     text = (tmp_path / "suite.md").read_text()
-    for heading in ("Parity", "The ladder, eager", "The official recipe", "limiter", "toy size"):
+    for heading in ("Parity", "The stages, eager", "The official recipe", "limiter", "toy size"):
         assert heading in text
     assert "needs a GPU" in text  # Apex
 
@@ -132,7 +132,7 @@ def test_contiguous_weights_have_contiguous_momentum(photo_dataset_path: Path, t
         assert run.optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
 
 
-def test_a_part_without_time_left_measures_each_rung_once(photo_dataset_path: Path, tmp_path: Path) -> None:
+def test_a_part_without_time_left_measures_each_stage_once(photo_dataset_path: Path, tmp_path: Path) -> None:
     with toy_suite(photo_dataset_path, tmp_path, 0) as suite:
         gpu_parts.decode(suite)
     assert json.loads((tmp_path / "part-trial.json").read_text())["CPU"]["img_per_s"]["runs"] == 1
@@ -141,17 +141,17 @@ def test_a_part_without_time_left_measures_each_rung_once(photo_dataset_path: Pa
 def test_what_a_part_knows_is_written_before_it_ends(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part that is stopped in the middle of its turns keeps the turns that it has."""
+    """A part that is stopped in the middle of its trials keeps the trials that it has."""
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu_parts, "judge", stopped)
     with toy_suite(photo_dataset_path, tmp_path, 0) as suite, pytest.raises(KeyboardInterrupt):
-        gpu_parts.ladder(suite)
-    rungs = json.loads((tmp_path / "part-trial.json").read_text())["rungs"]
-    assert set(rungs) >= {"model", "end_to_end", "loader"}
-    whole = {"toy": True, "machine": {}, "failures": {}, "parts": {"ladder": {"rungs": rungs}}}
+        gpu_parts.stages(suite)
+    stages = json.loads((tmp_path / "part-trial.json").read_text())["stages"]
+    assert set(stages) >= {"model", "end_to_end", "loader"}
+    whole = {"toy": True, "machine": {}, "failures": {}, "parts": {"stages": {"stages": stages}}}
     assert "| model step alone |" in markdown(whole)
 
 
@@ -175,7 +175,7 @@ def test_the_session_names_what_it_needs() -> None:
     assert {"tyro", "docstring-parser", "webdataset", "braceexpand", "pytest", "beartype"} <= names
     assert not names & {"torch", "torchvision", "triton"}
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-        assert {"nvidia-dali-cuda130", "nvidia-nvjpeg", "gast"} <= names  # what DALI needs in its turn
+        assert {"nvidia-dali-cuda130", "nvidia-nvjpeg", "gast"} <= names  # what DALI needs in its trial
 
 
 @pytest.mark.parametrize("arguments", [[], ["check"], ["espresso", "OUT"], ["a", "b", "c", "d", "e"]])

@@ -71,7 +71,7 @@ def alternate(
 
 
 def ratio(runs: Mapping[str, list[Run]], of: str, to: str, quantity: str = "wall_s") -> Spread:
-    """How many times more of ``quantity`` ``to`` took than ``of``, turn by turn."""
+    """How many times more of ``quantity`` ``to`` took than ``of``, round by round."""
     return Spread.of([getattr(b, quantity) / getattr(a, quantity) for a, b in zip(runs[of], runs[to], strict=True)])
 
 

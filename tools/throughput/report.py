@@ -1,4 +1,4 @@
-"""Owns what the ladder's numbers mean: medians and spreads, the limiter, and what to change about it."""
+"""What the measured stages mean: medians and spreads, the limiter, and what to change about it."""
 
 from __future__ import annotations
 
@@ -9,73 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.common.measuring import Spread
-from tools.throughput.timing import Turn
+from tools.common.plot_style import INK, QUIET
+from tools.throughput.timing import Trial
 
-INK, QUIET = "#22313f", "#8a949e"
 LOADER_COLOUR, CHAIN_COLOUR, END_COLOUR, WARN_COLOUR = "#8fb3d9", "#1f5fa8", "#1d7a4f", "#b4511d"
 MODEL_COLOURS = {"forward": "#d9a441", "backward": "#c07f1c", "optimizer": "#7a4f10"}
-FAR = 3.0  # times the rate of the model: bars beyond are broken off, or the short ones could not be compared
-
-
-def draw_ladder(results: dict[str, RungResult], verdict: Verdict, subtitle: str) -> Figure:
-    """Bars of images/s from bytes (top) to end to end (bottom); whiskers from the slowest to the fastest turn."""
-    figure = Figure(figsize=(9, 1.6 + 0.55 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    medians = {name: result.img_per_s.median for name, result in results.items()}
-    matter = [medians[name] for name in ("model", "end_to_end") if name in medians]
-    edge = FAR * max(matter) if matter else max(medians.values())
-    edge = min(edge, 1.05 * max(medians.values()))
-    for row, (name, result) in enumerate(results.items()):
-        _draw_bar(axes, row, name, result, edge, limits=name == verdict.limiter)
-    if "model" in medians:
-        axes.axvline(medians["model"], color=INK, linewidth=1, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(results)), [TITLES.get(name, name) for name in results])
-    for label, name in zip(axes.get_yticklabels(), results, strict=True):
-        label.set_fontweight("bold" if name not in LOADER_PARTS else "normal")
-    axes.invert_yaxis()
-    axes.set_xlim(0, edge * 1.28)
-    axes.set_xlabel(
-        "source images per second; dashed: the model alone" if "model" in medians else "source images per second"
-    )
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    bound = "" if verdict.gpu_bound is None else f"gpu_bound {verdict.gpu_bound:.2f}, "
-    figure.suptitle(
-        f"{bound}limiter: {TITLES.get(verdict.limiter, verdict.limiter)}", fontsize=13, color=INK, x=0.02, ha="left"
-    )
-    axes.set_title(subtitle, fontsize=9, color=QUIET, loc="left")
-    return figure
-
-
-def _draw_bar(axes: Axes, row: int, name: str, result: RungResult, edge: float, limits: bool) -> None:
-    rate = result.img_per_s
-    shown = min(rate.median, edge)
-    broken = rate.median > edge
-    if name == "model" and result.parts:
-        whole = sum(result.parts.values())
-        start = 0.0
-        for part, seconds in result.parts.items():
-            width = shown * seconds / whole
-            axes.barh(row, width, left=start, color=MODEL_COLOURS[part], height=0.62)
-            if width > 0.09 * edge:
-                axes.text(start + width / 2, row, part, ha="center", va="center", fontsize=8, color="white")
-            start += width
-    else:
-        colour = {"loader": CHAIN_COLOUR, "end_to_end": END_COLOUR}.get(name, LOADER_COLOUR)
-        axes.barh(row, shown, color=WARN_COLOUR if limits else colour, height=0.62)
-    if broken:
-        axes.text(shown, row, "»", ha="right", va="center", fontsize=14, color="white", fontweight="bold")
-    else:
-        whiskers = [[rate.median - rate.minimum], [max(min(rate.maximum, edge) - rate.median, 0)]]
-        axes.errorbar(shown, row, xerr=whiskers, color=INK, linewidth=1, capsize=3)
-    text = f"{rate.median:,.0f}  ·  {result.cores.median:.1f} cores"
-    if result.gpu_busy is not None:
-        text += f"  ·  GPU {result.gpu_busy:.0%}"
-    axes.text(max(shown, min(rate.maximum, edge)) + 0.012 * edge, row, text, va="center", fontsize=9, color=INK)
-
-
-GPU_BOUND = 0.97  # end to end that comes so close to the model alone counts as bound by the model
-CORES_BUSY = 0.9  # of the loader's share of cores: from here on there are none to spare
+FAR = 3.0  # times the rate of the model: longer bars are cut off, so that the short ones can be compared
+GPU_BOUND = 0.97  # end to end / model alone; from here on the model is the limiter
+CORES_BUSY = 0.9  # share of the loader's cores; from here on no core is free
 TITLES = {
     "read": "read bytes",
     "decode": "decode",
@@ -90,23 +31,25 @@ Limiter = Literal["read", "decode", "crops", "photometric", "model", "sharing", 
 
 
 @dataclass(frozen=True)
-class RungResult:
-    """What the turns of one rung come to."""
+class StageResult:
+    """Medians and spreads over the trials of one stage."""
 
     img_per_s: Spread
     cores: Spread
     gpu_busy: float | None  # 0 to 1
-    gpu_memory_gib: float | None  # the highest, on the whole device
+    gpu_memory_gib: float | None  # highest, of the whole device
     parts: dict[str, float]  # seconds an image, by part of the work
 
     @staticmethod
-    def of(turns: list[Turn]) -> RungResult:
-        """Of at least one turn."""
-        uses = [turn.gpu for turn in turns if turn.gpu is not None]
-        parts = {name: Spread.of([turn.parts[name] / turn.images for turn in turns]).median for name in turns[0].parts}
-        return RungResult(
-            Spread.of([turn.img_per_s for turn in turns]),
-            Spread.of([turn.cores for turn in turns]),
+    def of(trials: list[Trial]) -> StageResult:
+        """Of at least one trial."""
+        uses = [trial.gpu for trial in trials if trial.gpu is not None]
+        parts = {
+            name: Spread.of([trial.parts[name] / trial.images for trial in trials]).median for name in trials[0].parts
+        }
+        return StageResult(
+            Spread.of([trial.img_per_s for trial in trials]),
+            Spread.of([trial.cores for trial in trials]),
             Spread.of([use.busy for use in uses]).median if uses else None,
             max(use.memory_gib for use in uses) if uses else None,
             parts,
@@ -115,7 +58,7 @@ class RungResult:
 
 @dataclass(frozen=True)
 class Setting:
-    """Under which the ladder was climbed, as far as advice depends on it."""
+    """The measured configuration, as far as advice depends on it."""
 
     on_gpu: bool
     decoder: Literal["mixed", "cpu"]
@@ -129,23 +72,23 @@ class Verdict:
     """What limits training."""
 
     limiter: Limiter
-    gpu_bound: float | None  # end to end / model alone, median of the turns' ratios; None if either was left out
+    gpu_bound: float | None  # end to end / model alone, median over the rounds; None if either was left out
     gpu_bound_spread: Spread | None
     reason: str
     advice: tuple[str, ...]
 
 
-def judge(results: dict[str, RungResult], turns: dict[str, list[Turn]], setting: Setting) -> Verdict:
-    """Name the limiter. Ratios are taken turn by turn, as the rungs ran."""
+def judge(results: dict[str, StageResult], trials: dict[str, list[Trial]], setting: Setting) -> Verdict:
+    """Name the limiter. Ratios are those of trials of the same round."""
     rates = {name: result.img_per_s.median for name, result in results.items()}
     parts = {name: rates[name] for name in LOADER_PARTS if name in rates}
     if "model" not in rates or "end_to_end" not in rates:
         if not parts:
-            return Verdict("unknown", None, None, "too few rungs were measured to tell", ())
+            return Verdict("unknown", None, None, "too few stages were measured", ())
         slowest = _slowest(parts)
         reason = f"of the loader's parts {TITLES[slowest]} is the slowest; the model was not measured"
         return Verdict(slowest, None, None, reason, _advice(slowest, results, setting))
-    pairs = zip(turns["end_to_end"], turns["model"], strict=True)
+    pairs = zip(trials["end_to_end"], trials["model"], strict=True)
     bound = Spread.of([whole.img_per_s / alone.img_per_s for whole, alone in pairs])
     if bound.median >= GPU_BOUND:
         reason = f"end to end reaches {bound.median:.1%} of the model alone: the loader is not the limit"
@@ -173,7 +116,7 @@ def _slowest(parts: dict[str, float]) -> Any:
     return min(parts, key=lambda name: parts[name])
 
 
-def _advice(limiter: Limiter, results: dict[str, RungResult], setting: Setting) -> tuple[str, ...]:
+def _advice(limiter: Limiter, results: dict[str, StageResult], setting: Setting) -> tuple[str, ...]:
     """What to change, the likeliest first."""
     loader = results.get("loader")
     full = loader is not None and loader.cores.median >= CORES_BUSY * setting.cores
@@ -212,8 +155,8 @@ def _advice(limiter: Limiter, results: dict[str, RungResult], setting: Setting) 
             return ()
 
 
-def table(results: dict[str, RungResult]) -> str:
-    """The ladder for people."""
+def table(results: dict[str, StageResult]) -> str:
+    """A table for the terminal."""
     with_gpu = any(result.gpu_busy is not None for result in results.values())
     header = f"{'':20} {'images/s':>28} {'CPU cores':>10}"
     lines = [header + (f" {'GPU busy':>9} {'GPU memory':>11}" if with_gpu else "")]
@@ -237,7 +180,7 @@ def table(results: dict[str, RungResult]) -> str:
 
 
 def describe(verdict: Verdict) -> str:
-    """The verdict for people."""
+    """The verdict as text."""
     lines = []
     if verdict.gpu_bound_spread is not None:
         lines.append(f"gpu_bound = end to end / model alone = {verdict.gpu_bound_spread}")
@@ -246,6 +189,63 @@ def describe(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def as_json(results: dict[str, RungResult], verdict: Verdict) -> dict[str, Any]:
-    """For --json."""
-    return {"rungs": {name: asdict(result) for name, result in results.items()}, "verdict": asdict(verdict)}
+def as_json(results: dict[str, StageResult], verdict: Verdict) -> dict[str, Any]:
+    """The results as --json writes them."""
+    return {"stages": {name: asdict(result) for name, result in results.items()}, "verdict": asdict(verdict)}
+
+
+def draw_stages(results: dict[str, StageResult], verdict: Verdict, subtitle: str) -> Figure:
+    """Bars of images/s from bytes (top) to end to end (bottom); whiskers from the slowest to the fastest trial."""
+    figure = Figure(figsize=(9, 1.6 + 0.55 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    medians = {name: result.img_per_s.median for name, result in results.items()}
+    matter = [medians[name] for name in ("model", "end_to_end") if name in medians]
+    edge = FAR * max(matter) if matter else max(medians.values())
+    edge = min(edge, 1.05 * max(medians.values()))
+    for row, (name, result) in enumerate(results.items()):
+        _draw_bar(axes, row, name, result, edge, limits=name == verdict.limiter)
+    if "model" in medians:
+        axes.axvline(medians["model"], color=INK, linewidth=1, linestyle="--", zorder=0)
+    axes.set_yticks(range(len(results)), [TITLES.get(name, name) for name in results])
+    for label, name in zip(axes.get_yticklabels(), results, strict=True):
+        label.set_fontweight("bold" if name not in LOADER_PARTS else "normal")
+    axes.invert_yaxis()
+    axes.set_xlim(0, edge * 1.28)
+    axes.set_xlabel(
+        "source images per second; dashed: the model alone" if "model" in medians else "source images per second"
+    )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    bound = "" if verdict.gpu_bound is None else f"gpu_bound {verdict.gpu_bound:.2f}, "
+    figure.suptitle(
+        f"{bound}limiter: {TITLES.get(verdict.limiter, verdict.limiter)}", fontsize=13, color=INK, x=0.02, ha="left"
+    )
+    axes.set_title(subtitle, fontsize=9, color=QUIET, loc="left")
+    return figure
+
+
+def _draw_bar(axes: Axes, row: int, name: str, result: StageResult, edge: float, limits: bool) -> None:
+    rate = result.img_per_s
+    shown = min(rate.median, edge)
+    broken = rate.median > edge
+    if name == "model" and result.parts:
+        whole = sum(result.parts.values())
+        start = 0.0
+        for part, seconds in result.parts.items():
+            width = shown * seconds / whole
+            axes.barh(row, width, left=start, color=MODEL_COLOURS[part], height=0.62)
+            if width > 0.09 * edge:
+                axes.text(start + width / 2, row, part, ha="center", va="center", fontsize=8, color="white")
+            start += width
+    else:
+        colour = {"loader": CHAIN_COLOUR, "end_to_end": END_COLOUR}.get(name, LOADER_COLOUR)
+        axes.barh(row, shown, color=WARN_COLOUR if limits else colour, height=0.62)
+    if broken:
+        axes.text(shown, row, "»", ha="right", va="center", fontsize=14, color="white", fontweight="bold")
+    else:
+        whiskers = [[rate.median - rate.minimum], [max(min(rate.maximum, edge) - rate.median, 0)]]
+        axes.errorbar(shown, row, xerr=whiskers, color=INK, linewidth=1, capsize=3)
+    text = f"{rate.median:,.0f}  ·  {result.cores.median:.1f} cores"
+    if result.gpu_busy is not None:
+        text += f"  ·  GPU {result.gpu_busy:.0%}"
+    axes.text(max(shown, min(rate.maximum, edge)) + 0.012 * edge, row, text, va="center", fontsize=9, color=INK)

@@ -1,18 +1,19 @@
-"""Owns the ladder of throughput: rungs from bytes to a trained step, each the project's own code, a function for each.
+"""The stages of training, from reading bytes to a trained step, each as a function that runs the project's own code.
 
-A rung is a context that gives ``advance(batches)``: work through so many batches to the end, the GPU's part included,
-and say how the time was spent. What lies before a rung is prepared once and kept in memory (on the device where the
-rung wants it there), so that each rung is measured alone; only the whole loader and end to end are chains.
+A stage is a context that gives ``advance(batches)``: it processes so many batches to the end, the GPU's part included,
+and returns the seconds by part of the work. The inputs of a stage are prepared once and kept in memory (on the device
+where the stage reads them there), so that each stage is measured alone; only the loader and end to end are chains.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,28 +32,18 @@ from pipeline.loader.timing import Stalls
 from pipeline.sampling.order import OrderConfig, choose_order
 from pipeline.sampling.sampler import BatchIds, BatchSampler, World
 from pipeline.sampling.views import ViewParams, ViewRecipe, draw_views
-from tools.throughput.step_timer import StepClock
 from train.engine.loop import train_step
 from train.engine.run import Run
 
-
-def decoded_batch(batch: Batch, pool: ThreadPoolExecutor, device: torch.device) -> Batch:
-    """The batch with its images decoded, uint8 ``[h, w, 3]``, where the crops want them."""
-    images = pool.map(lambda encoded: reference.decode(encoded.tobytes()), batch.encoded)
-    arrays = [image.permute(1, 2, 0).contiguous() for image in images]
-    on_device = [array.to(device) if device.type == "cuda" else array.numpy() for array in arrays]
-    return replace(batch, encoded=on_device)  # type: ignore[arg-type]
-
-
-RungName = Literal["read", "decode", "crops", "photometric", "loader", "model", "end_to_end"]
-Advance = Callable[[int], dict[str, float]]  # batches -> seconds by part of the work, where parts are known
-ENDLESS = 1_000_000  # epochs; nobody measures that long
-RESIDENT_BATCHES = 3  # kept in memory for the rungs that begin in the middle
+StageName = Literal["read", "decode", "crops", "photometric", "loader", "model", "end_to_end"]
+Advance = Callable[[int], dict[str, float]]  # batches -> seconds by part of the work, where parts are measured
+ENDLESS = 1_000_000  # epochs; no measurement lasts so long
+RESIDENT_BATCHES = 3  # kept in memory as inputs of the stages in the middle
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What the rungs share."""
+    """Data and settings that all stages share."""
 
     dataset: ShardSet
     recipe: ViewRecipe
@@ -60,7 +51,7 @@ class Bench:
     order: OrderConfig
     batch: int  # source images
     seed: int
-    ranks_per_machine: int  # cores are shared as if so many ranks ran here
+    ranks_per_machine: int  # the loader gets one rank's share of the cores
     device: torch.device
     dtype: torch.dtype  # of the views
 
@@ -71,17 +62,17 @@ class Bench:
 
     @property
     def sampler(self) -> BatchSampler:
-        """Steps without end."""
+        """A sampler without an end."""
         return BatchSampler(self.seed, self.batch, ENDLESS)
 
     def places(self) -> Iterator[BatchIds]:
-        """The order of a run of one rank, without end."""
+        """Sample ids batch by batch, as in a run of one rank, without end."""
         order = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
         return self.sampler.places(self.dataset.num_samples, order, World.alone(self.device))
 
     @contextmanager
     def views(self, stalls: Stalls | None = None) -> Iterator[Iterator[ViewBatch]]:
-        """The loader of a run of one rank, without end; ``stalls`` are those of the GPU."""
+        """The loader of a run of one rank, without end; ``stalls`` counts the GPU's waits for it."""
         with open_views(
             self.dataset,
             self.recipe,
@@ -96,7 +87,7 @@ class Bench:
 
     @contextmanager
     def encoded(self) -> Iterator[Iterator[Batch]]:
-        """Batches read ahead as the loader does it, not decoded."""
+        """Batches of encoded images, read ahead as in the loader."""
 
         def draw(epoch: int, ids: Any) -> ViewParams:
             return draw_views(self.recipe, self.seed, epoch, ids, self.dataset.sizes(ids))
@@ -106,18 +97,18 @@ class Bench:
             yield Assembler(self.dataset, draw, readers, bad).read_ahead(self.places(), self.loader.read_ahead)
 
     def resident(self) -> list[Batch]:
-        """A few encoded batches to be used again and again."""
+        """A few encoded batches, to be used repeatedly."""
         with self.encoded() as batches:
             return list(itertools.islice(batches, RESIDENT_BATCHES))
 
     def resident_views(self) -> list[ViewBatch]:
-        """A few batches of views to be used again and again."""
+        """A few batches of views, to be used repeatedly."""
         with self.views() as batches:
             return list(itertools.islice(batches, RESIDENT_BATCHES))
 
     @contextmanager
-    def stages(self) -> Iterator[tuple[BackendStages, ThreadPoolExecutor]]:
-        """The back end's stages, and the threads that they share."""
+    def backend_stages(self) -> Iterator[tuple[BackendStages, ThreadPoolExecutor]]:
+        """The back end's stages and their thread pool."""
         with ThreadPoolExecutor(self.threads, "transform") as pool:
             setup = BackendContext(
                 self.recipe, self.loader.dali, self.batch, self.device, self.dtype, pool, self.threads
@@ -125,21 +116,21 @@ class Bench:
             yield open_backend(self.loader.backend).stages(setup), pool
 
     def tidy(self) -> None:
-        """Give back the GPU memory that is kept for later use."""
+        """Free cached GPU memory."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
             open_backend(self.loader.backend).release_memory()
 
     def finish(self) -> None:
-        """Wait for what was put on the current stream."""
+        """Wait for all work on the current stream."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One step of the ladder."""
+class Stage:
+    """One thing to be timed."""
 
     name: str
     open: Callable[[], AbstractContextManager[Advance]]
@@ -147,27 +138,35 @@ class Rung:
     ahead: int  # batches that its queues hold
 
 
-def make_ladder(bench: Bench, run: Run | None) -> dict[RungName, Rung]:
-    """All rungs, bottom up; without a ``run`` those of the loader."""
+def make_stages(bench: Bench, run: Run | None) -> dict[StageName, Stage]:
+    """All stages from bytes to end to end; without a ``run`` the loader's only."""
     read_ahead = bench.loader.read_ahead
     dali = bench.loader.dali.prefetch
     queues = read_ahead + dali + bench.loader.prefetch + 1
-    rungs: dict[RungName, Rung] = {
-        "read": Rung("read", lambda: read_bytes(bench), bench.batch, read_ahead),
-        "decode": Rung("decode", lambda: decode(bench), bench.batch, dali),
-        "crops": Rung("crops", lambda: crops(bench), bench.batch, dali),
-        "photometric": Rung("photometric", lambda: photometric(bench), bench.batch, 0),
-        "loader": Rung("loader", lambda: whole_loader(bench), bench.batch, queues),
+    stages: dict[StageName, Stage] = {
+        "read": Stage("read", lambda: read_bytes(bench), bench.batch, read_ahead),
+        "decode": Stage("decode", lambda: decode(bench), bench.batch, dali),
+        "crops": Stage("crops", lambda: crops(bench), bench.batch, dali),
+        "photometric": Stage("photometric", lambda: photometric(bench), bench.batch, 0),
+        "loader": Stage("loader", lambda: whole_loader(bench), bench.batch, queues),
     }
     if run is not None:
-        rungs["model"] = Rung("model", lambda: model_step(bench, run), bench.batch, 0)
-        rungs["end_to_end"] = Rung("end_to_end", lambda: end_to_end(bench, run), bench.batch, queues)
-    return rungs
+        stages["model"] = Stage("model", lambda: model_step(bench, run), bench.batch, 0)
+        stages["end_to_end"] = Stage("end_to_end", lambda: end_to_end(bench, run), bench.batch, queues)
+    return stages
+
+
+def decoded_batch(batch: Batch, pool: ThreadPoolExecutor, device: torch.device) -> Batch:
+    """The batch with its images decoded to uint8 ``[h, w, 3]``, on the device whose crops read them."""
+    images = pool.map(lambda encoded: reference.decode(encoded.tobytes()), batch.encoded)
+    arrays = [image.permute(1, 2, 0).contiguous() for image in images]
+    on_device = [array.to(device) if device.type == "cuda" else array.numpy() for array in arrays]
+    return replace(batch, encoded=on_device)  # type: ignore[arg-type]
 
 
 @contextmanager
 def read_bytes(bench: Bench) -> Iterator[Advance]:
-    """Order, parameters and positioned reads in threads; checksums compared."""
+    """Sample order, view parameters, positioned reads in threads, checksums."""
     with bench.encoded() as batches:
         yield lambda count: _drain(bench, batches, count)
 
@@ -176,15 +175,15 @@ def read_bytes(bench: Bench) -> Iterator[Advance]:
 def decode(bench: Bench) -> Iterator[Advance]:
     """Encoded images in memory to decoded ones."""
     resident = bench.resident()
-    with bench.stages() as (stages, _):
+    with bench.backend_stages() as (stages, _):
         decoded = stages.decode(itertools.cycle(resident))
         yield lambda count: _drain(bench, decoded, count)
 
 
 @contextmanager
 def crops(bench: Bench) -> Iterator[Advance]:
-    """Decoded images in memory to two squares each: cut and resized."""
-    with bench.stages() as (stages, pool):
+    """Decoded images in memory to crops: cut and resized."""
+    with bench.backend_stages() as (stages, pool):
         resident = [decoded_batch(batch, pool, bench.device) for batch in bench.resident()]
         squares = stages.crop(itertools.cycle(resident))
         yield lambda count: _drain(bench, squares, count)
@@ -192,11 +191,11 @@ def crops(bench: Bench) -> Iterator[Advance]:
 
 @contextmanager
 def photometric(bench: Bench) -> Iterator[Advance]:
-    """Squares in memory to views: colour, gray, blur, solarize, normalise, flip."""
-    with bench.stages() as (stages, pool):
+    """Crops in memory to views: colour, gray, blur, solarize, normalise, flip."""
+    with bench.backend_stages() as (stages, pool):
         batches = bench.resident()
         decoded = [decoded_batch(batch, pool, bench.device) for batch in batches]
-        # A queue that is pulled ahead must not run dry while its last outputs are in use: cycle, and take a few.
+        # An endless input keeps DALI's queue running while its last outputs are in use.
         squares = list(itertools.islice(stages.crop(itertools.cycle(decoded)), len(batches)))
         inputs = itertools.cycle([(square, batch.windows) for square, batch in zip(squares, batches, strict=True)])
         views = (stages.photometric(square, windows) for square, windows in inputs if isinstance(windows, ViewParams))
@@ -205,30 +204,50 @@ def photometric(bench: Bench) -> Iterator[Advance]:
 
 @contextmanager
 def whole_loader(bench: Bench) -> Iterator[Advance]:
-    """Shards to views, as training gets them."""
+    """Shards to views: the loader of training."""
     with bench.views() as batches:
         yield lambda count: _drain(bench, batches, count)
 
 
 @contextmanager
 def model_step(bench: Bench, run: Run, views: list[ViewBatch] | None = None) -> Iterator[Advance]:
-    """Training steps on views that lie on the device: forward, backward and optimizer told apart."""
-    resident = itertools.cycle(views or bench.resident_views())
-    with StepClock(run, bench.device) as clock:
+    """Training steps on resident views; forward, backward and optimizer are timed by events on the device's stream."""
+    resident, on_gpu = itertools.cycle(views or bench.resident_views()), bench.device.type == "cuda"
+    marks: list[tuple[str, Any]] = []  # a part, and its begin as an event or, on a CPU, in seconds
 
-        def advance(count: int) -> dict[str, float]:
-            clock.start()
-            for _ in range(count):
-                train_step(clock.run, resident)
-            bench.finish()
-            return clock.read()
+    def mark(part: str) -> None:
+        now: Any = time.perf_counter()
+        if on_gpu:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(bench.device))
+        marks.append((part, now))
 
+    def advance(count: int) -> dict[str, float]:
+        marks.clear()
+        for _ in range(count):
+            train_step(run, resident)
+        mark("end")
+        bench.finish()
+        parts = dict.fromkeys(("forward", "backward", "optimizer", "rest"), 0.0)
+        for (part, begin), (_, end) in itertools.pairwise(marks):
+            parts[part] += begin.elapsed_time(end) / 1e3 if on_gpu else end - begin
+        del parts["rest"]
+        return parts
+
+    with ExitStack() as hooks:
+        for hook in (
+            run.parallel.register_forward_pre_hook(lambda *_: mark("forward")),
+            run.parallel.register_forward_hook(lambda *_: mark("backward")),
+            run.optimizer.register_step_pre_hook(lambda *_: mark("optimizer")),
+            run.optimizer.register_step_post_hook(lambda *_: mark("rest")),
+        ):
+            hooks.callback(hook.remove)
         yield advance
 
 
 @contextmanager
 def end_to_end(bench: Bench, run: Run) -> Iterator[Advance]:
-    """Shards to weights: training steps fed by the loader. The time that the loop waited for it is told apart."""
+    """Shards to weights: training steps with the loader; ``data_wait`` is the time that they waited for it."""
     stalls = Stalls()
     with bench.views(stalls) as batches:
 
@@ -241,8 +260,8 @@ def end_to_end(bench: Bench, run: Run) -> Iterator[Advance]:
 
 
 def _drain(bench: Bench, batches: Iterator[object], count: int) -> dict[str, float]:
-    """Take ``count`` batches and keep none."""
+    """Take ``count`` batches and discard them."""
     taken: deque[object] = deque(itertools.islice(batches, count), maxlen=1)
-    assert taken, "a rung's batches have no end"
+    assert taken, "the input of a stage is endless"
     bench.finish()
     return {}

@@ -1,6 +1,7 @@
-"""Owns how rungs are timed: in turns, so that a drifting machine hits all alike; each turn opened, warmed up, timed.
+"""Times the stages: round after round over all of them, so that a machine that slows down affects all alike.
 
-A rung is closed before the next one begins, so that nothing that one has set going takes cores from another.
+A stage is opened, warmed up until its queues are as full as they get, timed, and closed before the next one opens, so
+that its threads take no cores from the others.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tools.common.gpu_monitor import GpuUse, GpuWatch
-from tools.throughput.stages import Advance, Rung
+from tools.common.gpu_monitor import GpuMonitor, GpuUse
+from tools.throughput.stages import Advance, Stage
 
 FEWEST_BATCHES = 2
 WARM_BATCHES = 2
-WARM_TURNS = 1.0  # in lengths of a turn: after so long the queues have filled, or will not
+WARM_TRIALS = 1.0  # lengths of a trial; a queue that is not full by then stays so
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One timed stretch of one rung."""
+class Trial:
+    """One timed stretch of one stage."""
 
     images: int
     wall_s: float
     cpu_s: float  # of all threads of this process
-    parts: dict[str, float]  # seconds by part of the work, where the rung knows them
+    parts: dict[str, float]  # seconds by part of the work, where the stage measures them
     gpu: GpuUse | None
 
     @property
@@ -39,71 +40,65 @@ class Turn:
         return self.cpu_s / self.wall_s
 
 
-class Climber:
-    """Takes turns on rungs."""
+class StageRunner:
+    """Times stages in trials of about ``seconds`` each, beside their warm-up."""
 
-    def __init__(self, seconds: float, watch: GpuWatch, tidy: Callable[[], None]) -> None:
-        """Each turn lasts about ``seconds`` beside its warm-up.
-
-        ``tidy`` gives memory back that the turn before has left, so that the memory that a rung shows is its own.
-        """
+    def __init__(self, seconds: float, monitor: GpuMonitor, tidy: Callable[[], None]) -> None:
+        """``tidy`` runs before each trial and frees cached GPU memory, so that the memory shown is the stage's own."""
         self._tidy = tidy
         self._seconds = seconds
-        self._watch = watch
-        self._batch_s: dict[str, float] = {}  # as each rung's last turn showed
+        self._monitor = monitor
+        self._batch_s: dict[str, float] = {}  # of each stage, from its last trial
 
-    def climb(
+    def run(
         self,
-        rungs: Mapping[str, Rung],
+        stages: Mapping[str, Stage],
         repeats: int,
-        tell: Callable[[str, Turn], None] = lambda name, turn: None,
+        report: Callable[[str, Trial], None] = lambda name, trial: None,
         end_s: float = math.inf,
-    ) -> dict[str, list[Turn]]:
-        """``repeats`` turns of each rung, in turn, after one that only warms up. ``tell`` hears of each that counts.
+    ) -> dict[str, list[Trial]]:
+        """``repeats`` rounds over all stages, after one trial each that only warms up; ``report`` receives each trial.
 
-        A round that would end after ``end_s`` (time.perf_counter) is left out with all that follow; never the first.
+        Rounds that would end after ``end_s`` (time.perf_counter) are left out; the first one never is.
         """
-        for name, rung in rungs.items():
-            self.turn(name, rung)
-        turns: dict[str, list[Turn]] = {name: [] for name in rungs}
+        for name, stage in stages.items():
+            if name not in self._batch_s:
+                self.trial(name, stage)
+        trials: dict[str, list[Trial]] = {name: [] for name in stages}
         start_s = time.perf_counter()
         for number in range(repeats):
             now_s = time.perf_counter()
             if number > 0 and now_s + (now_s - start_s) / number > end_s:
                 break
-            for name, rung in rungs.items():
-                turn = self.turn(name, rung)
-                turns[name].append(turn)
-                tell(name, turn)
-        return turns
+            for name, stage in stages.items():
+                trial = self.trial(name, stage)
+                trials[name].append(trial)
+                report(name, trial)
+        return trials
 
-    def knows(self, name: str) -> bool:
-        """Whether the rung of this name has had its first turn."""
-        return name in self._batch_s
-
-    def turn(self, name: str, rung: Rung) -> Turn:
-        """One turn. The first one of a name is short: it shows how many batches a turn takes."""
+    def trial(self, name: str, stage: Stage) -> Trial:
+        """One trial. The first one of a name is short: it measures how many batches a trial takes."""
         self._tidy()
-        with rung.open() as advance:
-            self._warm_up(rung, advance)
+        with stage.open() as advance:
+            self._warm_up(stage, advance)
             known = self._batch_s.get(name)
             batches = 0 if known is None else round(self._seconds / known)
-            turn = self.timed(advance, rung.batch, max(FEWEST_BATCHES, batches))
-        self._batch_s[name] = turn.wall_s * rung.batch / turn.images
-        return turn
+            trial = self.timed(advance, stage.batch, max(FEWEST_BATCHES, batches))
+        self._batch_s[name] = trial.wall_s * stage.batch / trial.images
+        return trial
 
-    def _warm_up(self, rung: Rung, advance: Advance) -> None:
-        """Until queues are as full as they get: a rung begins with empty ones, and may or may not outrun its user."""
+    def _warm_up(self, stage: Stage, advance: Advance) -> None:
+        """Fill the queues: as many batches as they hold, for at most the length of a trial."""
         start_s = time.perf_counter()
-        for batches in range(rung.ahead + WARM_BATCHES):
-            if batches >= WARM_BATCHES and time.perf_counter() - start_s > WARM_TURNS * self._seconds:
+        for batches in range(stage.ahead + WARM_BATCHES):
+            if batches >= WARM_BATCHES and time.perf_counter() - start_s > WARM_TRIALS * self._seconds:
                 return
             advance(1)
 
-    def timed(self, advance: Advance, batch: int, batches: int) -> Turn:
-        """One timed stretch of a rung that is open and warm."""
+    def timed(self, advance: Advance, batch: int, batches: int) -> Trial:
+        """``batches`` batches of ``batch`` images of an open, warm stage."""
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         parts = advance(batches)
         end_s, end_cpu_s = time.perf_counter(), time.process_time()
-        use = self._watch.between(start_s, end_s)
-        return Turn(batches * batch, end_s - start_s, end_cpu_s - start_cpu_s, parts, use)
+        use = self._monitor.between(start_s, end_s)
+        return Trial(batches * batch, end_s - start_s, end_cpu_s - start_cpu_s, parts, use)

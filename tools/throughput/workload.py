@@ -1,4 +1,4 @@
-"""What is measured: dataset, model, settings."""
+"""The workload that profile_throughput.py measures: its flags, the dataset, and a run set up as by pretrain.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from model.methods.simsiam import SimSiamConfig
-from pipeline.common.errors import UserError
+from pipeline.common.errors import UserError, require
 from pipeline.common.locations import Location
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
@@ -22,7 +22,7 @@ from pipeline.sampling.order import OrderConfig
 from pipeline.sampling.views import ViewRecipe
 from tools.common.fake_imagenet import dataset_folder
 from tools.throughput.report import Setting
-from tools.throughput.stages import Bench, RungName
+from tools.throughput.stages import Bench, StageName
 from train.config.run_config import PretrainConfig
 from train.distributed.process_group import DistContext
 from train.engine.build import prepare
@@ -32,45 +32,80 @@ from train.optimization.precision import PrecisionName
 
 SYNTHETIC = "synthetic"
 
-
-RUNGS: tuple[RungName, ...] = ("read", "decode", "crops", "photometric", "loader", "model", "end_to_end")
+STAGES: tuple[StageName, ...] = ("read", "decode", "crops", "photometric", "loader", "model", "end_to_end")
 GPU_BATCH, CPU_BATCH = 256, 64
+FEWEST_REPEATS = 3
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What limits training, measured."""
+    """Flags of profile_throughput.py."""
 
-    data: Location  # dataset folder, as tools/make_shards.py wrote it, or "synthetic"
-    batch: int | None = None  # source images a step on this rank; default: 256 on a GPU, 64 on a CPU
-    repeats: int = 5  # timed turns of each rung, after one that warms up; at least 3
-    seconds: float = 2.0  # of each turn
-    rungs: tuple[RungName, ...] = RUNGS  # those to measure
-    json: Path | None = None  # write the numbers here
-    plot: Path | None = None  # write a bar ladder here, as PNG
-    trace: Path | None = None  # write a torch.profiler trace of some end-to-end steps here (open in Perfetto)
-    tune: bool = False  # search the loader's settings instead, and write --tuning-file
-    budget: float = 10.0  # minutes that --tune may take
-    tuning_file: Path = Path("loader-tuning.json")  # what --tune writes, for pretrain.py --loader-tuning
-    tune_batch: bool = False  # let --tune try other batches too
-    ranks_per_machine: int = 1  # take the share of the cores that one of so many ranks has
-    synthetic_samples: int = 1000  # images that --data synthetic draws
-    # Keep them as a dataset here, and use it if it is there; default: a temporary one
+    data: Location
+    """Dataset folder of make_shards.py, or "synthetic": draw JPEGs of ImageNet's size and density."""
+    batch: int | None = None
+    """Source images per step on this rank (default: 256 on a GPU, 64 on a CPU)."""
+    repeats: int = 5
+    """Timed trials of each stage, after one that warms up; at least 3."""
+    seconds: float = 2.0
+    """Length of a trial, s."""
+    stages: tuple[StageName, ...] = STAGES
+    """Stages to measure (default: all)."""
+    json: Path | None = None
+    """Write the numbers to this file."""
+    plot: Path | None = None
+    """Draw the stages as bars into this PNG."""
+    trace: Path | None = None
+    """Write a torch.profiler trace of three end-to-end steps to this file, for ui.perfetto.dev."""
+    tune: bool = False
+    """Search for the loader's fastest settings instead, and print the flags for pretrain.py."""
+    budget: float = 10.0
+    """Minutes that --tune may take."""
+    ranks_per_machine: int = 1
+    """Give the loader the share of the cores that one of so many ranks has."""
+    synthetic_samples: int = 1000
+    """Images drawn by --data synthetic."""
     synthetic_dir: Path | None = None
-    seed: int = 0  # of weights, order and views
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
-    precision: PrecisionName = "auto"  # as in pretrain.py
-    compile: bool = False  # torch.compile the model
+    """Keep the drawn images here as a dataset, and reuse it if it exists (default: a temporary folder)."""
+    seed: int = 0
+    """Seed of weights, order and views."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the model; auto: a GPU if there is one."""
+    precision: PrecisionName = "auto"
+    """Number format of the step, as in pretrain.py."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
     model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
     views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
     order: Annotated[OrderConfig, tyro.conf.arg(name="")] = field(default_factory=OrderConfig)
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for what cannot be measured."""
+        require(
+            "--repeats",
+            self.repeats,
+            self.repeats >= FEWEST_REPEATS,
+            f"a single run says little; take at least {FEWEST_REPEATS}",
+        )
+        for name in ("seconds", "budget", "ranks_per_machine"):
+            value = getattr(self, name)
+            require(f"--{name.replace('_', '-')}", value, value > 0, "it must be above 0")
+        if self.batch is not None:
+            require("--batch", self.batch, self.batch >= 2, "batch norm needs at least 2")
+        require("--stages", "()", bool(self.stages), f"name at least one of {', '.join(STAGES)}")
+        if self.plot is not None:
+            rule = "the plot is written as PNG; give a name that ends in .png"
+            require("--plot", self.plot, self.plot.suffix.lower() == ".png", rule)
+        if self.trace is not None:
+            rule = "it records end-to-end steps; add end_to_end to --stages"
+            require("--trace", self.trace, "end_to_end" in self.stages, rule)
+
 
 @contextmanager
 def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
-    """The dataset to measure with, or one drawn for the purpose."""
+    """The dataset of --data, or a synthetic one."""
     if str(config.data) != SYNTHETIC:
         yield open_dataset(config.data, config.loader)
         return
@@ -83,7 +118,7 @@ def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
 
 
 def build(config: ProfileConfig, dataset: ShardSet, dist: DistContext) -> tuple[Bench, Run]:
-    """The bench and the run, as pretrain.py would set them up. Raises UserError if the dataset is too small."""
+    """The bench and the run, set up as by pretrain.py. Raises UserError if the dataset is too small."""
     batch = config.batch or (GPU_BATCH if dist.device.type == "cuda" else CPU_BATCH)
     if dataset.num_samples < batch:
         raise UserError(
@@ -121,7 +156,7 @@ def build(config: ProfileConfig, dataset: ShardSet, dist: DistContext) -> tuple[
 
 
 def setting_of(bench: Bench, run: Run) -> Setting:
-    """What advice depends on."""
+    """The part of the configuration that advice depends on."""
     return Setting(
         on_gpu=bench.device.type == "cuda",
         decoder=bench.loader.dali.decoder,
@@ -132,7 +167,7 @@ def setting_of(bench: Bench, run: Run) -> Setting:
 
 
 def subtitle(bench: Bench, run: Run) -> str:
-    """What was measured, for the plot."""
+    """One line on what was measured, for the plot."""
     machine = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
     return (
         f"{run.config.model.backbone} at {bench.recipe.image_size} px, batch {bench.batch}, {run.precision.name}"
