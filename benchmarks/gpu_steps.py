@@ -15,7 +15,7 @@ from pipeline.loader.loader import ViewBatch
 from tools.throughput.report import StageResult
 from tools.throughput.stages import model_step
 from train.engine.run import Run
-from train.optimization.optimizer import parameter_groups
+from train.optimization.optimizer import torch_groups
 from train.optimization.precision import SkipNonFinite
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
@@ -115,7 +115,7 @@ def make_contiguous(run: Run) -> None:
 def with_plain_sgd(run: Run, foreach: bool | None) -> Run:
     """The run with torch's SGD: not fused; ``foreach`` None is torch's own choice."""
     options = run.config.optim
-    groups = parameter_groups(options, run.model)
+    groups = torch_groups(options, run.model.parameter_groups())
     sgd = torch.optim.SGD(
         groups,
         lr=run.plan.schedule.peak_lr,

@@ -1,1 +1,1 @@
-"""SimSiam: backbone, projector, predictor and the loss (Chen & He 2020)."""
+"""Backbones, heads, and the methods that train them: all that a run puts on its device."""

@@ -1,10 +1,12 @@
-"""Owns the backbones: torchvision's ResNets without their classifier, so that state_dict keys stay torchvision's.
+"""Backbones: torchvision's ResNets without their classifier, under torchvision's own state_dict keys.
 
 He et al. 2016. The last BN scale of every residual block starts at zero (Chen & He 2020, after Goyal et al. 2017).
+``build_backbone`` makes one by its name; ``BACKBONES`` lists them.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,8 @@ from typing import Any, Literal
 from torch import nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
+
+from pipeline.common.errors import UserError
 
 Stem = Literal["default", "imagenet", "cifar", "small"]
 # Channels of resnet_tiny's first stage. Forward and backward of two views of 128 images at 32 px on 2 cores:
@@ -30,7 +34,7 @@ class NarrowResNet(ResNet):
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         if not hasattr(self, "layer1"):
-            # torchvision's constructor has just made a 64-channel stem; it is rebuilt for this width by build_backbone.
+            # torchvision's constructor has just made a 64-channel stem, which build_backbone replaces.
             self.inplanes = self._width
         return super()._make_layer(block, planes * self._width // 64, blocks, stride, dilate)
 
@@ -42,7 +46,7 @@ class Backbone:
     build: Callable[[], nn.Module]  # at random; float images [n, 3, h, w] -> pooled features [n, features]
     features: int
     default_stem: Stem = "imagenet"
-    stems: tuple[Stem, ...] = ("imagenet", "cifar", "small")  # of a backbone that is no ResNet: ("default",)
+    stems: tuple[Stem, ...] = ("imagenet", "cifar", "small")  # a backbone other than a ResNet has ("default",)
 
 
 def _resnet(build: Callable[..., ResNet]) -> Callable[[], ResNet]:
@@ -85,22 +89,30 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
         The module, mapping float images ``[n, 3, h, w]`` to pooled features ``[n, d]``, and ``d``.
 
     Raises:
-        ValueError: an unknown ``name``, or a ``stem`` that it cannot have.
+        UserError: as ``check_backbone``.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone {name!r} is unknown; known are {', '.join(BACKBONES)}")
+    check_backbone(name, stem)
     entry = BACKBONES[name]
     chosen = entry.default_stem if stem == "default" else stem
-    if chosen not in entry.stems:
-        raise ValueError(f"{name} cannot have the stem {stem!r}; it has {', '.join(entry.stems)}")
     backbone = entry.build()
     if isinstance(backbone, ResNet):
         _set_stem(backbone, chosen)
     return backbone, entry.features
 
 
+def check_backbone(name: str, stem: Stem = "default") -> None:
+    """Raise UserError unless there is such a backbone with such first layers."""
+    if name not in BACKBONES:
+        near = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--backbone {name} is unknown; known are {', '.join(BACKBONES)}{hint}")
+    stems = BACKBONES[name].stems
+    if stem not in ("default", *stems):
+        raise UserError(f"--stem {stem}: {name} has {', '.join(stems)}")
+
+
 def has_imagenet_stem(backbone: nn.Module) -> bool:
-    """Whether the first layers take images down to a quarter of their side at once."""
+    """Whether the first layers reduce images to a quarter of their side at once."""
     return isinstance(backbone, ResNet) and isinstance(backbone.maxpool, nn.MaxPool2d)
 
 

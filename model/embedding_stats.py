@@ -1,6 +1,8 @@
-"""Z_std and effective rank."""
+"""How widely embeddings spread: z_std and effective rank, the two signs of collapse (Chen & He 2020, figure 2)."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,23 @@ def z_std(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     return F.normalize(z.float(), dim=1).std(dim=0).mean()
 
 
-RANK_ROWS = 256  # samples of z that the rank is computed from, a matter of milliseconds
+def least_share(rows: int) -> float:
+    """The least that z_std x sqrt(d) can be of ``rows`` samples that batch norm without affine parameters made.
+
+    train/monitoring/collapse.py derives it.
+    """
+    return 2 / math.sqrt(rows)
+
+
+RANK_ROWS = 256  # samples of z that the rank is computed from; takes milliseconds
 
 
 @torch.no_grad()
 def effective_rank(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """exp(entropy of the singular values) of l2-normalised z without its mean: in how many directions z spreads.
+    """In how many directions z spreads: exp(entropy of the singular values) of l2-normalised, centred z.
 
-    Roy & Vetterli 2007. Between 1 (a line, or one point) and min(n - 1, d); of the first RANK_ROWS samples. nan if z
-    is not finite. On z's device.
+    Roy & Vetterli 2007. Between 1 (a line, or one point) and min(n - 1, d), computed from the first RANK_ROWS samples,
+    on z's device. nan if z is not finite.
     """
     z = z[:RANK_ROWS].float()
     finite = torch.isfinite(z).all()
@@ -34,7 +44,7 @@ def effective_rank(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     z = z - z.mean(dim=0)
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    # What is below the rounding of float32 is no direction; without a direction left, z is one point.
+    # Values below float32's rounding are no directions; with none left, z is one point.
     singular = torch.where(singular > 1e-3 * singular.max().clamp_min(1e-3), singular, 0)
     share = singular / singular.sum().clamp_min(1e-12)
     rank = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())

@@ -1,4 +1,4 @@
-"""Owns the two heads of Chen & He 2020 (arXiv:2011.10566), section 3, "Projection MLP" and "Prediction MLP"."""
+"""The MLP heads that methods put on a backbone. Projector and Predictor are those of Chen & He 2020, section 3."""
 
 from __future__ import annotations
 

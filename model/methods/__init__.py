@@ -1,1 +1,1 @@
-"""Methods."""
+"""One file for each self-supervised method; registry.py finds them."""

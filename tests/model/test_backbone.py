@@ -9,6 +9,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from model.backbone import BACKBONES, build_backbone
+from pipeline.common.errors import UserError
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -63,8 +64,10 @@ def test_tiny_is_small_and_has_its_own_stem() -> None:
 
 
 def test_unknown_names_are_refused_with_the_list() -> None:
-    with pytest.raises(ValueError, match=r"resnet_50.*unknown.*resnet18.*resnet_tiny"):
+    with pytest.raises(
+        UserError, match=r"--backbone resnet_50 is unknown.*resnet18.*resnet_tiny.*did you mean resnet50"
+    ):
         build_backbone("resnet_50")
-    with pytest.raises(ValueError, match=r"stem 'vit'.*imagenet, cifar, small"):
+    with pytest.raises(UserError, match=r"--stem vit: .*imagenet, cifar, small"):
         build_backbone("resnet18", "vit")
     assert set(BACKBONES) >= {"resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2", "wide_resnet101_2"}

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.embedding_stats import z_std
-from model.methods.simsiam import SimSiam, SimSiamConfig, negative_similarity, simsiam_loss
+from model.methods.base import MethodOutput, StepInfo
+from model.methods.registry import METHODS, method_config
+from model.methods.simsiam import SimSiam, SimSiamConfig, averaged_targets, negative_similarity, simsiam_loss
+from pipeline.common.errors import UserError
 
 TINY = {"backbone": "resnet_tiny", "dim": 32, "projector_hidden": 32, "predictor_hidden": 8}
 
@@ -151,3 +154,105 @@ def test_the_predictors_bottleneck_is_a_quarter_of_the_output(dim: int) -> None:
         (dim // 4, dim),
         (dim, dim // 4),
     ]
+
+
+INFO = StepInfo(step=0, total_steps=10, steps_per_epoch=5)
+
+
+def as_a_method(model: SimSiam, x1: Tensor, x2: Tensor, **info: object) -> MethodOutput:
+    out = model([x1, x2], INFO._replace(**info))
+    assert isinstance(out, MethodOutput)
+    return out
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"symmetric": False}, {"similarity": "cross-entropy"}, {"stop_gradient": False}]
+)
+def test_called_as_a_method_it_gives_the_loss_of_its_outputs(switches: dict[str, object]) -> None:
+    model = tiny(**switches)
+    twin, (x1, x2) = copy.deepcopy(model), views()
+    seam = as_a_method(model, x1, x2)
+    out = twin(x1, x2)
+    loss = simsiam_loss(*out, model.config.similarity, model.config.symmetric)
+    assert torch.equal(seam.loss, loss)
+    assert torch.equal(seam.embedding, out.z1.detach())
+    assert torch.equal(seam.metrics["z_std"], (z_std(out.z1) + z_std(out.z2)) / 2)
+    seam.loss.backward()
+    loss.backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.grad is None if theirs.grad is None else torch.equal(ours.grad, theirs.grad)
+
+
+def test_the_frozen_copy_is_renewed_every_k_steps_and_only_then() -> None:
+    model = tiny(targets="frozen", target_steps=2)
+    x1, x2 = views()
+    losses, fresh = [], []
+    for step in range(5):
+        model.before_step(INFO._replace(step=step))
+        reference = copy.deepcopy(model)
+        out = reference(x1, x2)
+        losses.append(as_a_method(model, x1, x2, step=step).loss)
+        fresh.append(out)
+        with torch.no_grad():
+            for weight in [*model.backbone.parameters(), *model.projector.parameters()]:
+                weight.mul_(0.9).add_(0.01)
+    for step, source in enumerate([0, 0, 2, 2, 4]):
+        expected = simsiam_loss(fresh[step].p1, fresh[step].p2, fresh[source].z1, fresh[source].z2)
+        assert torch.equal(losses[step], expected)
+    assert losses[1] != simsiam_loss(*fresh[1])
+
+
+def test_the_average_by_hand() -> None:
+    config = SimSiamConfig("resnet_tiny", dim=2, target_momentum=0.8)
+    first = averaged_targets(config, torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))
+    assert [part.tolist() for part in first] == [[[1.0, 0.0]], [[0.0, 2.0]], [[0.5, 1.0]]]  # no past: F(T'(x)) itself
+    second = averaged_targets(config, torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]), first[2])
+    for ours, expected in zip(second, ([[0.6, 1.0]], [[0.8, 0.8]], [[0.7, 0.9]]), strict=True):
+        torch.testing.assert_close(ours, torch.tensor(expected))
+    one_side = averaged_targets(
+        SimSiamConfig("resnet_tiny", dim=1, target_momentum=0.5, symmetric=False),
+        torch.tensor([[100.0]]),
+        torch.tensor([[4.0]]),
+        torch.tensor([[2.0]]),
+    )
+    assert one_side[2].item() == pytest.approx(3.0)
+
+
+def test_a_projection_that_is_no_number_is_not_remembered() -> None:
+    config = SimSiamConfig("resnet_tiny", dim=2, target_momentum=0.5)
+    past = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    z = torch.tensor([[math.nan, 0.0], [1.0, 0.0]])
+    target1, _, eta = averaged_targets(config, z, z, past)
+    assert target1[0].isnan().any()  # this step is to be skipped
+    torch.testing.assert_close(eta, torch.tensor([[1.0, 2.0], [2.0, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"backbone": "resnet_tyni"}, "--backbone resnet_tyni is unknown.*did you mean resnet_tiny"),
+        ({"stem": "vit"}, "--stem vit: resnet_tiny has imagenet, cifar, small"),
+        ({"dim": 0}, "--dim 0: it must be at least 1"),
+        ({"pairs": 0}, "--pairs 0: it must be at least 1"),
+        ({"target_momentum": 1.0}, "--target-momentum 1.0: it must be at least 0 and below 1"),
+        ({"targets": "frozen", "stop_gradient": False}, "only --targets encoder has a gradient to let through"),
+        ({"target_steps": 10}, "--target-steps 10 is for --targets frozen, not for encoder"),
+    ],
+)
+def test_mistakes(switches: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SimSiamConfig(**{**TINY, **switches})
+
+
+def test_checkpoints_from_before_the_newer_switches_fit() -> None:
+    plain = SimSiamConfig(**TINY).identity()
+    assert not [name for name in plain if "target" in name or "pairs" in name or "method" in name]
+    assert plain["optim.predictor_lr"] == "constant"
+    assert SimSiamConfig(**TINY, pairs=2).identity()["model.pairs"] == 2
+
+
+def test_the_registry_knows_it_by_name() -> None:
+    assert next(iter(METHODS)) == "simsiam"
+    assert method_config("simsiam") is SimSiamConfig
+    with pytest.raises(UserError, match=r"--method simsaim is unknown; known are simsiam.*did you mean simsiam"):
+        method_config("simsaim")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from model.backbone import BACKBONES
 from model.methods.simsiam import SimSiamConfig
-from pipeline.common.errors import UserError
 from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.order import OrderConfig
@@ -20,8 +17,6 @@ from train.evaluation.knn_monitor import KnnConfig
 from train.optimization.optimizer import OptimConfig
 from train.optimization.precision import PrecisionName
 
-# Fields of SimSiamConfig that the first checkpoints lack; at their defaults they change nothing for them.
-NEWER_SWITCHES = ("pairs", "targets", "target_steps", "target_momentum")
 # Those of train/config/recipes.py; the tests compare them
 RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"]
 
@@ -86,44 +81,14 @@ class PretrainConfig:
         its statistics may then be another number, which resuming says.
         """
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
-        parts: dict[str, Any] = {"model": self.model, "views": self.views, "optim": self.optim}
-        fields = {f"{part}.{name}": value for part, config in parts.items() for name, value in asdict(config).items()}
-        del fields["optim.optimizer"], fields["model.target_memory"]
-        fields["model.predictor_hidden"] = self.model.predictor_width
+        fields = {f"views.{name}": value for name, value in asdict(self.views).items()}
         if self.init is not None:
             fields["init"] = str(self.init)
         del fields["views.extra"]  # where only those that are on matter, also to checkpoints that lack some
         for name, (_, augmentation) in self.views.extra.active().items():
             fields[f"views.{name}"] = asdict(augmentation)
-        for name in NEWER_SWITCHES:
-            if getattr(self.model, name) == getattr(SimSiamConfig, name):
-                del fields[f"model.{name}"]
+        fields = {**fields, **self.model.identity(), **self.optim.identity()}
         return _plain({**run, **fields, "dataset": dataset_fingerprint})
-
-
-def check_model(model: SimSiamConfig) -> None:
-    """Raise UserError for a model that cannot be built."""
-    if model.backbone not in BACKBONES:
-        near = difflib.get_close_matches(model.backbone, BACKBONES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--backbone {model.backbone} is unknown; known are {', '.join(BACKBONES)}{hint}")
-    stems = BACKBONES[model.backbone].stems
-    if model.stem not in ("default", *stems):
-        raise UserError(f"--stem {model.stem}: {model.backbone} has {', '.join(stems)}")
-    for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden", "pairs", "target_steps"):
-        number = getattr(model, name)
-        if isinstance(number, int) and number < 1:
-            raise UserError(f"--{name.replace('_', '-')} {number}: it must be at least 1")
-    if not 0 <= model.target_momentum < 1:
-        raise UserError(
-            f"--target-momentum {model.target_momentum}: it must be at least 0 and below 1; the paper's is 0.8"
-        )
-    if model.targets != "encoder" and not model.stop_gradient:
-        raise UserError(
-            f"--targets {model.targets} with --no-stop-gradient: only --targets encoder has a gradient to let through"
-        )
-    if model.target_steps != 1 and model.targets != "frozen":
-        raise UserError(f"--target-steps {model.target_steps} is for --targets frozen, not for {model.targets}")
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.loader import check_cache, open_dataset
 from train.config.loader_tuning import check_ranks
-from train.config.run_config import PretrainConfig, check_model
+from train.config.run_config import PretrainConfig
 from train.config.run_plan import make_plan
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext
@@ -39,7 +39,6 @@ def prepare(config: PretrainConfig, dist: DistContext, announce: Callable[[DistC
     ``announce`` hears the plan's lines. Raises SharedError for a user's mistake on any rank. A collective.
     """
     timer = on_all_ranks(dist, lambda: CheckpointTimer(config.checkpoint_every))
-    on_all_ranks(dist, lambda: check_model(config.model))
     precision = on_all_ranks(dist, lambda: choose_precision(config.precision, dist.device))
     on_all_ranks(dist, lambda: check_ranks(config.loader_tuning, dist.local_world_size))
     dataset = open_same_dataset(config, dist)
@@ -49,7 +48,7 @@ def prepare(config: PretrainConfig, dist: DistContext, announce: Callable[[DistC
     targets = make_targets(model, plan.steps_per_epoch, dataset.num_samples, dist)
     lr, scaled = plan.schedule.peak_lr, precision.scaler.is_enabled()
     optimizer, implementation = on_all_ranks(
-        dist, lambda: build_optimizer(config.optim, model, lr, dist.device, scaled)
+        dist, lambda: build_optimizer(config.optim, model.parameter_groups(), lr, dist.device, scaled)
     )
     parallel, guard = _parallel(model, config, dist), SkipNonFinite(model, optimizer, dist.device)
     run = Run(config, dist, dataset, plan, precision, model, parallel, targets, optimizer, timer, guard)

@@ -21,7 +21,7 @@ from train.engine.run import Run, finish_checkpoint, save, written
 from train.evaluation.features import Abandoned
 from train.evaluation.knn_monitor import OnlineKnn
 from train.monitoring.reporter import Reporter, StepResult
-from train.optimization.optimizer import set_lr
+from train.optimization.optimizer import set_rates
 from train.optimization.precision import diagnosis
 from train.storage.checkpoints import CHECKPOINTS, newest_checkpoint
 
@@ -89,7 +89,7 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
     changes no weight and no statistic, and is counted.
     """
     config, scaler = run.config, run.precision.scaler
-    lr = set_lr(run.optimizer, run.plan.schedule, run.step)
+    lr = set_rates(run.optimizer, run.plan.schedule, run.step)
     run.optimizer.zero_grad(set_to_none=True)
     run.guard.remember()
     losses, stds, ids, wait_s = [], [], [], 0.0

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.embedding_stats import RANK_ROWS
+from model.embedding_stats import RANK_ROWS, least_share
 from model.methods.simsiam import SimSiamConfig
 from pipeline.sampling.views import ViewRecipe
 
@@ -43,11 +43,6 @@ RANK, RANK_SHARE = 4.0, 0.1  # but at most this share of the most that the batch
 # Of the best kNN accuracy so far: "local collapse" (lightly issue 134) does not show in z_std. A healthy run of 120
 # steps with 128 queries went from 23 % untrained to 13 % and back to 19 %
 KNN_SHARE = 0.6
-
-
-def least_share(rows: int) -> float:
-    """The least that z_std x sqrt(d) can be of ``rows`` samples that batch norm without affine parameters made."""
-    return 2 / math.sqrt(rows)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,22 @@
-"""Owns the optimizer, its two parameter groups and the learning rate of every step. The only importer of apex.
+"""The optimizer of a method's parameter groups, and the rate of every step. The only importer of apex.
 
-Chen & He 2020, section 3: SGD, lr = base_lr x global batch / 256, cosine, weight decay 1e-4 on everything.
+Chen & He 2020, section 3: SGD, lr = base_lr x global batch / 256, cosine, weight decay 1e-4 on everything. LARS is
+timm's, as SimCLR, BYOL and SwAV use it; AdamW is torch's, as DINO uses it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from timm.optim import Lars
 from typing_extensions import assert_never
 
+from model.methods.base import ParamGroup
 from pipeline.common.errors import UserError, require
 
 
@@ -27,12 +29,32 @@ class OptimConfig:
     weight_decay: float = 1e-4  # section 3; on BN scales and biases too
     # Linear warm-up. None: 10 from a global batch of 1024 on (section 4.3), at most a tenth of the run; 0 below
     warmup_epochs: float | None = None
-    predictor_lr: Literal["constant", "cosine"] = "constant"  # table 1: constant 68.1, cosine 67.7
+    # Share of the peak that the warm-up starts from; SwAV 1/16. 0: the first step has the first stair of the warm-up
+    warmup_start: float = 0.0
+    lr_end: float = 0.0  # share of the peak that the cosine ends at; SwAV 1/1000
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # of base_lr with global_batch / 256; SimCLR's README has both
+    weight_decay_end: float | None = None  # weight decay at the end, by half a cosine; DINO 0.4. None: constant
     # How often the rate moves. The official code moves it once an epoch; "step" follows the same curve, and a run of
     # few epochs neither falls in stairs nor stays on one rate for a whole epoch of warm-up
     schedule_unit: Literal["step", "epoch"] = "step"
-    # auto: Apex's FusedSGD where it is built (but with fp16), else torch's fused SGD; foreach on a CPU
-    optimizer: Literal["auto", "apex", "fused", "foreach"] = "auto"
+    # SGD in an implementation (auto: Apex's FusedSGD where it is built, but with fp16, else torch's fused SGD; foreach
+    # on a CPU), or LARS, or AdamW with momentum as its first beta
+    optimizer: Literal["auto", "apex", "fused", "foreach", "lars", "adamw"] = "auto"
+    trust_coefficient: float = 0.001  # of LARS: You et al. 2017, and SimCLR's, BYOL's and SwAV's code
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a run's numbers. SGD's implementations are free to change, and the first checkpoints know
+        neither the other optimizers nor the newer fields, which at their defaults change nothing."""
+        fields = asdict(self)
+        if self.optimizer not in ("lars", "adamw"):
+            del fields["optimizer"]
+        for name in NEWER_FIELDS:
+            if fields[name] == getattr(OptimConfig, name):
+                del fields[name]
+        return {f"optim.{name}": value for name, value in fields.items()}
+
+
+NEWER_FIELDS = ("warmup_start", "lr_end", "lr_scaling", "weight_decay_end", "trust_coefficient")
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,9 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     unit_steps: int  # the rate moves every so many steps: 1, or the steps of an epoch
+    warmup_start: float = 0.0  # share of the peak
+    end: float = 0.0  # share of the peak
+    weight_decay: tuple[float, float] | None = None  # at the start and at the end; None: constant
 
 
 def make_schedule(config: OptimConfig, global_batch: int, epochs: int, steps_per_epoch: int) -> Schedule:
@@ -52,73 +77,126 @@ def make_schedule(config: OptimConfig, global_batch: int, epochs: int, steps_per
         warmup_epochs = min(10.0, epochs / 10) if global_batch >= 1024 else 0.0
     unit_steps = steps_per_epoch if config.schedule_unit == "epoch" else 1
     warmup_steps = round(warmup_epochs * steps_per_epoch / unit_steps) * unit_steps
-    return Schedule(config.base_lr * global_batch / 256, epochs * steps_per_epoch, warmup_steps, unit_steps)
+    ratio = global_batch / 256 if config.lr_scaling == "linear" else math.sqrt(global_batch / 256)
+    decay = None if config.weight_decay_end is None else (config.weight_decay, config.weight_decay_end)
+    return Schedule(
+        config.base_lr * ratio,
+        epochs * steps_per_epoch,
+        warmup_steps,
+        unit_steps,
+        config.warmup_start,
+        config.lr_end,
+        decay,
+    )
 
 
 def lr_at(schedule: Schedule, step: int) -> float:
-    """The learning rate of step ``step`` (from 0): linear warm-up to the peak, then half a cosine to 0."""
+    """The learning rate of step ``step`` (from 0): linear warm-up to the peak, then half a cosine to the end."""
     step = step // schedule.unit_steps * schedule.unit_steps
     if step < schedule.warmup_steps:
-        return schedule.peak_lr * (step + schedule.unit_steps) / schedule.warmup_steps
+        if schedule.warmup_start == 0.0:
+            return schedule.peak_lr * (step + schedule.unit_steps) / schedule.warmup_steps
+        share = step / max(schedule.warmup_steps - schedule.unit_steps, 1)  # the first step has the given rate
+        return schedule.peak_lr * (schedule.warmup_start + (1 - schedule.warmup_start) * share)
     progress = (step - schedule.warmup_steps) / (schedule.total_steps - schedule.warmup_steps)
-    return schedule.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return schedule.peak_lr * _half_cosine(1.0, schedule.end, progress)
 
 
-def parameter_groups(config: OptimConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Encoder and predictor as two groups, so that their rates can differ; what needs no gradient is left out."""
-    predictor = {id(p) for p in model.get_submodule("predictor").parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"name": "encoder", "constant_lr": False, "params": [p for p in trained if id(p) not in predictor]},
-        {
-            "name": "predictor",
-            "constant_lr": config.predictor_lr == "constant",
-            "params": [p for p in trained if id(p) in predictor],
-        },
-    ]
-    return [group for group in groups if group["params"]]
+def weight_decay_at(schedule: Schedule, step: int) -> float | None:
+    """The weight decay of step ``step`` (from 0), by half a cosine over the whole run; None where it is constant."""
+    if schedule.weight_decay is None:
+        return None
+    return _half_cosine(*schedule.weight_decay, step / schedule.total_steps)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
-    """Set the rates of step ``step``; returns the encoder's."""
-    lr = lr_at(schedule, step)
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
+    """Set the learning rates and weight decays of step ``step``; returns the rate of the schedule."""
+    lr, decay = lr_at(schedule, step), weight_decay_at(schedule, step)
     for group in optimizer.param_groups:
-        group["lr"] = schedule.peak_lr if group["constant_lr"] else lr
+        group["lr"] = (schedule.peak_lr if group["constant_lr"] else lr) * group["lr_scale"]
+        if decay is not None and group["decay"]:
+            group["weight_decay"] = decay
     return lr
 
 
 def build_optimizer(
-    config: OptimConfig, model: nn.Module, peak_lr: float, device: torch.device, scaled: bool = False
+    config: OptimConfig, groups: list[ParamGroup], peak_lr: float, device: torch.device, scaled: bool = False
 ) -> tuple[torch.optim.Optimizer, str]:
-    """The optimizer, and one line that says which implementation it is and why.
+    """The optimizer of a method's groups, and one line that says which implementation it is and why.
 
     ``scaled``: by a GradScaler. Raises UserError if an implementation is asked for that this machine lacks.
     """
+    if config.optimizer == "lars":
+        return _lars(config, groups, peak_lr), "timm's LARS (as asked)"
+    if config.optimizer == "adamw":
+        return _adamw(config, groups, peak_lr, device)
+    return _sgd(config, groups, peak_lr, device, scaled)
+
+
+def torch_groups(config: OptimConfig, groups: list[ParamGroup]) -> list[dict[str, Any]]:
+    """The groups as torch's optimizers take them; set_rates reads the entries that torch ignores."""
+    return [
+        {
+            "name": group.name,
+            "params": group.params,
+            "constant_lr": group.constant_lr,
+            "lr_scale": group.lr_scale,
+            "decay": group.decay,
+            "weight_decay": config.weight_decay if group.decay else 0.0,
+        }
+        for group in groups
+    ]
+
+
+def _lars(config: OptimConfig, groups: list[ParamGroup], peak_lr: float) -> torch.optim.Optimizer:
+    """timm adapts groups with weight decay always, and those without only where ``always_adapt`` says so."""
+    assert all(group.adapt or not group.decay for group in groups)
+    described = torch_groups(config, groups)
+    for entry, group in zip(described, groups, strict=True):
+        entry["always_adapt"] = group.adapt
+    return Lars(described, lr=peak_lr, momentum=config.momentum, trust_coeff=config.trust_coefficient)
+
+
+def _adamw(
+    config: OptimConfig, groups: list[ParamGroup], peak_lr: float, device: torch.device
+) -> tuple[torch.optim.Optimizer, str]:
+    kind = "fused" if device.type == "cuda" else "foreach"
+    optimizer = torch.optim.AdamW(
+        torch_groups(config, groups), lr=peak_lr, betas=(config.momentum, 0.999), **{kind: True}
+    )
+    return optimizer, f"torch AdamW, {kind} (as asked)"
+
+
+def _sgd(
+    config: OptimConfig, groups: list[ParamGroup], peak_lr: float, device: torch.device, scaled: bool
+) -> tuple[torch.optim.Optimizer, str]:
     kind, reason = _choose(config.optimizer, device, scaled)
-    groups = parameter_groups(config, model)
-    options: dict[str, Any] = {"lr": peak_lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    described = torch_groups(config, groups)
+    options: dict[str, Any] = {"lr": peak_lr, "momentum": config.momentum}
     match kind:
         case "apex":
             from apex.optimizers import FusedSGD  # optional: built from source only
 
-            return FusedSGD(groups, **options), f"apex FusedSGD ({reason})"
+            return FusedSGD(described, **options), f"apex FusedSGD ({reason})"
         case "fused":
-            optimizer = torch.optim.SGD(groups, fused=True, **options)
-            for parameter in (p for group in groups for p in group["params"] if config.momentum):
+            optimizer = torch.optim.SGD(described, fused=True, **options)
+            for parameter in (p for group in groups for p in group.params if config.momentum):
                 # torch 2.15 leaves the momentum uninitialised if the very first step is skipped (non-finite gradients)
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return optimizer, f"torch SGD, fused ({reason})"
         case "foreach":
-            return torch.optim.SGD(groups, foreach=True, **options), f"torch SGD, foreach ({reason})"
+            return torch.optim.SGD(described, foreach=True, **options), f"torch SGD, foreach ({reason})"
         case unreachable:
             assert_never(unreachable)
 
 
-def _choose(
-    choice: Literal["auto", "apex", "fused", "foreach"], device: torch.device, scaled: bool
-) -> tuple[Literal["apex", "fused", "foreach"], str]:
+def _choose(choice: str, device: torch.device, scaled: bool) -> tuple[Literal["apex", "fused", "foreach"], str]:
     if choice == "foreach" or choice == "fused":
-        return choice, "as asked"
+        return choice, "as asked"  # type: ignore[return-value]
     missing = _why_no_apex(device)
     if choice == "apex":
         if missing is not None:

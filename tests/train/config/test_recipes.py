@@ -9,7 +9,7 @@ import pytest
 
 from model.methods.simsiam import SimSiamConfig
 from train.config.recipes import RECIPES, parse_config
-from train.config.run_config import PretrainConfig, RecipeName, check_model
+from train.config.run_config import PretrainConfig, RecipeName
 from train.config.run_plan import make_plan
 
 WHERE = ["--data", "images", "--run-dir", "run"]
@@ -21,7 +21,6 @@ def test_every_recipe_can_be_built() -> None:
         config = parse_config([*WHERE, "--recipe", name])
         assert config.recipe == name
         assert (config.data, config.run_dir) == (Path("images"), Path("run"))
-        check_model(config.model)
         assert make_plan(config, num_samples=50_000, world_size=8).total_steps > 0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import train.openmp  # noqa: F401
+from model.methods.base import ParamGroup
 from pipeline.loader.loader import ViewBatch
 from tests.helpers.toy_runs import CPU, TINY, call
 from train import pretrain
@@ -43,7 +44,8 @@ class Trial:
     def __init__(self, implementation: Any) -> None:
         torch.manual_seed(0)
         self.net = Net()
-        self.optimizer, _ = build_optimizer(OptimConfig(optimizer=implementation), self.net, 0.1, torch.device("cpu"))
+        groups = [ParamGroup("all", list(self.net.parameters()))]
+        self.optimizer, _ = build_optimizer(OptimConfig(optimizer=implementation), groups, 0.1, torch.device("cpu"))
         self.guard = SkipNonFinite(self.net, self.optimizer, torch.device("cpu"))
 
     def step(self, seed: int, poison: float | None = None) -> None:

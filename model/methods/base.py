@@ -1,0 +1,187 @@
+"""The seam between the training loop and a method: what a method is, what it is given and what it returns.
+
+A method is an nn.Module whose forward pass takes all views of a pass and returns the loss. All that it keeps between
+steps is parameters and buffers, so that checkpoints, resuming, DDP and export need no code of its own. One file of this
+folder holds a method's configuration and module; docs/adding-a-method.md walks through one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+
+from model.backbone import Stem, check_backbone
+from model.embedding_stats import z_std
+from pipeline.sampling.views import ViewRecipe
+
+
+class StepInfo(NamedTuple):
+    """Where a pass stands in its run. The same in all passes of a step, but for the samples."""
+
+    step: int  # optimizer steps done, from 0
+    total_steps: int  # of the whole schedule, also where --max-steps ends earlier
+    steps_per_epoch: int
+    rank: int = 0
+    ids: Int64[Tensor, " n"] | None = None  # the samples of this pass
+    memory: Float[Tensor, "n d"] | None = None  # their rows of the sample memory, for a method with a memory_dim
+
+
+class MethodOutput(NamedTuple):
+    """What a pass gives."""
+
+    loss: Float[Tensor, ""]  # float32; the mean over ranks and passes is the step's loss
+    embedding: Float[Tensor, "n d"]  # of one view, detached: what the collapse guard looks at
+    metrics: dict[str, Tensor]  # scalars on the device, for metrics.jsonl; always with z_std
+    memory: Float[Tensor, "n d"] | None = None  # the new rows of the sample memory
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a run divides its batches."""
+
+    global_batch: int  # source images of a step over all ranks
+    micro_batch: int  # of them in one pass on one rank
+    world_size: int
+    sync_bn: bool = True  # whether batch statistics are taken over all ranks
+
+    @property
+    def pass_batch(self) -> int:
+        """Source images of one pass over all ranks."""
+        return self.micro_batch * self.world_size
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that the optimizer treats alike."""
+
+    name: str
+    params: list[nn.Parameter]
+    constant_lr: bool = False  # the rate stays at its peak
+    lr_scale: float = 1.0  # times the run's rate
+    decay: bool = True  # with weight decay
+    adapt: bool = True  # LARS scales the rate by the trust ratio
+
+
+@dataclass(frozen=True)
+class CollapseProfile:
+    """What a collapse of this method looks like, for the guard."""
+
+    dim: int  # width of the embedding
+    # The least that z_std x sqrt(dim) can be of so many samples, which batch norm at the output may raise above 0
+    floor: Callable[[int], float] = lambda rows: 0.0
+    causes: tuple[str, ...] = ()  # switches of this run that are known to collapse it
+    stuck_loss: float | None = None  # the loss of an encoder that tells no two samples apart
+    stuck_name: str = ""  # how that number comes about: "ln(queue + 1)"
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What all methods have: a backbone. A method's own fields follow in its subclass."""
+
+    name: ClassVar[str]  # of --method
+    # Apply batch norm by the method's own rule, which --sync-bn would break
+    own_batch_norm: ClassVar[bool] = False
+
+    # Backbone; resnet_tiny suits 32 px on a CPU. Default: Chen & He 2020, section 3, "Baseline settings"
+    backbone: str = "resnet50"
+    # First layers: "cifar" for images of 32 px (Chen & He 2020, appendix D); default: the backbone's own
+    stem: Stem = "default"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a model that cannot be built; subclasses add their own rules."""
+        check_backbone(self.backbone, self.stem)
+
+    def build(self) -> Method:
+        """The method, with weights from torch's global generator."""
+        raise NotImplementedError
+
+    @property
+    def passes_per_batch(self) -> int:
+        """How many times in a row a step sees each sample, each time in other views."""
+        return 1
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's numbers, flat: resuming compares it."""
+        return {"method": self.name, **{f"model.{name}": value for name, value in asdict(self).items()}}
+
+    @classmethod
+    def default_views(cls) -> ViewRecipe:
+        """The views of the method's paper."""
+        return ViewRecipe()
+
+    def check(self, batch: BatchShape, views: ViewRecipe) -> None:
+        """Raise UserError for a run whose batches or views the method cannot take."""
+
+
+class Method(nn.Module):
+    """A self-supervised method. Checkpoints, kNN, linear evaluation and export know ``backbone`` by this name alone."""
+
+    config: MethodConfig
+    backbone: nn.Module
+    batch_coupled: bool = False  # the loss of a sample depends on which others are in the pass
+    memory_dim: int | None = None  # width of the sample memory that it needs, if any
+
+    def forward(self, views: list[Tensor], info: StepInfo) -> MethodOutput:
+        """The loss of one pass. ``views``: float images ``[n, 3, h, w]``, each view of the same n samples."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[ParamGroup]:
+        """All trained parameters, each in one group."""
+        return [ParamGroup("all", trained(self))]
+
+    def before_step(self, info: StepInfo) -> None:
+        """Called before a step's first pass."""
+
+    def before_optimizer(self, info: StepInfo) -> None:
+        """Called when a step's gradients are complete, before the optimizer uses them."""
+
+    def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
+        """Called after the optimizer's step. ``applied`` is 0 if it was skipped: change nothing then."""
+
+    def collapse(self, batch: BatchShape) -> CollapseProfile:
+        """What the guard should look for."""
+        raise NotImplementedError
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters with a gradient, in the order of the module."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def weights_apart(module: nn.Module) -> list[ParamGroup]:
+    """Two groups: weights; and biases with the parameters of norms, neither decayed nor adapted by LARS."""
+    parameters = trained(module)
+    groups = [
+        ParamGroup("weights", [p for p in parameters if p.ndim > 1]),
+        ParamGroup("biases and norms", [p for p in parameters if p.ndim <= 1], decay=False, adapt=False),
+    ]
+    return [group for group in groups if group.params]
+
+
+def encode(module: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    """What ``module`` makes of each view: images ``[n, 3, h, w]``, or rows ``[n, d]``.
+
+    Batch norm takes its statistics from each view alone (SimSiam, BYOL).
+    """
+    return [module(view) for view in views]
+
+
+def encode_jointly(module: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    """As ``encode``, but views of one size in a row share a pass and batch statistics (SimCLR, SwAV)."""
+    embeddings: list[Tensor] = []
+    start = 0
+    for end in range(1, len(views) + 1):
+        if end == len(views) or views[end].shape != views[start].shape:
+            embeddings += module(torch.cat(views[start:end])).chunk(end - start)
+            start = end
+    return embeddings
+
+
+def mean_z_std(embeddings: list[Float[Tensor, "n d"]]) -> Float[Tensor, ""]:
+    """z_std, as the mean over views."""
+    return torch.stack([z_std(z) for z in embeddings]).mean()
