@@ -23,7 +23,7 @@ RUNTIME = [
     "tqdm>=4.66",
 ]
 PARQUET = ["pyarrow>=15"]
-FAISS = ["faiss-cpu>=1.8"]
+FAISS, UMAP = ["faiss-cpu>=1.8"], ["umap-learn>=0.5"]
 S3, GCS, HF = ["s3fs>=2024.6"], ["gcsfs>=2024.6"], ["huggingface_hub"]
 TEST = [
     *PARQUET,
@@ -44,5 +44,5 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["pipeline*", "model*", "train*", "tools*"]),
     install_requires=RUNTIME,
-    extras_require={"parquet": PARQUET, "faiss": FAISS, "s3": S3, "gcs": GCS, "hf": HF, "test": TEST},
+    extras_require={"parquet": PARQUET, "faiss": FAISS, "umap": UMAP, "s3": S3, "gcs": GCS, "hf": HF, "test": TEST},
 )
