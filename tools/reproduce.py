@@ -1,10 +1,10 @@
 """Repeat one of the paper's experiments at the scale of this machine.
 
-    python tools/reproduce.py TABLE --data DIR --val-data DIR --budget MINUTES
+    python tools/reproduce.py TABLE --data DIR --val-data DIR --budget MINUTES [--seeds N]
 
-Every variant of the table is a run of train/pretrain.py and one of train/linear.py, all alike but for the flags that
-the table is about. A short pilot is timed, and all variants get as many epochs as fit into the budget together. Then
-TABLE.md and TABLE.png are written. The same command goes on where a stopped sweep was.
+Every variant of the table is a run of train/pretrain.py and one of train/linear.py, with the same flags except those
+that the table varies. A short pilot is timed, and all runs get as many epochs as fit into the budget together. Then
+TABLE.md and TABLE.png are written. The same command continues a stopped sweep.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def reproduce(config: ReproduceConfig) -> None:
-    """The sweep and its report. Raises UserError for mistakes."""
+    """Run the sweep and write its page. Raises UserError for a user's mistake."""
     table = choose_table(config)
     train, val = ShardSet.open(config.data), ShardSet.open(config.val_data)
     for flag, dataset in (("--data", train), ("--val-data", val)):
@@ -54,7 +54,7 @@ def reproduce(config: ReproduceConfig) -> None:
     page = write_report(
         table,
         variants,
-        {variant.name: out / variant.name for variant in variants},
+        {variant.name: sweep.folders(variant) for variant in variants},
         folder=config.docs or out,
         name=config.table,
         recipe=RECIPES[scale.recipe].name,
@@ -65,31 +65,28 @@ def reproduce(config: ReproduceConfig) -> None:
 
 
 def choose_table(config: ReproduceConfig) -> PaperTable:
-    """Raises UserError for an unknown table, or a budget that is none."""
+    """Raises UserError for an unknown table."""
     if config.table not in TABLES:
         known = "\n".join(f"  {name:<17} {table.title} ({table.source})" for name, table in TABLES.items())
         raise UserError(f"table {config.table} is unknown; known are\n{known}")
-    if not config.budget > 0:
-        raise UserError(f"--budget {config.budget:g}: give the minutes that the sweep may take")
     return TABLES[config.table]
 
 
 def choose_device(config: ReproduceConfig) -> tuple[str, int]:
-    """``cuda`` or ``cpu``, and how many processes a run has. Raises UserError for what is not there."""
+    """``cuda`` or ``cpu``, and the processes of a run. Raises UserError for --device cuda without a GPU."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.device != "cpu" else 0
     if config.device == "cuda" and gpus == 0:
         raise UserError("--device cuda, but PyTorch finds no GPU here: take --device cpu")
-    if config.processes < 0:
-        raise UserError(f"--processes {config.processes}: it must be at least 1, or 0 for one a GPU")
     return ("cuda" if gpus else "cpu"), config.processes or max(1, gpus)
 
 
 def command_of(config: ReproduceConfig) -> str:
-    """The command for people who want to repeat it."""
+    """The command that repeats the sweep."""
     given = [config.table, "--data", str(config.data), "--val-data", str(config.val_data)]
     more = ["--device", config.device] if config.device != "auto" else []
+    more += ["--seeds", str(config.seeds)] if config.seeds > 1 else []
     return shlex.join(["python", "tools/reproduce.py", *given, "--budget", f"{config.budget:g}", *more])
 
 

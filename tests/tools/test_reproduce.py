@@ -26,7 +26,7 @@ from tests.train.test_pretrain import alone
 from tools import reproduce
 from tools.reproduction import sweep as sweep_module
 from tools.reproduction.paper_tables import TABLES
-from tools.reproduction.report import compare, floor_of
+from tools.reproduction.report import compare, difference_of, floor_of, mean_of
 from tools.reproduction.scale import RECIPES, Recipe, choose_recipe, fitting
 from tools.reproduction.sweep import PILOT_FILE, Sweep
 from train import linear, pretrain
@@ -248,13 +248,18 @@ def test_another_budget_is_another_sweep(
     [
         ({"table": "stop"}, "table stop is unknown; known are\n  stop-gradient     With and without stop-gradient"),
         ({"budget": "0"}, "--budget 0: give the minutes"),
+        ({"seeds": 0}, "--seeds 0: it must be at least 1"),
+        ({"processes": -1}, "--processes -1: it must be at least 1, or 0"),
         ({"data": Path("/nowhere")}, "no dataset at /nowhere"),
     ],
 )
 def test_mistakes(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, changed: Any, message: str
 ) -> None:
-    assert call(monkeypatch, *flags(**{"data": photo_dataset_path, "out": tmp_path / "out", **changed})) == 2
+    own = {"data": photo_dataset_path, "out": tmp_path / "out"}
+    more = [f"--{name}={value}" for name, value in changed.items() if name in ("seeds", "processes")]
+    places = {name: value for name, value in changed.items() if name not in ("seeds", "processes")}
+    assert call(monkeypatch, *flags(**{**own, **places}), *more) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -278,12 +283,59 @@ def test_the_floor_is_named_where_it_is_one_for_all_runs() -> None:
     assert floor("batch-size") is None
 
 
-def test_signs() -> None:
-    # 2000 images at 50 %: a standard error of 1.58 points for a difference
-    assert compare(-67.6, before=50.0, after=46.0, samples=2000) == "same sign"
-    assert compare(-67.6, before=50.0, after=54.0, samples=2000) == "opposite sign"
-    assert compare(-67.6, before=50.0, after=47.0, samples=2000) == "too close to tell"
-    assert compare(+0.4, before=30.0, after=35.0, samples=2000) == "same sign"
+@pytest.mark.parametrize(
+    ("paper", "before", "after", "sign"),
+    [
+        # One seed, 2000 images at 50 %: 1.58 points of the images and 2 x 1.1^2 of the runs are 2.22, twice is 4.4
+        (-67.6, (50.0,), (45.0,), "same sign"),
+        (-67.6, (50.0,), (55.0,), "opposite sign"),
+        (-67.6, (50.0,), (46.0,), "too close to tell"),
+        (+0.4, (30.0,), (35.0,), "same sign"),
+        # Three seeds: Student's t with 4 degrees of freedom; a wide spread hides what a narrow one shows
+        (-1.0, (50.0, 50.1, 49.9), (44.0, 44.1, 43.9), "same sign"),
+        (-1.0, (50.0, 56.0, 44.0), (44.0, 50.0, 38.0), "too close to tell"),
+    ],
+)
+def test_signs(paper: float, before: tuple[float, ...], after: tuple[float, ...], sign: str) -> None:
+    assert compare(paper, difference_of(before, after, samples=2000)) == sign
+
+
+def test_intervals_by_hand() -> None:
+    # sd 1, three runs: 4.30 / sqrt(3); one run has no interval
+    assert str(mean_of((40.0, 41.0, 42.0))) == "41.0 ± 2.5"
+    assert str(mean_of((40.0,))) == "40.0"
+    # sqrt((1 + 4) / 3 + 2 x 50 x 50 / 1e9) x 2.78
+    assert str(difference_of((50.0, 51.0, 49.0), (50.0, 52.0, 48.0), samples=10**9)) == "0.0 ± 3.6"
+    many = difference_of((50.0, 50.0), (50.0, 50.0), samples=5000)  # 1 point of images, 2 degrees of freedom
+    assert many.half == pytest.approx(4.30)
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
+    """Simulated: 3 runs of sd 1 each, no difference; 95 % of the intervals contain 0."""
+    rng, trials = np.random.default_rng(0), 2000
+    runs = rng.normal(50, 1, (trials, 2, 3))
+    found = [difference_of(tuple(a), tuple(b), samples=10**9) for a, b in runs]
+    covered = np.mean([abs(interval.value) <= interval.half for interval in found])
+    assert 0.93 < covered < 0.97
+
+
+def test_several_seeds_give_means_and_intervals(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: Launched
+) -> None:
+    arguments = [*flags(photo_dataset_path, tmp_path / "out"), "--seeds", "2", "--seed", "7"]
+    assert call(monkeypatch, *arguments) == 0
+    runs = [
+        (run_dir.name, words[words.index("--seed") + 1]) for script, run_dir, words in launched if script != "linear"
+    ]
+    assert runs[1:] == [("with", "7"), ("with-seed-1", "8"), ("without", "7"), ("without-seed-1", "8")]
+    folders = [tmp_path / "out" / name for name, _ in runs[1:3]]
+    linear = [json.loads((folder / "linear" / "summary.json").read_text())["val_top1"] for folder in folders]
+    page = (tmp_path / "out" / "stop-gradient.md").read_text()
+    assert f"| with stop-gradient | 67.7 | {mean_of(linear)} | " in page
+    assert "batch 12, 2 seeds; accuracies" in page
+    assert "the spread from run to run is that of the 2 seeds" in page
+    assert "--device cpu --seeds 2" in page
+    assert call(monkeypatch, *flags(photo_dataset_path, tmp_path / "out"), "--seeds", "3") == 2  # another sweep
 
 
 CHILD = """

@@ -1,4 +1,4 @@
-"""Owns the paper's ablations: what each table varies, by which flags of train/pretrain.py, and what the paper measured.
+"""The paper's ablations: the variants of each table as flags of train/pretrain.py, and the paper's accuracies.
 
 Chen & He 2020 (arXiv:2011.10566): ResNet-50, ImageNet at 224 px, linear top-1 in percent after 100 epochs.
 """
@@ -14,26 +14,26 @@ PAPER_SCALE = "ResNet-50 at 224 px on ImageNet (1.28 million images), batch 512,
 class Variant:
     """One row of a table."""
 
-    name: str  # of its run folder
+    name: str  # of the run folder
     label: str
     flags: tuple[str, ...]
     paper_top1: float | None  # linear, percent; None: the paper calls it unstable and gives no number
-    cost: float = 1.0  # time of an epoch beside that of the pilot's, estimated
-    batch: int | None = None  # global batch, where it is what varies
+    cost: float = 1.0  # time of an epoch / that of the pilot's, estimated
+    batch: int | None = None  # global batch, where the table varies it
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table or figure; its first variant is what the others are compared with."""
+    """One table or figure; the others are compared with the first variant."""
 
     title: str
     source: str  # where in the paper
     variants: tuple[Variant, ...]
-    least_epochs: int = 1  # fewer would leave nothing of the experiment
+    least_epochs: int = 1  # with fewer the variants do not differ
 
 
 def _batch(size: int, top1: float) -> Variant:
-    # Of small batches the optimizer's step and the loader's turn weigh more.
+    # The fixed cost of a step weighs more in small batches.
     return Variant(f"batch-{size}", f"batch {size}", (), top1, cost=1.3 if size < 128 else 1.0, batch=size)
 
 

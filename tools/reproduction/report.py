@@ -1,4 +1,8 @@
-"""Owns what a sweep's results look like: a page of markdown and a plot, each beside the paper's numbers."""
+"""The page and the plot of a sweep: every variant's accuracies beside the paper's, and whether the differences agree.
+
+A difference between two variants counts once it exceeds its 95 % interval. The interval holds both errors: that of the
+number of validation images, and the spread from run to run, which several seeds measure (reproduce.py --seeds).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,32 +25,90 @@ from train.storage.run_folder import SUMMARY_FILE, RunHistory, read_run
 
 COLOURS = ("#1f5fa8", "#b4511d", "#1d7a4f", "#7a3b9a", "#a8871f", "#3a8fa3", "#a33a5f")
 PAPER_COLOUR = "#c9ced3"
-SURE_AT = 2.0  # standard errors
+# Standard deviation of one run's accuracy, points: assumed where a sweep has one seed and cannot measure it. Measured
+# with `reproduce.py stop-gradient --seeds 4` (docs/reproductions/stop-gradient.md).
+ONE_SEED_SPREAD = 1.1
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; 2.0 beyond
+T_QUANTILES = {
+    1: 12.71,
+    2: 4.30,
+    3: 3.18,
+    4: 2.78,
+    5: 2.57,
+    6: 2.45,
+    7: 2.36,
+    8: 2.31,
+    9: 2.26,
+    10: 2.23,
+    15: 2.13,
+    20: 2.09,
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One variant, here and in the paper."""
+    """One variant, here and in the paper; one run for each seed."""
 
     variant: Variant
-    history: RunHistory
-    linear_top1: float  # percent
+    histories: tuple[RunHistory, ...]
+    linear: tuple[float, ...]  # top-1 of each run, percent
 
     @property
-    def knn_top1(self) -> float:
-        """After the last step, percent."""
-        return self.history.knn_top1[-1]
+    def history(self) -> RunHistory:
+        """The first seed's run, which is drawn."""
+        return self.histories[0]
+
+    @property
+    def knn(self) -> tuple[float, ...]:
+        """20-NN top-1 of each run after the last step, percent."""
+        return tuple(history.knn_top1[-1] for history in self.histories)
 
     @property
     def spread(self) -> float:
-        """z_std at the end as a share of the healthy 1/sqrt(d): near 1 spread evenly, low where it has collapsed."""
-        return self.history.z_std[-1] * math.sqrt(self.history.dim)
+        """Mean final z_std as a share of the healthy 1/sqrt(d): near 1 spread evenly, low where it has collapsed."""
+        return fmean(history.z_std[-1] * math.sqrt(history.dim) for history in self.histories)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean or a difference of means, and half its 95 % interval; nan where one run leaves it unknown."""
+
+    value: float
+    half: float
+
+    def __str__(self) -> str:
+        """Value +- half the interval."""
+        return f"{self.value:.1f}" if math.isnan(self.half) else f"{self.value:.1f} ± {self.half:.1f}"
+
+
+def mean_of(accuracies: Sequence[float]) -> Interval:
+    """Mean over the seeds, percent, with the interval of the spread from run to run."""
+    runs = len(accuracies)
+    half = _quantile(runs - 1) * stdev(accuracies) / math.sqrt(runs) if runs > 1 else math.nan
+    return Interval(fmean(accuracies), half)
+
+
+def difference_of(before: Sequence[float], after: Sequence[float], samples: int) -> Interval:
+    """``after`` - ``before``, percent over ``samples`` validation images, one accuracy for each seed.
+
+    The interval adds the variances of the runs and of the images (binomial); with one seed ONE_SEED_SPREAD stands in.
+    """
+    runs, means = len(before), (fmean(before), fmean(after))
+    spreads = [stdev(side) if runs > 1 else ONE_SEED_SPREAD for side in (before, after)]
+    images = 100**2 * sum(mean / 100 * (1 - mean / 100) for mean in means) / samples
+    error = math.sqrt(sum(spread**2 for spread in spreads) / runs + images)
+    return Interval(means[1] - means[0], error * (_quantile(2 * (runs - 1)) if runs > 1 else 2.0))
+
+
+def _quantile(freedom: int) -> float:
+    """Student's t: of the largest tabulated number of degrees of freedom that is not above ``freedom``."""
+    return 2.0 if freedom >= 30 else T_QUANTILES[max(known for known in T_QUANTILES if known <= freedom)]
 
 
 def write_report(
     table: PaperTable,
     variants: Sequence[Variant],
-    folders: Mapping[str, Path],
+    folders: Mapping[str, Sequence[Path]],
     *,
     folder: Path,
     name: str,
@@ -53,9 +116,12 @@ def write_report(
     val_samples: int,
     command: str,
 ) -> Path:
-    """Write NAME.md and NAME.png into ``folder`` from finished runs; returns the page. UserError for a full disk."""
+    """Write NAME.md and NAME.png into ``folder`` from finished runs (``folders``: a run of each seed for each variant).
+
+    Returns the page. Raises UserError for a full disk.
+    """
     results = [read_result(variant, folders[variant.name]) for variant in variants]
-    plan = json.loads((folders[variants[0].name] / "plan.json").read_text(encoding="utf-8"))
+    plan = json.loads((folders[variants[0].name][0] / "plan.json").read_text(encoding="utf-8"))
     page = folder / f"{name}.md"
     text = describe(table, results, name=name, recipe=recipe, plan=plan, val_samples=val_samples, command=command)
     with disk_errors(f"writing {page}", f"cannot write {page}", "name another folder with --docs"):
@@ -66,14 +132,14 @@ def write_report(
     return page
 
 
-def read_result(variant: Variant, run_dir: Path) -> Result:
-    """What a finished variant left in its folders."""
-    linear = json.loads((run_dir / "linear" / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return Result(variant, read_run(run_dir), linear["val_top1"])
+def read_result(variant: Variant, run_dirs: Sequence[Path]) -> Result:
+    """The finished runs of a variant, one for each seed."""
+    summaries = [json.loads((run / "linear" / SUMMARY_FILE).read_text(encoding="utf-8")) for run in run_dirs]
+    return Result(variant, tuple(map(read_run, run_dirs)), tuple(summary["val_top1"] for summary in summaries))
 
 
 def floor_of(results: Sequence[Result], plan: Mapping[str, Any]) -> float | None:
-    """The least that z_std x sqrt(d) can be with batch norm at the projector's output, where it is one for all runs."""
+    """Lower bound of z_std x sqrt(d) with batch norm at the projector's output; None where the runs differ in it."""
     if plan["world_size"] > 1 or any(result.variant.batch is not None for result in results):
         return None
     return least_share(plan["micro_batch"])
@@ -92,6 +158,7 @@ def describe(
     """The page."""
     first, floor = results[0], floor_of(results, plan)
     least = "" if floor is None else f", here {floor:.2f}"
+    seeds = "one seed" if len(first.linear) == 1 else f"{len(first.linear)} seeds"
     chance = f"; chance is {100 / first.history.classes:.3g}" if first.history.classes else ""
     lines = [
         f"# {table.title}",
@@ -100,9 +167,9 @@ def describe(
         "",
         f"    {command}",
         "",
-        f"**Scale.** Here: {recipe}, {plan['num_samples']:,} images, {_length(results, plan)}, one seed; accuracies "
+        f"**Scale.** Here: {recipe}, {plan['num_samples']:,} images, {_length(results, plan)}, {seeds}; accuracies "
         f"over {val_samples:,} images. The paper: {PAPER_SCALE}. "
-        "What compares is which variant is ahead of which, not how far.",
+        "Only the order of the variants compares, not the distances.",
         "",
         "| variant | paper, linear top-1 | linear top-1 | 20-NN top-1 | z_std x sqrt(d) at the end | loss at the end |",
         "|-|-|-|-|-|-|",
@@ -114,6 +181,8 @@ def describe(
         "train/linear.py's on cached features, with the best of several learning rates, chosen alike for all variants.",
         "",
         f"## Against “{first.variant.label}”",
+        "",
+        _criterion(len(first.linear)),
         "",
         *(verdict(first, other, val_samples) for other in results[1:]),
         "",
@@ -132,49 +201,52 @@ def _length(results: Sequence[Result], plan: Mapping[str, Any]) -> str:
 
 
 def _row(result: Result) -> str:
-    variant, loss = result.variant, result.history.loss[-1]
+    variant, loss = result.variant, fmean(history.loss[-1] for history in result.histories)
     paper = "unstable" if variant.paper_top1 is None else f"{variant.paper_top1:.1f}"
-    accuracies = f"{result.linear_top1:.1f} | {result.knn_top1:.1f}"
+    accuracies = f"{mean_of(result.linear)} | {mean_of(result.knn)}"
     return f"| {variant.label} | {paper} | {accuracies} | {result.spread:.2f} | {loss:.3f} |"
 
 
-def verdict(first: Result, other: Result, val_samples: int) -> str:
-    """One line: whether a variant stands to the first one as in the paper, by the linear accuracy and by kNN.
+def _criterion(seeds: int) -> str:
+    """What the page calls a sign."""
+    spread = (
+        f"a standard deviation of {ONE_SEED_SPREAD} points from run to run is assumed, as one seed does not show it"
+        if seeds == 1
+        else f"the spread from run to run is that of the {seeds} seeds, with Student's t"
+    )
+    return (
+        "A difference has a sign where it exceeds its 95 % interval (after ±), which holds the number of validation "
+        f"images and the spread of both variants; {spread}."
+    )
 
-    Closer than two standard errors of the validation images' number counts as too close to tell.
-    """
+
+def verdict(first: Result, other: Result, val_samples: int) -> str:
+    """One line: whether a variant differs from the first one as in the paper, by the linear accuracy and by kNN."""
     label, paper = other.variant.label, other.variant.paper_top1
-    here = [
-        f"{name} {after - before:+.1f}"
-        for name, before, after in (
-            ("linear", first.linear_top1, other.linear_top1),
-            ("20-NN", first.knn_top1, other.knn_top1),
-        )
-    ]
+    here = {
+        "linear": difference_of(first.linear, other.linear, val_samples),
+        "20-NN": difference_of(first.knn, other.knn, val_samples),
+    }
+    texts = [f"{name} {found.value:+.1f} ± {found.half:.1f}" for name, found in here.items()]
     if paper is None or first.variant.paper_top1 is None:
-        return f"- {label}: unstable in the paper; here {', '.join(here)}"
+        return f"- {label}: unstable in the paper; here {', '.join(texts)}"
     difference = paper - first.variant.paper_top1
-    signs = [
-        compare(difference, before, after, val_samples)
-        for before, after in ((first.linear_top1, other.linear_top1), (first.knn_top1, other.knn_top1))
-    ]
-    told = "; ".join(f"{text} ({sign})" for text, sign in zip(here, signs, strict=True))
+    signs = [compare(difference, found) for found in here.values()]
+    told = "; ".join(f"{text} ({sign})" for text, sign in zip(texts, signs, strict=True))
     return f"- {label}: {difference:+.1f} in the paper; here {told}"
 
 
-def compare(paper_difference: float, before: float, after: float, samples: int) -> str:
-    """``same sign``, ``opposite sign`` or ``too close to tell``; accuracies in percent over ``samples`` images."""
-    error = 100 * math.sqrt(sum(p / 100 * (1 - p / 100) for p in (before, after)) / samples)
-    difference = after - before
-    if abs(difference) < SURE_AT * error:
+def compare(paper_difference: float, here: Interval) -> str:
+    """``same sign``, ``opposite sign`` or ``too close to tell``."""
+    if abs(here.value) <= here.half:
         return "too close to tell"
-    return "same sign" if difference * paper_difference > 0 else "opposite sign"
+    return "same sign" if here.value * paper_difference > 0 else "opposite sign"
 
 
 def draw(table: PaperTable, results: Sequence[Result], recipe: str, floor: float | None) -> Figure:
-    """Loss, z_std and kNN over the epochs as in the paper's figure 2, and linear accuracies beside the paper's.
+    """Loss, z_std and kNN of the first seed as in the paper's figure 2, and mean linear accuracies beside the paper's.
 
-    ``floor``: the least that z_std x sqrt(d) can be, if it is known.
+    ``floor``: the lower bound of z_std x sqrt(d), if it is known.
     """
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     figure.suptitle(f"{table.title} (Chen & He 2020, {table.source})\nhere {recipe}", fontsize=12, color=INK)
@@ -191,11 +263,11 @@ def draw(table: PaperTable, results: Sequence[Result], recipe: str, floor: float
     loss_axes.set_ylabel("loss")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     std_axes.set_ylabel("std of l2-normalised z")
-    told = "dashed: 1/√d, spread over the whole sphere"
+    note = "dashed: 1/√d, spread over the whole sphere"
     if floor is not None:
         std_axes.axhline(floor / math.sqrt(results[0].history.dim), color=QUIET, linestyle=":", linewidth=1.0)
-        told += "; dotted: 2/√batch of it"
-    std_axes.set_title(told, loc="right", fontsize=9, color=INK)
+        note += "; dotted: 2/√batch of it"
+    std_axes.set_title(note, loc="right", fontsize=9, color=INK)
     std_axes.set_ylim(bottom=0)
     knn_axes.set_ylabel("20-NN top-1 (%)")
     knn_axes.set_ylim(0, 1.08 * max(max(result.history.knn_top1) for result in results))
@@ -213,16 +285,19 @@ def draw(table: PaperTable, results: Sequence[Result], recipe: str, floor: float
 
 
 def _draw_bars(axes: Axes, results: Sequence[Result]) -> None:
-    for place, (result, colour) in enumerate(zip(results, COLOURS, strict=False)):
+    means = [mean_of(result.linear) for result in results]
+    for place, (result, mean, colour) in enumerate(zip(results, means, COLOURS, strict=False)):
         paper = result.variant.paper_top1
         axes.bar(place - 0.2, paper or 0.0, width=0.36, color=PAPER_COLOUR)
-        axes.bar(place + 0.2, result.linear_top1, width=0.36, color=colour)
-        told = "unstable" if paper is None else f"{paper:.1f}"
-        axes.text(place - 0.2, (paper or 0.0) + 1, told, ha="center", fontsize=8, color=QUIET)
-        axes.text(place + 0.2, result.linear_top1 + 1, f"{result.linear_top1:.1f}", ha="center", fontsize=8, color=INK)
+        axes.bar(place + 0.2, mean.value, width=0.36, color=colour)
+        if not math.isnan(mean.half):
+            axes.errorbar(place + 0.2, mean.value, yerr=mean.half, color=INK, linewidth=1, capsize=3)
+        text = "unstable" if paper is None else f"{paper:.1f}"
+        axes.text(place - 0.2, (paper or 0.0) + 1, text, ha="center", fontsize=8, color=QUIET)
+        top = mean.value + (0.0 if math.isnan(mean.half) else mean.half)
+        axes.text(place + 0.2, top + 1, f"{mean.value:.1f}", ha="center", fontsize=8, color=INK)
     axes.set_xticks(range(len(results)), [result.variant.label.replace(" ", "\n", 1) for result in results], fontsize=8)
-    axes.set_ylim(
-        0, 1.15 * max([result.linear_top1 for result in results] + [r.variant.paper_top1 or 0 for r in results])
-    )
+    highest = [mean.value for mean in means] + [result.variant.paper_top1 or 0.0 for result in results]
+    axes.set_ylim(0, 1.15 * max(highest))
     axes.set_ylabel("linear top-1 (%)")
     axes.set_title("grey: the paper, ImageNet; colour: here", loc="right", fontsize=9, color=INK)

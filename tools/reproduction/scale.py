@@ -1,4 +1,4 @@
-"""Owns how much of an experiment fits on this machine: which encoder, what it costs, how many epochs a budget buys."""
+"""The scale of an experiment on this machine: which encoder, what an epoch costs, how many epochs the budget allows."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tools.reproduction.paper_tables import PaperTable, Variant
 
 PILOT_STEPS = 24
 KNN_ALONG = 4  # kNN accuracies along a run, besides the untrained one
-RESERVE = 0.9  # share of the budget that is planned for; the rest is for what takes longer than in the pilot
-SMALL_IMAGE = 64  # px; larger ones are for resnet50 at 224 px
+RESERVE = 0.9  # share of the budget that is planned; the rest is for runs that are slower than the pilot
+SMALL_IMAGE = 64  # px; larger images get resnet50 at 224 px
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all variants of a sweep share, fit for a kind of machine and image."""
+    """Settings shared by all variants of a sweep, for a kind of machine and image."""
 
     name: str
-    pretrain: tuple[str, ...]  # flags; epochs, batch and kNN are given to each run beside them
+    pretrain: tuple[str, ...]  # flags, beside those for epochs, batch and kNN
     batch: int
     linear: tuple[str, ...]
-    most_epochs: int  # more than the paper's are no use
+    most_epochs: int  # the paper's; more would be another experiment
 
 
 RECIPES = {
@@ -45,7 +45,7 @@ RECIPES = {
         linear=("--features-cache", "--epochs", "90", "--global-batch", "256"),
         most_epochs=800,
     ),
-    # the paper's own; a tenth of the labels keeps the cached features small
+    # The paper's; a tenth of the labels keeps the cached features small.
     "gpu-large": Recipe(
         "resnet50 at 224 px",
         ("--backbone", "resnet50"),
@@ -54,13 +54,13 @@ RECIPES = {
         most_epochs=100,
     ),
 }
-# One classifier each in the same pass over the features; the best is reported, for every variant alike.
+# Learning rates of the linear classifiers, trained in one pass over the features; the best is reported.
 LINEAR_RATES = "0.1,0.3,1.0,3.0,10.0,30.0,100.0"
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a few steps and one evaluation took, seconds."""
+    """Measured times of a few steps and one evaluation, s."""
 
     step_s: float
     start_s: float
@@ -69,13 +69,13 @@ class Pilot:
 
     @property
     def whole_s(self) -> float:
-        """The pilot's own time."""
+        """Time of the pilot itself."""
         return self.start_s + self.knn_s + PILOT_STEPS * self.step_s + self.linear_s
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What all variants share; settled when the sweep begins and kept in scale.json."""
+    """Fixed when the sweep begins, and kept in scale.json."""
 
     table: str
     data: str  # fingerprints
@@ -85,10 +85,11 @@ class Scale:
     seed: int
     recipe: str  # key of RECIPES
     epochs: int
+    seeds: int = 1
 
 
 def choose_recipe(device: str, train: ShardSet) -> str:
-    """By the device, and by the size that half of the images have at least."""
+    """Key of RECIPES, by the device and the median size of the images."""
     if device == "cpu":
         return "cpu"
     some = np.linspace(0, train.num_samples - 1, min(1000, train.num_samples)).astype(np.int64)
@@ -97,7 +98,7 @@ def choose_recipe(device: str, train: ShardSet) -> str:
 
 
 def fitting(table: PaperTable, num_samples: int) -> list[Variant]:
-    """The variants that this dataset is large enough for: at least two steps an epoch."""
+    """The variants whose batch leaves at least two steps an epoch."""
     return [variant for variant in table.variants if (variant.batch or 0) * 2 <= num_samples]
 
 
@@ -106,26 +107,27 @@ def knn_every(epochs: int) -> int:
     return math.ceil(epochs / KNN_ALONG)
 
 
-def fit_epochs(table: PaperTable, pilot: Pilot, recipe: Recipe, num_samples: int, budget: float) -> int:
-    """As many as let all variants end within ``budget`` minutes. Raises UserError if these are too few."""
+def fit_epochs(table: PaperTable, pilot: Pilot, recipe: Recipe, num_samples: int, budget: float, seeds: int) -> int:
+    """Epochs with which all variants and seeds end within ``budget`` minutes. Raises UserError if too few remain."""
     variants = fitting(table, num_samples)
+    runs = f"{len(variants)} variants" + (f" with {seeds} seeds each" if seeds > 1 else "")
     epoch_s = pilot.step_s * (num_samples // recipe.batch)
 
     def seconds(epochs: int) -> float:
         along_s = (1 + math.ceil(epochs / knn_every(epochs))) * pilot.knn_s
-        fixed_s = len(variants) * (pilot.start_s + along_s + pilot.linear_s)
-        return (pilot.whole_s + fixed_s + epochs * epoch_s * sum(v.cost for v in variants)) / RESERVE
+        fixed_s = seeds * len(variants) * (pilot.start_s + along_s + pilot.linear_s)
+        return (pilot.whole_s + fixed_s + epochs * epoch_s * seeds * sum(v.cost for v in variants)) / RESERVE
 
     epochs = max((n for n in range(1, recipe.most_epochs + 1) if seconds(n) <= 60 * budget), default=0)
     print(
         f"pilot: a step takes {pilot.step_s:.3g} s, an epoch {duration(epoch_s)}, a kNN accuracy "
-        f"{duration(pilot.knn_s)}, a linear one {duration(pilot.linear_s)}; {len(variants)} variants of {epochs} "
-        f"epochs fit into {budget:g} minutes"
+        f"{duration(pilot.knn_s)}, a linear one {duration(pilot.linear_s)}; {runs} of {epochs} epochs "
+        f"fit into {budget:g} minutes"
     )
     if epochs < table.least_epochs:
         least = math.ceil(seconds(table.least_epochs) / 60)
         raise UserError(
-            f"--budget {budget:g} minutes is too little: {len(variants)} variants of at least {table.least_epochs} "
+            f"--budget {budget:g} minutes is too little: {runs} of at least {table.least_epochs} "
             f"epoch(s) over {num_samples:,} images need {least} minutes here; take --budget {least} or more, or "
             "fewer images (make_shards.py --limit)"
         )

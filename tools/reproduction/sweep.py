@@ -1,4 +1,7 @@
-"""Sweep."""
+"""The runs of a sweep: a pilot that measures the machine, then every variant with every seed, each once.
+
+All state is in files (scale.json, pilot.json, the run folders), so the same command continues a stopped sweep.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.common.errors import UserError
+from pipeline.common.errors import UserError, require
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.locations import LocalPath
 from pipeline.dataset.dataset import ShardSet
@@ -37,37 +40,45 @@ from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, read_lines
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN, LINEAR = ROOT / "train" / "pretrain.py", ROOT / "train" / "linear.py"
 SCALE_FILE, PILOT_FILE = "scale.json", "pilot.json"
-PILOT_LOG_EVERY = 4  # steps; the first lines, while everything warms up, are left out
-EXIT_STOPPED = 75  # as train/pretrain.py: the same command goes on
+PILOT_LOG_EVERY = 4  # steps; the first lines are left out, as everything warms up
+EXIT_STOPPED = 75  # as train/pretrain.py: the same command continues
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Repeat one of the paper's experiments at the scale of this machine."""
+    """Flags of reproduce.py."""
 
     table: Annotated[str, tyro.conf.Positional]
-    """stop-gradient, predictor, batch-size, bn, similarity, symmetrisation, alternation, moving-average or
-    output-dimension."""
+    """Experiment to repeat: stop-gradient, predictor, batch-size, bn, similarity, symmetrisation, alternation,
+    moving-average or output-dimension."""
     data: Path
     """Labelled dataset to train on."""
     val_data: Path
-    """Labelled dataset to measure on, of the same classes."""
+    """Labelled dataset for validation, of the same classes."""
     budget: float
     """Minutes for the whole sweep."""
+    seeds: int = 1
+    """Run every variant with so many seeds: the page then has means and intervals, in the same budget."""
     out: LocalPath | None = None
-    """Folder of the runs; default: runs/reproduce/TABLE. A sweep that is there goes on."""
+    """Folder of the runs (default: runs/reproduce/TABLE). A sweep in it is continued."""
     docs: LocalPath | None = None
-    """Folder for TABLE.md and TABLE.png; default: that of the runs."""
+    """Folder for TABLE.md and TABLE.png (default: that of the runs)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPUs if there are any."""
+    """Device of every run; auto: all GPUs, or the CPU if there are none."""
     processes: int = 0
     """Processes of each run; 0: one for each GPU, or one."""
     seed: int = 0
-    """Of weights, order and views of every run."""
+    """First seed of weights, order and views; further seeds count up from it."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers that are out of range."""
+        require("--budget", f"{self.budget:g}", self.budget > 0, "give the minutes that the sweep may take")
+        require("--seeds", self.seeds, self.seeds >= 1, "it must be at least 1")
+        require("--processes", self.processes, self.processes >= 0, "it must be at least 1, or 0 for one a GPU")
 
 
 class Sweep:
-    """The runs of one folder."""
+    """The runs of one sweep, in the folder ``out``."""
 
     def __init__(self, config: ReproduceConfig, out: Path, train: ShardSet, device: str, processes: int) -> None:
         """Nothing is written yet."""
@@ -76,11 +87,12 @@ class Sweep:
         self._recipe = RECIPES[self._recipe_name]
 
     def settle_scale(self, table: PaperTable, val: ShardSet) -> Scale:
-        """That of the sweep in this folder, or a new one. Raises UserError if it is another sweep's, or too little."""
+        """The scale of the sweep in this folder, or a new one. Raises UserError for another sweep or a small budget."""
         config, path = self._config, self._out / SCALE_FILE
         asked: dict[str, Any] = {
             **{"table": config.table, "data": self._train.fingerprint, "val_data": val.fingerprint},
             **{"budget": config.budget, "device": self._device, "seed": config.seed, "recipe": self._recipe_name},
+            "seeds": config.seeds,
         }
         if path.is_file():
             old = Scale(**_read_json(path))
@@ -89,18 +101,19 @@ class Sweep:
             ]
             if differing:
                 raise UserError(
-                    f"--out {self._out} holds another sweep ({'; '.join(differing)}): give what it had to go on with "
-                    "it, or another --out"
+                    f"--out {self._out} holds another sweep ({'; '.join(differing)}): repeat its settings to continue "
+                    "it, or name another --out"
                 )
             print(f"going on with the sweep in {self._out}: {old.epochs} epochs for each variant")
             return old
         samples = self._train.num_samples
-        scale = Scale(**asked, epochs=fit_epochs(table, self._pilot(), self._recipe, samples, config.budget))
+        epochs = fit_epochs(table, self._pilot(), self._recipe, samples, config.budget, config.seeds)
+        scale = Scale(**asked, epochs=epochs)
         _write(path, asdict(scale))
         return scale
 
     def _pilot(self) -> Pilot:
-        """Measure, or read what a former call in this folder measured."""
+        """Measure, or read what an earlier call in this folder measured."""
         folder, path = self._out / "pilot", self._out / PILOT_FILE
         if path.is_file():
             return Pilot(**_read_json(path))
@@ -109,7 +122,10 @@ class Sweep:
         one_knn = ("--epochs", "1000", "--knn-every", "1000")
         flags = (*one_knn, "--max-steps", str(PILOT_STEPS), "--log-every", str(PILOT_LOG_EVERY))
         start = time.perf_counter()
-        self._launch(PRETRAIN, [*self._pretrain_flags(folder), "--global-batch", str(self._recipe.batch), *flags])
+        self._launch(
+            PRETRAIN,
+            [*self._pretrain_flags(folder, self._config.seed), "--global-batch", str(self._recipe.batch), *flags],
+        )
         whole_s, start = time.perf_counter() - start, time.perf_counter()
         self._launch(LINEAR, self._linear_flags(folder))
         linear_s = time.perf_counter() - start
@@ -120,23 +136,31 @@ class Sweep:
         _write(path, asdict(pilot))
         return pilot
 
+    def folders(self, variant: Variant) -> list[Path]:
+        """The variant's run folders, one for each seed."""
+        more = [self._out / f"{variant.name}-seed-{number}" for number in range(1, self._config.seeds)]
+        return [self._out / variant.name, *more]
+
     def run(self, variant: Variant, scale: Scale) -> None:
-        """Pretrain and measure one variant, or what of it is not done yet."""
-        folder = self._out / variant.name
+        """Pretrain and measure one variant with every seed; finished runs are skipped."""
+        for number, folder in enumerate(self.folders(variant)):
+            self._run_once(variant, scale, folder, scale.seed + number)
+
+    def _run_once(self, variant: Variant, scale: Scale, folder: Path, seed: int) -> None:
         batch = variant.batch or self._recipe.batch
         total = scale.epochs * (self._train.num_samples // batch)
         flags = ["--epochs", str(scale.epochs), "--global-batch", str(batch), *variant.flags]
         flags += ["--knn-every", str(knn_every(scale.epochs)), "--log-every", str(max(1, total // 100))]
         if not _finished(folder):
-            self._launch(PRETRAIN, [*self._pretrain_flags(folder), *flags])
+            self._launch(PRETRAIN, [*self._pretrain_flags(folder, seed), *flags])
         if not _finished(folder / "linear"):
             self._launch(LINEAR, self._linear_flags(folder))
 
-    def _pretrain_flags(self, folder: Path) -> list[str]:
+    def _pretrain_flags(self, folder: Path, seed: int) -> list[str]:
         config = self._config
         places = ["--data", str(config.data), "--knn-data", str(config.val_data), "--run-dir", str(folder)]
         keep = ["--checkpoint-every", "1m", "--keep-checkpoints", "1", "--resume"]
-        return [*places, *keep, "--device", self._device, "--seed", str(config.seed), *self._recipe.pretrain]
+        return [*places, *keep, "--device", self._device, "--seed", str(seed), *self._recipe.pretrain]
 
     def _linear_flags(self, folder: Path) -> list[str]:
         config = self._config
@@ -145,7 +169,7 @@ class Sweep:
         return [*places, *more, "--lr-sweep", LINEAR_RATES, *self._recipe.linear]
 
     def _launch(self, script: Path, arguments: list[str]) -> None:
-        """Run a script on all processes. Ends the sweep with its exit code if it fails; it has said why itself."""
+        """Run a script on all processes. If it fails, its message stands, and the sweep exits with its code."""
         launcher = [sys.executable]
         if self._processes > 1:
             several = f"--nproc-per-node={self._processes}"
@@ -161,7 +185,7 @@ class Sweep:
         if code == EXIT_STOPPED:
             raise KeyboardInterrupt
         if code:
-            print(f"the sweep ends here: the command above failed with exit code {code}", file=sys.stderr)
+            print(f"the sweep stops: the command above failed with exit code {code}", file=sys.stderr)
             sys.exit(code if code > 0 else 128 - code)  # a signal, as the shell reports it
 
 
