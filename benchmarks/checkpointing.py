@@ -1,9 +1,9 @@
-"""What a checkpoint costs the training loop: python benchmarks/checkpointing.py [--folder DIR]
+"""The cost of a checkpoint for the training loop: python benchmarks/checkpointing.py [--folder DIR]
 
-Three stretches of the same training steps in turn: undisturbed, with a checkpoint written before the first of them
-(foreground), and with one handed to the thread that the trainer uses (background). Reported: what the loop lost, which
-is the stretch's time less that of the undisturbed one; how long the copy took that the loop does wait for; and how long
-a write lasts. Steps are forward, backward and SGD on one random batch; data plays no part.
+Three stretches of the same training steps in turn: undisturbed, with a checkpoint written before the first step
+(foreground), and with one handed to the trainer's writer thread (background). Reported: the time that the loop lost,
+which is that of the stretch less that of the undisturbed one; the time of the copy, for which the loop waits; and the
+time of a write. Steps are forward, backward and SGD on one random batch; no data is loaded.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from train.storage.checkpoints import CheckpointWriter, host_copy, save_checkpoi
 
 @dataclass(frozen=True)
 class Config:
-    """Checkpoints of SimSiam."""
+    """Flags of checkpointing.py."""
 
     backbone: str = "resnet50"
-    """Its state, with projector, predictor and momentum, is what is written."""
+    """Backbone; a checkpoint holds it with projector, predictor and momentum."""
     image_size: int = 64
     """Side of the views, px."""
     batch: int = 8
     """Images a step."""
     sleep_ms: float = 0.0
-    """If above 0, a step is a sleep of so long: a host whose GPU does the work, on a machine that has none."""
+    """Replace each step by a sleep of so many ms: as on a host whose GPU does the work (default: train)."""
     stretch_s: float = 20.0
-    """Length of an undisturbed stretch of steps; longer than a write."""
+    """Length of an undisturbed stretch of steps, s; longer than a write."""
     repeats: int = 5
     """Stretches of each kind after a warm-up."""
     folder: Path | None = None
-    """Where checkpoints are written; None: the system's folder for temporary files."""
+    """Folder for the checkpoints (default: the system's temporary folder)."""
     json: Path | None = None
-    """Write the results here too."""
+    """Write the results to this JSON file."""
 
 
 class Bench:
     """A model in training, and its checkpoints."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        """On the GPU if there is one."""
+        """Trains on a GPU if there is one."""
         self._folder, self._saves, self._sleep_s = folder, 0, 0.0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._device, self._model = device, SimSiam(SimSiamConfig(backbone=config.backbone)).to(device)
@@ -65,7 +65,7 @@ class Bench:
         self.count = max(1, round(2 * config.stretch_s / (time.perf_counter() - start)))
 
     def steps(self, count: int) -> None:
-        """Train, and wait for the device at the end."""
+        """Train ``count`` steps and wait for the device."""
         for _ in range(count):
             if self._sleep_s > 0:
                 time.sleep(self._sleep_s)
@@ -96,7 +96,7 @@ class Bench:
         self.steps(self.count)
 
     def background(self) -> None:
-        """Steps while a checkpoint is written; a write that outlasts them is waited for."""
+        """Steps while a checkpoint is written; waits at the end for a write that lasts longer."""
         with CheckpointWriter() as writer:
             start = time.perf_counter()
             state = host_copy(self._state())
@@ -107,7 +107,7 @@ class Bench:
 
 
 def lost(runs: Mapping[str, list[Run]], kind: str) -> Spread:
-    """Seconds a checkpoint cost the loop, round by round."""
+    """Seconds that a checkpoint cost the loop, round by round."""
     pairs = zip(runs[kind], runs["undisturbed"], strict=True)
     return Spread.of([run.wall_s - undisturbed.wall_s for run, undisturbed in pairs])
 

@@ -1,4 +1,4 @@
-"""What comparing every image with its checksum costs: python benchmarks/checksums.py DATASET
+"""The cost of comparing every image with its checksum: python benchmarks/checksums.py DATASET
 
 The whole CPU loader, and reading alone, each with and without `--no-verify-checksums`, in turn; and how fast one core
 computes the checksum. Cost is the time or CPU time with it over that without it, pair by pair, less one. Then how fast
@@ -40,14 +40,14 @@ ROWS = 1 << 21  # of a samples.npy of 59 MB
 
 @dataclass(frozen=True)
 class Config:
-    """Cost of the checksums."""
+    """Flags of checksums.py."""
 
     data: Annotated[Path, tyro.conf.Positional]
     """Dataset folder."""
     samples: int = 1000
-    """Images of one run of the loader; of reading alone `read_epochs` times as many."""
+    """Images of one run of the loader; reading alone takes `read_epochs` times as many."""
     read_epochs: int = 10
-    """Reading alone is so much faster that one pass would say little."""
+    """Passes over the images of a run that only reads, which is much faster than the loader."""
     batch: int = 64
     """Images a batch."""
     image_size: int = 224
@@ -55,7 +55,7 @@ class Config:
     repeats: int = 7
     """Runs of each after a warm-up."""
     json: Path | None = None
-    """Write the results here too."""
+    """Write the results to this JSON file."""
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def crc_speed(dataset: ShardSet, repeats: int) -> Spread:
-    """GB/s of the checksum on one core, over images that lie in memory."""
+    """GB/s of the checksum on one core, over images in memory."""
     images = [dataset.read(sample) for sample in range(min(MAX_RESIDENT, dataset.num_samples))]
     speeds = []
     for _ in range(repeats):
@@ -109,7 +109,7 @@ def crc_speed(dataset: ShardSet, repeats: int) -> Spread:
 
 
 def row_speed(repeats: int) -> Spread:
-    """GB/s at which one core compares a samples.npy that is in the page cache."""
+    """GB/s at which one core compares a samples.npy in the page cache."""
     speeds = []
     with tempfile.TemporaryDirectory(prefix="checksums-") as folder:
         file = Path(folder) / "samples.npy"

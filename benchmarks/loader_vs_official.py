@@ -1,8 +1,8 @@
 """The whole CPU loader against a rewrite of the official one: python benchmarks/loader_vs_official.py DATASET
 
-The yardstick is what facebookresearch/simsiam's main_simsiam.py does: an image folder, PIL, torchvision's transforms
-with PIL's Gaussian blur, and a DataLoader with as many worker processes as cores. Both read the same images with the
-same recipe on the same cores, in turn. Reported: source images per second and CPU milliseconds an image.
+The official loader is that of facebookresearch/simsiam's main_simsiam.py: an image folder, PIL, torchvision's
+transforms with PIL's Gaussian blur, and a DataLoader with as many worker processes as cores. Both read the same images
+with the same recipe on the same cores, in turn. Reported: source images per second and CPU milliseconds an image.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from tools.common.measuring import Spread, alternate, describe_machine, ratio, w
 
 @dataclass(frozen=True)
 class Config:
-    """Loader against loader."""
+    """Flags of loader_vs_official.py."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """Dataset folder; its images are copied to a temporary image folder for the yardstick."""
+    """Dataset folder; its images are copied to a temporary image folder for the official loader."""
     samples: int = 1000
-    """Images a run, at most."""
+    """Largest number of images of a run."""
     batch: int = 64
     """Images a batch."""
     repeats: int = 5
     """Runs of each after a warm-up."""
     json: Path | None = None
-    """Write the results here too."""
+    """Write the results to this JSON file."""
 
 
 class PilBlur:
@@ -72,7 +72,7 @@ class TwoViews:
 
 
 def official_loader(folder: Path, recipe: ViewRecipe, batch: int, workers: int) -> DataLoader:
-    """The yardstick."""
+    """The official loader: two views of ``recipe`` by PIL and torchvision."""
     jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
     transform = transforms.Compose(
         [
@@ -90,7 +90,7 @@ def official_loader(folder: Path, recipe: ViewRecipe, batch: int, workers: int) 
 
 
 def write_folder(dataset: ShardSet, samples: int, folder: Path) -> None:
-    """The images as the official loader wants them: files in a class folder."""
+    """Write the images as the official loader reads them: files in a class folder."""
     (folder / "class").mkdir()
     for sample in range(samples):
         (folder / "class" / f"{sample:06d}.jpg").write_bytes(dataset.read(sample))

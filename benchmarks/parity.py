@@ -1,8 +1,8 @@
 """How far DALI's views are from torchvision's, operation by operation: python benchmarks/parity.py DATASET
 
-Decoding, cutting and the whole recipe start from the encoded images. Each colour operation, blur, solarize and flip
-start from the reference's own squares and are applied to every image, so that a line shows that operation alone.
-Differences are in steps of 0 .. 255; the parameters are drawn as in training.
+Decoding, cutting and the whole recipe start from the encoded images. Colour operations, blur, solarize and flip start
+from the reference's crops and are applied to every image, so that each line shows one operation alone. Differences
+are in steps of 0 .. 255; the parameters are drawn as in training.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams, ViewRecipe, 
 from tools.common.measuring import describe_machine
 
 BATCH = 20  # images at a time
-CLOSE = 4  # of 255: what the share in the last column lies within
+CLOSE = 4  # of 255; the last column counts differences up to it
 
 
 @dataclass(frozen=True)
 class Config:
-    """DALI's views against torchvision's."""
+    """Flags of parity.py."""
 
     data: Annotated[Path, tyro.conf.Positional]
-    """Dataset folder, as tools/make_shards.py wrote it."""
+    """Dataset folder of make_shards.py."""
     samples: int = 200
-    """Images, at most."""
+    """Largest number of images."""
     image_size: int = 224
     """Side of the views, px."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where DALI works."""
+    """Device of DALI."""
     seed: int = 0
-    """Of the views."""
+    """Seed of the views."""
     markdown: Path | None = None
-    """Write the table here too."""
+    """Write the table to this file."""
 
 
 @dataclass
 class Difference:
-    """Absolute differences seen so far, of 255."""
+    """Absolute differences so far, of 255."""
 
     greatest: float = 0.0
     total: float = 0.0
@@ -88,18 +88,18 @@ class Photos:
     sizes: np.ndarray
 
     def batch(self, windows: ViewParams | CentreCrops) -> Batch:
-        """As a back end gets them."""
+        """The images as input of a back end."""
         return Batch(0, 0, self.ids, self.ids, self.encoded, windows)
 
     def only(self, keep: np.ndarray) -> Photos:
-        """Those at some places."""
+        """The images at the positions ``keep``."""
         return Photos(
             self.ids[keep], [self.encoded[i] for i in keep], [self.decoded[i] for i in keep], self.sizes[keep]
         )
 
 
 class Parity:
-    """Measures one device."""
+    """Compares the operations on one device."""
 
     def __init__(self, config: Config, pool: ThreadPoolExecutor, threads: int) -> None:
         """``pool`` has ``threads`` workers."""
@@ -128,7 +128,7 @@ class Parity:
         }
 
     def measure(self, photos: Photos) -> None:
-        """Every stage on some images."""
+        """Compare every operation on some images."""
         side = self._config.image_size
         large = np.flatnonzero(photos.sizes.min(axis=1) >= side)
         if len(large):
@@ -148,7 +148,7 @@ class Parity:
         return draw_views(recipe, self._config.seed, 0, photos.ids, photos.sizes)
 
     def _decode(self, photos: Photos) -> None:
-        """Two corners of each image, as large as a view, so that nothing is resized."""
+        """Two corners of each image, each of a view's size, so that nothing is resized."""
         side = self._config.image_size
         params = self._draw(self._recipe, photos)
         params.crop[:, 0, :2] = 0

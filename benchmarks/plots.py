@@ -1,4 +1,4 @@
-"""Owns the images of what sharding and scale measured."""
+"""Plots of benchmarks/sharding.py and benchmarks/scale.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# The colours of tools/throughput/report.py, whose import would bring the loader and the model
+# As in tools/throughput/report.py, whose import would load torch
 INK, QUIET, LIGHT, STRONG, OTHERS = "#22313f", "#8a949e", "#8fb3d9", "#1f5fa8", "#b9c0c6"
 ORDER_COLOURS = (STRONG, "#c07f1c", "#1d7a4f", "#7a4f10")
 RANK_MARKERS = "osD^vP"

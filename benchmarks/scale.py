@@ -1,13 +1,13 @@
-"""What a rank costs as work grows: python benchmarks/scale.py
+"""Start-up time, memory and time per batch of a rank as the dataset grows: python benchmarks/scale.py
 
-Simulates datasets of 1e6, 1e8 and 1e9 samples by their index alone, whose 28 bytes a sample are a hole in a file that
-takes no disk, and 1 to 1024 ranks. For each it starts a process that does what a rank does before its first image and
-at every batch: open the dataset, ask for the order, look up sizes, draw parameters. Start-up is told with the first
-batch and without the import of torch, which does not grow; memory is what the process has for itself, without the pages
-of the mapped index, which all ranks of a machine share. Of a batch's time, order and parameters are computed, and sizes
-are looked up in the index, whose pages come from the disk the first time.
+Simulates datasets of 1e6, 1e8 and 1e9 samples by their index alone (28 bytes a sample, a hole in a file that takes no
+disk) and 1 to 1024 ranks. For each case it starts a process that does the work of a rank before its first image and at
+every batch: open the dataset, compute the order, look up sizes, draw parameters. Start-up includes the first batch and
+excludes the import of torch, which is constant. Memory is private memory, without the pages of the mapped index, which
+all ranks of a machine share. A batch's time has two parts: computing order and parameters, and looking up sizes in the
+index, whose pages are read from the disk the first time.
 
-Then it measures how well the order by blocks mixes, against the random one, and how many of the shards a machine reads.
+Then it compares how well the order by blocks and the random order mix, and the share of shards that a machine reads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.sampling.sampler import batch_positions, node_positions, steps_per
 from pipeline.sampling.views import ViewRecipe, draw_views
 from tools.common.measuring import Spread, describe_machine, write_results
 
-ONE_RANK = "one-rank"  # first word of the command line of a process that is one rank
+ONE_RANK = "one-rank"  # first argument of a process that plays one rank
 STREAMS = 8
 ORDERS = {
     "random": OrderConfig(),
@@ -47,24 +47,24 @@ TYPICAL_SIZE = (375, 500)  # height, width in px; holes in the index read as 0 x
 
 @dataclass(frozen=True)
 class Config:
-    """Cost of the index, the order and the parameters."""
+    """Flags of scale.py."""
 
     samples: tuple[float, ...] = (1e6, 1e8, 1e9)
     """Sizes of the simulated datasets."""
     ranks: tuple[int, ...] = (1, 32, 1024)
-    """Numbers of ranks; what one of them does is measured."""
+    """Numbers of ranks; one of them is measured."""
     samples_per_shard: int = 10_000
-    """Samples of a shard."""
+    """Samples per shard."""
     rank_batch: int = 256
-    """Samples of a rank's batch."""
+    """Samples per batch of a rank."""
     batches: int = 50
-    """Batches timed in each process, after a tenth as many that warm up."""
+    """Batches timed in each process, after a tenth as many for warm-up."""
     repeats: int = 3
     """Processes started for each case, in turn."""
     json: Path | None = None
-    """Write the results here too."""
+    """Write the results to this JSON file."""
     plot: Path | None = None
-    """Draw the results here, as PNG."""
+    """Draw the results into this PNG."""
 
 
 def main() -> None:
@@ -87,14 +87,14 @@ def main() -> None:
     if config.json is not None:
         write_results(config.json, {"cases": results, "quality": quality})
     if config.plot is not None:
-        from plots import draw_scale  # here: what is a rank would wait for matplotlib
+        from plots import draw_scale  # here: the processes of the ranks do not need matplotlib
 
         subtitle = f"{describe_machine().splitlines()[0]}; whiskers: the slowest and the fastest process"
         draw_scale(results, subtitle).savefig(config.plot, dpi=150)
 
 
 def check(config: Config) -> None:
-    """Raise UserError for what cannot be simulated or written, before time is spent."""
+    """Raise UserError for what cannot be simulated or written, before any measurement."""
     if min(config.samples) < config.samples_per_shard or config.repeats < 1 or config.batches < 10:
         raise UserError("--samples must fill a shard, --repeats must be at least 1 and --batches at least 10")
     if config.rank_batch % STREAMS:
@@ -134,7 +134,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
 
 
 def simulate(folder: Path, samples: int, per_shard: int) -> None:
-    """A dataset without images: empty tars, and an index that is a hole."""
+    """Write a dataset without images: empty tars, and an index that is a hole."""
     shards = -(-samples // per_shard)
     counts = [min(per_shard, samples - number * per_shard) for number in range(shards)]
     with open(folder / "samples.npy", "wb") as file:
@@ -169,14 +169,14 @@ def simulate(folder: Path, samples: int, per_shard: int) -> None:
 
 
 def start_rank(config: Config, folder: Path, ranks: int, order: str) -> dict[str, float]:
-    """Measure a rank in a process of its own."""
+    """Measure a rank in its own process."""
     words = [str(word) for word in (folder, ranks, order, config.rank_batch, config.batches)]
     answer = subprocess.run([sys.executable, __file__, ONE_RANK, *words], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(answer.stdout)
 
 
 def be_a_rank(folder: Path, ranks: int, order_name: str, rank_batch: int, batches: int) -> dict[str, float]:
-    """What the last of ``ranks`` ranks does before its first batch, and for each of some batches across the epoch."""
+    """Time the last of ``ranks`` ranks: its start up to the first batch, and ``batches`` batches across the epoch."""
     before = private_mib()
     start_s = time.perf_counter()
     dataset = ShardSet.open(folder)
@@ -210,7 +210,7 @@ def one_batch(dataset: ShardSet, order: Order, step: int, global_batch: int, ran
 
 
 def private_mib() -> float:
-    """Memory that is this process' own; the mapped index is shared by the ranks of a machine."""
+    """Private memory of this process; the mapped index is shared by the ranks of a machine."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
@@ -220,7 +220,7 @@ def private_mib() -> float:
 def measure_quality(
     shards: int = 640, per_shard: int = 2048, batch: int = 256, epochs: int = 4
 ) -> list[dict[str, Any]]:
-    """How orders mix a dataset of ImageNet's size: how many shards meet in a batch, and which pairs meet again."""
+    """How well orders mix a dataset of ImageNet's size: shards in a batch, and pairs of samples that meet again."""
     counts = np.full(shards, per_shard)
     configs = {"random": OrderConfig()}
     configs |= {f"blocks of {group} shards": OrderConfig("blocks", group) for group in (1, 4, 16, 64)}

@@ -1,14 +1,14 @@
 """Sharding against webdataset's own writer and against tar: python benchmarks/sharding.py DATASET
 
-The images of DATASET are written out as an image folder first, again and again under other names (hard links) until
-there are enough for a run of 10 seconds. Then all contestants make tars of it in turn: ours with each kind of
-verification and number of workers, webdataset's ShardWriter in one process, and `tar cf`, which does nothing but copy.
-Ours also checks, hashes, indexes, shuffles and syncs; what the disk takes when a file is copied and synced stands
-beside them. Images come from memory, since the same ones are read again and again.
+The images of DATASET are first written as an image folder, repeated under other names (hard links) until they suffice
+for a run of 10 seconds. Then all contestants make tars of it in turn: ours with each kind of verification and number
+of workers, webdataset's ShardWriter in one process, and `tar cf`, which only copies. Ours also checks, hashes, indexes,
+shuffles and syncs; a plain copy with a sync shows the speed of the disk. Images come from the page cache, since the
+same ones are read repeatedly.
 
-Reported: images/s and MB/s, by wall clock and per second of CPU; how long ours takes to start, which is the time for a
-handful of images; and how far workers scale, with and without that start, beside how far processes do that only
-hash, which is what the machine's cores allow.
+Reported: images/s and MB/s, by wall clock and per second of CPU; the start-up time of ours, which is the time for a
+handful of images; and the scaling with workers, with and without the start-up, beside that of processes that only
+hash, which shows the scaling of the machine's cores.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from tools.common.measuring import Run, Spread, alternate, describe_machine, wri
 Verify = Literal["full", "header", "none"]
 
 CLASSES = 10
-SHARDS_A_WORKER = 8  # of the largest number of workers: none waits long for the last one
-FEW = 4  # images a worker, where only the start is measured
+SHARDS_A_WORKER = 8  # for the largest number of workers, so that none waits long for the last shard
+FEW = 4  # images per worker, for the measurement of the start-up
 HASHING = "import hashlib; data = bytes(1 << 20)\nfor _ in range(3000): hashlib.sha256(data)"
 START = "start-up"
 SHARD_WRITER = "webdataset ShardWriter"
@@ -45,14 +45,14 @@ SHARD_WRITER = "webdataset ShardWriter"
 
 @dataclass(frozen=True)
 class Config:
-    """Sharding against others."""
+    """Flags of sharding.py."""
 
     data: Annotated[Path, tyro.conf.Positional]
     """Dataset folder whose images are sharded again."""
     megabytes: float = 8000
-    """Images for those who only copy; as much room must be free on the disk."""
+    """Size of the images for contestants that only copy, MB; as much disk must be free."""
     full_megabytes: float = 2000
-    """Images for --verify full, which decodes them."""
+    """Size of the images for --verify full, which decodes them, MB."""
     workers: tuple[int, ...] = (1, 2)
     """Numbers of worker processes."""
     verify: tuple[Verify, ...] = ("full", "header", "none")
@@ -60,11 +60,11 @@ class Config:
     repeats: int = 3
     """Runs of each after a warm-up."""
     place: Path | None = None
-    """Folder on the disk to measure. Default: the system's temporary folder."""
+    """Folder on the disk to measure (default: the system's temporary folder)."""
     json: Path | None = None
-    """Write the results here too."""
+    """Write the results to this JSON file."""
     plot: Path | None = None
-    """Draw the results here, as PNG."""
+    """Draw the results into this PNG."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,7 @@ def main() -> None:
     if config.json is not None:
         write_results(config.json, {"contestants": results})
     if config.plot is not None:
-        from plots import (
-            draw_sharding,
-        )  # here: worker processes import this module again, and matplotlib takes a second
+        from plots import draw_sharding  # here: worker processes import this module again, but need no matplotlib
 
         subtitle = f"{describe_machine().splitlines()[0]}; whiskers: slowest and fastest of {config.repeats} runs"
         draw_sharding({name: result for name, result in results.items() if "img_per_s" in result}, subtitle).savefig(
@@ -108,7 +106,7 @@ def main() -> None:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for what cannot be measured or written, before time is spent."""
+    """Raise UserError for what cannot be measured or written, before any measurement."""
     if config.repeats < 3 or not config.workers or min(config.workers) < 1:
         raise UserError("--repeats must be at least 3, and --workers at least 1")
     if min(config.megabytes, config.full_megabytes) <= 0:
@@ -128,17 +126,17 @@ def check(config: Config) -> None:
 
 
 def ours(what: str, workers: int) -> str:
-    """Our name in the tables; ``what``: a kind of verification, or START."""
+    """Name of our contestant; ``what``: a kind of verification, or START."""
     return f"ours, {what}, {workers} worker{'s' if workers > 1 else ''}"
 
 
 def hashing(processes: int) -> str:
-    """The name of processes that only hash."""
+    """Name of the contestant of processes that only hash."""
     return f"hashing, {processes} process{'es' if processes > 1 else ''}"
 
 
 def write_folders(config: Config, dataset: ShardSet, folder: Path) -> tuple[Contestant, Contestant, Contestant]:
-    """Folders of images to copy, to decode, and of a handful to start with; gives how much is in each."""
+    """Write the folders of images to copy, to decode, and for the start-up; return the amount in each."""
     mean = float(dataset.samples["length"].mean())
     fewest = SHARDS_A_WORKER * max(config.workers)
     counts = [max(fewest, round(1e6 * megabytes / mean)) for megabytes in (config.megabytes, config.full_megabytes)]
@@ -150,7 +148,7 @@ def write_folders(config: Config, dataset: ShardSet, folder: Path) -> tuple[Cont
 
 
 def write_folder(dataset: ShardSet, samples: int, folder: Path) -> int:
-    """So many images as files in class folders, from the first on again where they run out; gives their bytes."""
+    """Write ``samples`` images as files in class folders, repeating them as needed; return their bytes."""
     size, files = 0, []
     for number in range(samples):
         place = folder / f"class-{number % CLASSES}"
@@ -167,7 +165,7 @@ def write_folder(dataset: ShardSet, samples: int, folder: Path) -> int:
 def contestants(
     config: Config, folder: Path, copied: Contestant, decoded: Contestant, few: Contestant
 ) -> dict[str, Contestant]:
-    """All of them, each writing into a folder that is not there before it begins."""
+    """All contestants; each creates the folder ``out``."""
     out = folder / "out"
 
     def shard(verify: Verify, workers: int, name: str, amount: Contestant, per_shard: int) -> Contestant:
@@ -197,15 +195,15 @@ def contestants(
 
 
 def hash_only(processes: int) -> None:
-    """As much work for each process, however many there are."""
+    """The same work in each process."""
     running = [subprocess.Popen([sys.executable, "-c", HASHING]) for _ in range(processes)]
     for process in running:
         process.wait()
 
 
 def write_with_webdataset(images: Path, out: Path, per_shard: int) -> None:
-    """What its users do: one process, no checks."""
-    import webdataset  # here, since it imports torch, which worker processes of ours would wait for
+    """As in webdataset's documentation: one process, no checks."""
+    import webdataset  # here: it imports torch, which our worker processes do not need
 
     out.mkdir()
     with webdataset.ShardWriter(str(out / "shard-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
@@ -215,13 +213,13 @@ def write_with_webdataset(images: Path, out: Path, per_shard: int) -> None:
 
 
 def write_with_tar(images: Path, out: Path) -> None:
-    """One tar of all."""
+    """One tar of all images."""
     out.mkdir()
     subprocess.run(["tar", "cf", str(out / "all.tar"), "--hard-dereference", "-C", str(images), "."], check=True)
 
 
 def copy_and_sync(images: Path, out: Path) -> None:
-    """One file after the other into one, as large as memory and disk let it."""
+    """Copy all files into one, in order, and sync it."""
     out.mkdir()
     with open(out / "all", "wb", buffering=1 << 20) as file:
         for image in sorted(images.glob("*/*.jpg")):
@@ -231,7 +229,7 @@ def copy_and_sync(images: Path, out: Path) -> None:
 
 
 def report(named: dict[str, Contestant], runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
-    """Print the tables; gives them for --json."""
+    """Print the tables; return them for --json."""
     print(f"{'':25} {'images/s':>24} {'MB/s':>6} {'images/CPU s':>24} {'MB/CPU s':>9} {'x ShardWriter':>23} {'s':>7}")
     results: dict[str, dict[str, Any]] = {}
     for name, of in runs.items():
@@ -264,7 +262,7 @@ def report(named: dict[str, Contestant], runs: dict[str, list[Run]]) -> dict[str
 def report_scaling(
     named: dict[str, Contestant], runs: dict[str, list[Run]], results: dict[str, dict[str, Any]]
 ) -> None:
-    """Print how much faster many workers are than one, and add it to ``results``."""
+    """Print the speed-up of many workers over one, and add it to ``results``."""
     for name in [name for name in results if not name.endswith((" 1 worker", " 1 process"))]:
         head, _, tail = name.rpartition(", ")
         number = tail.split()[0]
@@ -277,16 +275,16 @@ def report_scaling(
             one = f"{head}, 1 worker"
             gain = times_as_fast(named, runs, name, one)
             starts = [[run.wall_s for run in runs[ours(START, workers)]] for workers in (1, int(number))]
-            turns = zip(runs[one], runs[name], *starts, strict=True)
+            rounds = zip(runs[one], runs[name], *starts, strict=True)
             begun = Spread.of(
-                [(a.wall_s - a_start) / max(b.wall_s - b_start, 1e-9) for a, b, a_start, b_start in turns]
+                [(a.wall_s - a_start) / max(b.wall_s - b_start, 1e-9) for a, b, a_start, b_start in rounds]
             )
             print(f"{name}: {gain} times as fast as 1 worker; once started {begun}")
             results[name] |= {"times_one": gain, "times_one_once_started": begun}
 
 
 def times_as_fast(named: dict[str, Contestant], runs: dict[str, list[Run]], name: str, as_: str) -> Spread:
-    """Images a second of ``name`` against those of ``as_``, round by round."""
+    """Images/s of ``name`` / those of ``as_``, round by round."""
     share = named[name].samples / named[as_].samples
     return Spread.of([share * b.wall_s / a.wall_s for a, b in zip(runs[name], runs[as_], strict=True)])
 

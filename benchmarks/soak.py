@@ -1,10 +1,10 @@
 """Does a long run grow? python benchmarks/soak.py OUT
 
-Trains a tiny model on drawn images for as many steps as an ImageNet run does in hours (12,000 an hour at 1,700
-images/s and a batch of 512), with all that a run does beside stepping: checkpoints, kNN, bad samples. It is stopped by
-SIGTERM in the middle and resumed. From outside, every so many steps, its memory, open files, threads and the disk use
-of its checkpoints are read. Exit code 1 if any of them grows: if, in either session, its median over the last quarter
-of the steps is above that over the second quarter by more than the allowance.
+Trains a tiny model on synthetic images for as many steps as an ImageNet run takes in hours (12,000 an hour at 1,700
+images/s and a batch of 512), with checkpoints, kNN and bad samples. The run is stopped by SIGTERM in the middle and
+resumed. At regular steps its memory, open files, threads and the disk use of its checkpoints are read from outside.
+Exit code 1 if one of them grows: if, in either session, its median over the last quarter of the steps exceeds that
+over the second quarter by more than the allowance.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ from train.storage.run_folder import METRICS_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = (sys.executable, str(ROOT / "train" / "pretrain.py"))
-POLL_S = 0.02  # between two looks at metrics.jsonl
+POLL_S = 0.02  # interval of reading metrics.jsonl
 BATCH, SIDE, KEEP = 8, 16, 2  # images a step; px of a view; checkpoints kept
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Config:
-    """A long run, watched from outside."""
+    """Flags of soak.py."""
 
     out: Annotated[Path, tyro.conf.Positional]
-    """A new folder for the dataset, the run, soak.json and soak.png."""
+    """New folder for the dataset, the run, soak.json and soak.png."""
     steps: int = 24_000
-    """Of both sessions together; 24,000 are two hours on ImageNet."""
+    """Steps of both sessions together; 24,000 are two hours on ImageNet."""
     sample_every: int = 50
     """Steps between two samples."""
     num_images: int = 512
-    """Of the dataset."""
+    """Images of the dataset."""
     bad: int = 8
-    """Of them, images whose bytes change after sharding."""
+    """Number of images whose bytes change after sharding."""
     checkpoint_every: int = 200
-    """Steps."""
+    """Steps between two checkpoints."""
     knn_every: int = 5
-    """Epochs."""
+    """Epochs between two kNN accuracies."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
-    """Of the loader."""
+    """Back end of the loader."""
     threads: int = 1
-    """Of the loader and of the model."""
+    """Threads of the loader and of the model."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process held after a step."""
+    """Resources of the process after a step."""
 
     session: int  # 0: before the stop, 1: after it
     step: int
-    own_mib: float  # anonymous memory; what others do with the same libraries does not change it
+    own_mib: float  # anonymous memory, which other processes cannot change
     rss_mib: float  # with the pages of mapped files
     files: int  # open descriptors
     threads: int
@@ -79,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What must not grow, and by how much two medians may differ nevertheless."""
+    """A resource that must not grow, and the allowed difference of two medians."""
 
     field: str
     title: str
@@ -107,7 +107,7 @@ class Growth:
 
     @property
     def grew(self) -> bool:
-        """Whether it is more than the allowance."""
+        """Whether the difference exceeds the allowance."""
         return self.last - self.second > self.quantity.allowance
 
 
@@ -131,11 +131,11 @@ def main() -> None:
     growths = compare(samples)
     knn = sum("knn_top1" in line for line in read_lines(config.out / "run" / METRICS_FILE))
     bad = len(read_lines(config.out / "run" / BAD_SAMPLES_FILE))
-    told = f"{config.steps:,} steps in {minutes:.1f} minutes, {knn} kNN evaluations, {bad} bad samples of {config.bad}"
-    print(told)
+    text = f"{config.steps:,} steps in {minutes:.1f} minutes, {knn} kNN evaluations, {bad} bad samples of {config.bad}"
+    print(text)
     print(table(samples, growths))
-    draw(samples, told).savefig(config.out / "soak.png", dpi=110)
-    write_results(config.out / "soak.json", {"told": told, "samples": [asdict(s) for s in samples]})
+    draw(samples, text).savefig(config.out / "soak.png", dpi=110)
+    write_results(config.out / "soak.json", {"told": text, "samples": [asdict(s) for s in samples]})
     if any(growth.grew for growth in growths) or bad != config.bad:
         print("something grew, or a bad sample was not found")
         sys.exit(1)
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def make_data(config: Config) -> Path:
-    """A dataset of drawn images, some of which change after they are written."""
+    """Write a dataset of synthetic images, and change the bytes of some."""
     path = config.out / "data"
     options = ShardingOptions(samples_per_shard=100)
     make_dataset(f"synthetic:{config.num_images}", path, options, quiet=True, in_process=True)
@@ -157,10 +157,7 @@ def make_data(config: Config) -> Path:
 
 
 def soak(config: Config, data: Path) -> list[Sample]:
-    """Both sessions. Raises UserError if the trainer does not do its part.
-
-    The epochs are counted as the run does it: without the remainder of the images.
-    """
+    """Run both sessions. Raises UserError if the trainer ends otherwise than expected."""
     run_dir, every = config.out / "run", config.sample_every
     epochs = -(-config.steps // (config.num_images // BATCH))
     words = ["--data", data, "--run-dir", run_dir, "--backbone", "resnet_tiny", "--image-size", SIDE, "--dim", 64]
@@ -191,7 +188,7 @@ def watch(
                 step = newest_step(run_dir)
                 if step > seen:
                     seen = step
-                    sample = look_at(process.pid, run_dir, session, step)
+                    sample = sample_of(process.pid, run_dir, session, step)
                     if sample is not None:
                         samples.append(sample)
                     if stop_at is not None and step >= stop_at:
@@ -215,8 +212,8 @@ def newest_step(run_dir: Path) -> int:
     return int(lines[-1].partition(b'"step": ')[2].partition(b",")[0]) if lines else 0
 
 
-def look_at(pid: int, run_dir: Path, session: int, step: int) -> Sample | None:
-    """A sample of a running process; None if it has ended meanwhile."""
+def sample_of(pid: int, run_dir: Path, session: int, step: int) -> Sample | None:
+    """The resources of a running process; None if it has ended."""
     proc = Path("/proc") / str(pid)
     try:
         rollup = dict(line.split(":", 1) for line in (proc / "smaps_rollup").read_text().splitlines()[1:])
@@ -230,7 +227,7 @@ def look_at(pid: int, run_dir: Path, session: int, step: int) -> Sample | None:
 
 
 def disk_use(folder: Path) -> float:
-    """MiB of the files below a folder; a file that is replaced while we look counts as it was or not at all."""
+    """MiB of the files below a folder; files that are removed meanwhile are not counted."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -258,7 +255,7 @@ def compare(samples: list[Sample]) -> list[Growth]:
 
 
 def table(samples: list[Sample], growths: list[Growth]) -> str:
-    """What came out, for people."""
+    """The result as a table."""
     lines = [f"{'':22} {'session':>8} {'second quarter':>15} {'last quarter':>13} {'allowed':>8}"]
     for growth in sorted(growths, key=lambda growth: (growth.quantity.field, growth.session)):
         quantity = growth.quantity
@@ -273,7 +270,7 @@ def table(samples: list[Sample], growths: list[Growth]) -> str:
 
 
 def draw(samples: list[Sample], subtitle: str) -> Figure:
-    """One panel a quantity over the steps; the sessions in two colours."""
+    """One panel for each quantity over the steps; the sessions in two colours."""
     figure = Figure(figsize=(8, 9), layout="constrained")
     shown = [quantity for quantity in QUANTITIES if quantity.field != "rss_mib"]
     panels = figure.subplots(len(shown), 1, sharex=True)

@@ -1,1 +1,1 @@
-"""Command-line tools around a dataset or a run."""
+"""Commands around a dataset or a run."""

@@ -1,9 +1,8 @@
-"""The main job at the size of a laptop, command by command: python tools/demo.py [--images SOURCE]
+"""The whole job at laptop size, command by command: python tools/demo.py [--images SOURCE] [--method NAME]
 
 Shards a training and a test set, pretrains a small ResNet at 32 px with the demo's recipe, measures 20-NN accuracy
-before and after, and draws a preview of the views and a plot of the run. Every command is printed before it runs: they
-are the ones to use on a real job. About 600 steps of 128 images, some minutes on 2 CPU cores; a GPU is used where
-there is one.
+before and after, and draws a preview of the views and a plot of the run. Every command is printed before it runs and
+can be used on a real job. About 600 steps of 128 images, some minutes on 2 CPU cores; a GPU is used if there is one.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from pipeline.sources.readers import WDS
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 TEST_IMAGES = 1024  # of the synthetic source; at 50 % accuracy its standard error is 1.6 points
-TEST_LIMIT = 2000  # images taken of a test set of one's own
-TEST_SEED = 1  # another draw of synthetic images than the training set's, which has seed 0
+TEST_LIMIT = 2000  # images taken from the user's test set
+TEST_SEED = 1  # the synthetic training set has seed 0
 LARGEST_BATCH = 128  # small batches make many steps of few images; the paper's table 2: 67.3 at 128, 68.1 at 256
 FEWEST_IMAGES = 16
 EVALUATIONS = 12  # kNN accuracies along the run, besides the untrained one
@@ -37,31 +36,33 @@ EVALUATIONS = 12  # kNN accuracies along the run, besides the untrained one
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The demo: shards, pretraining, kNN, preview, plot."""
+    """Flags of demo.py."""
 
     images: str = ""
-    """Your images, as tools/make_shards.py takes them: a folder, a tar, parquet files. Empty: synthetic ones."""
+    """Your images, as SOURCE of tools/make_shards.py: a folder, a tar, parquet files. Empty: synthetic images."""
     out: LocalPath = Path("demo")
-    """Folder for everything that is made; what a former demo left there is written again."""
+    """Folder for all output; the output of an earlier demo is replaced."""
     subtree: str = ""
-    """Folder inside --images to train on. Empty: train/ where there are train/ and test/ or val/, else all."""
+    """Folder inside --images to train on. Empty: train/ if there are train/ and test/ or val/, else all."""
     test_subtree: str = ""
-    """Folder inside --images to measure on. Empty: test/ or val/ if it is there, else a tenth is held out."""
+    """Folder inside --images for the kNN accuracy. Empty: test/ or val/ if there is one, else a tenth is held out."""
     labels: str = "auto"
-    """How tools/make_shards.py finds labels; without labels there is no kNN accuracy."""
+    """Source of the labels, as --labels of tools/make_shards.py; without labels there is no kNN accuracy."""
     limit: int = 20_000
-    """At most so many of your images, drawn at random, so that the demo ends in minutes."""
+    """Largest number of your images, drawn at random, so that the demo takes minutes."""
     num_images: int = 6144
     """Synthetic images to train on."""
+    method: str = ""
+    """Method to train, as --method of train/pretrain.py (default: that of the recipe, SimSiam)."""
     steps: int = 576
-    """Optimizer steps to aim at; whole epochs are run, at least one."""
+    """Approximate number of optimizer steps; whole epochs are run, at least one."""
     image_size: int = 32
     """Side of the views, px."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, from the number of images."""
+    """Batch and length of the run."""
 
     batch: int
     epochs: int
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def check(config: DemoConfig) -> None:
-    """Raise UserError for numbers that make no sense."""
+    """Raise UserError for settings that the demo cannot run."""
     for name in ("limit", "num_images", "steps", "image_size"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
@@ -97,7 +98,7 @@ def check(config: DemoConfig) -> None:
 
 
 def find_splits(source: Path) -> tuple[str, str]:
-    """The folders of training and test images at the top of a folder or a tar; two empty names without both."""
+    """Names of the training and the test folder at the top of a folder or a tar; two empty names unless both exist."""
     if source.is_dir():
         return _pick({path.name for path in source.iterdir() if path.is_dir()})
     if source.is_file() and tarfile.is_tarfile(source):
@@ -107,7 +108,7 @@ def find_splits(source: Path) -> tuple[str, str]:
 
 
 def _splits_in(tar: tarfile.TarFile) -> tuple[str, str]:
-    """Of the members up to the one with which both folders are known."""
+    """Reads the members until both folders are found."""
     tops: set[str] = set()
     for member in tar:
         parts = member.name.removeprefix("./").split("/")
@@ -146,7 +147,7 @@ def make_datasets(config: DemoConfig) -> bool:
 
 
 def preview(config: DemoConfig) -> None:
-    """Draw some images and their views."""
+    """Draw some images and their views into out/preview.png."""
     heading("Views: what the encoder will see")
     out = str(config.out / "preview.png")
     samples = str(min(8, dataset_of(config).num_samples))
@@ -155,17 +156,18 @@ def preview(config: DemoConfig) -> None:
 
 
 def pretrain(config: DemoConfig, has_test: bool) -> None:
-    """Train into out/run; a former demo's run is deleted first."""
+    """Train into out/run; the run of an earlier demo is deleted first."""
     dataset, run_dir = dataset_of(config), config.out / "run"
     schedule = plan(dataset.num_samples, config.steps)
     heading(f"Pretraining: {schedule.epochs} epochs over {dataset.num_samples:,} images")
     if run_dir.exists():
         if not (run_dir / "config.json").is_file():
-            raise UserError(f"{run_dir} is there, but is no run folder: choose another --out")
+            raise UserError(f"{run_dir} exists and is no run folder: choose another --out")
         shutil.rmtree(run_dir)
     arguments = ["--data", str(dataset.path), "--run-dir", str(run_dir), "--image-size", str(config.image_size)]
     arguments += ["--epochs", str(schedule.epochs), "--global-batch", str(schedule.batch)]
     arguments += ["--recipe", "demo", "--knn-every", str(schedule.knn_every)]
+    arguments += ["--method", config.method] if config.method else []
     if has_test and dataset.has_labels:
         arguments += ["--knn-data", str(config.out / "test")]
     run_script(ROOT / "train" / "pretrain.py", arguments)
@@ -181,7 +183,7 @@ def plan(images: int, steps: int) -> Schedule:
 
 
 def report(config: DemoConfig, has_test: bool, seconds: float) -> str:
-    """The results and where they are, for people."""
+    """The results, and the files that hold them."""
     from train.storage.run_folder import read_run
 
     history = read_run(config.out / "run")
@@ -211,7 +213,7 @@ def report(config: DemoConfig, has_test: bool, seconds: float) -> str:
 
 
 def raw_pixel_accuracy(config: DemoConfig, has_test: bool) -> float:
-    """20-NN accuracy in percent of the pixels themselves, on the images that the run's own kNN compares."""
+    """20-NN accuracy of raw pixels, percent, on the images of the run's own kNN."""
     import torch
 
     from pipeline.loader.config import LoaderConfig
@@ -235,7 +237,7 @@ def dataset_of(config: DemoConfig) -> ShardSet:
 
 
 def heading(text: str) -> None:
-    """Announce a part."""
+    """Print the heading of a part."""
     print(f"\n== {text}", flush=True)
 
 
@@ -245,14 +247,14 @@ def run_tool(name: str, *arguments: str) -> None:
 
 
 def run_script(script: Path, arguments: list[str]) -> None:
-    """Print a command and run it. Ends the demo with its exit code if it fails; it has said why itself."""
+    """Print a command and run it. If it fails, its message stands, and the demo exits with its code."""
     shown = shlex.join(["python", os.path.relpath(script), *arguments])
     print(f"$ {shown}", flush=True)
     code = subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
     if code:
         print(
-            f"the demo ends here: the command above failed with exit code {code}\n"
-            'options named in its message that the demo knows too go through make as DEMO_ARGS="--subtree NAME"',
+            f"the demo stops: the command above failed with exit code {code}\n"
+            'flags that its message names can be given to make as DEMO_ARGS="--subtree NAME", if the demo has them',
             file=sys.stderr,
         )
         sys.exit(code if code > 0 else 128 - code)  # a signal, as the shell reports it

@@ -1,4 +1,4 @@
-"""Take an encoder elsewhere: python tools/export_backbone.py CHECKPOINT OUT --format torchvision
+"""Export an encoder for other programs: python tools/export_backbone.py CHECKPOINT OUT --format torchvision
 
 CHECKPOINT is a checkpoint of train/pretrain.py or the folder of a run (its newest one), or any other file that
 train/linear.py reads: official SimSiam checkpoints, torchvision's and timm's weights, safetensors.
@@ -37,20 +37,20 @@ FormatName = Literal["torchvision", "timm", "detectron2", "official", "safetenso
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Arguments of export_backbone."""
+    """Flags of export_backbone.py."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """File with an encoder, or the folder of a run."""
     out: Annotated[LocalPath, tyro.conf.Positional]
     """File to write."""
     format: FormatName = "torchvision"
-    """Whose names the weights get."""
+    """Format of the file, and with it the names of the weights."""
     backbone: str | None = None
-    """What CHECKPOINT holds, as in --backbone resnet50. Default: found out."""
+    """Backbone in CHECKPOINT, such as resnet50 (default: detected)."""
     stem: Stem | None = None
-    """Its first layers, where the shapes leave it open. Default: found out."""
+    """First layers of the backbone, if their shapes do not show them (default: detected)."""
     overwrite: bool = False
-    """Write over OUT if it exists."""
+    """Replace OUT if it exists."""
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def check_out(config: ExportConfig) -> None:
-    """Raise UserError for a file that exists, or a name by which others would read it wrongly."""
+    """Raise UserError for a file that exists, or a name whose suffix belongs to another format."""
     suffix = config.out.suffix
     if config.format == "safetensors" and suffix != ".safetensors":
         raise UserError(f"{config.out}: readers know safetensors by its name, so let OUT end in .safetensors")
@@ -96,7 +96,7 @@ def write(out: Path, layout: FormatName, weights: LoadedEncoder) -> None:
 
 
 def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
-    """What the other program needs to be told."""
+    """How to load the file in the other program, and the pixels that the encoder expects."""
     pixels = weights.pixels or InputSpec()
     name = weights.backbone
     ours_alone = not hasattr(torchvision.models, name) or weights.stem != "imagenet"
@@ -135,12 +135,12 @@ def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
 
 
 def _plain(state: State) -> State:
-    """Tensors that share no memory and lie in the usual order: channels-last is this project's affair."""
+    """Copies in contiguous layout: other programs do not expect channels-last."""
     return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
 
 
 def _about(weights: LoadedEncoder) -> dict[str, Any]:
-    """The part of a run's configuration that ``read_weights`` looks for."""
+    """The part of a run's configuration that ``read_weights`` reads."""
     about: dict[str, Any] = {"model": {"backbone": weights.backbone, "stem": weights.stem}}
     return {**about, "views": asdict(weights.pixels)} if weights.pixels else about
 

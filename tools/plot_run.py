@@ -1,7 +1,7 @@
 """Plot a pretraining run: python tools/plot_run.py RUN_DIR [OUT.png]
 
 Three panels over the same steps: the loss, z_std beside its healthy value 1/sqrt(d), and the kNN accuracy from the
-untrained encoder upward. A run that is still going can be plotted at any time.
+untrained encoder on. A run can be plotted at any time, also while it trains.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LOSS_COLOUR, STD_COLOUR, KNN_COLOUR = "#1f5fa8", "#b4511d", "#1d7a4f"
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Loss, z_std and kNN accuracy of a run."""
+    """Flags of plot_run.py."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Run folder, as train/pretrain.py wrote it."""
     out: Annotated[Path | None, tyro.conf.Positional] = None
-    """The PNG to write; default: RUN_DIR/plot.png."""
+    """PNG to write (default: RUN_DIR/plot.png)."""
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def draw(run: RunHistory) -> Figure:
-    """Three panels sharing the axis of steps; without labels the third one says that there is no kNN."""
+    """Three panels over the steps; the third one is empty, with a note, if the run has no kNN accuracies."""
     figure = Figure(figsize=(8, 8.4), layout="constrained")
     figure.suptitle(f"SimSiam run {run.name}\n{run.title}", fontsize=11, color=INK)
     loss_axes, std_axes, knn_axes = figure.subplots(3, 1, sharex=True)
@@ -96,17 +96,17 @@ def _draw_knn(axes: Axes, run: RunHistory) -> None:
     axes.plot(run.knn_steps, run.knn_top1, color=KNN_COLOUR, linewidth=1.6, marker="o", markersize=4.5)
     axes.set_ylim(0, min(105.0, 1.15 * max(run.knn_top1)))
     first, last = run.knn_top1[0], run.knn_top1[-1]
-    told = [f"untrained {first:.1f} %"] if run.knn_steps[0] == 0 else []
-    told += [f"last {last:.1f} %"] if len(run.knn_top1) > len(told) else []
+    notes = [f"untrained {first:.1f} %"] if run.knn_steps[0] == 0 else []
+    notes += [f"last {last:.1f} %"] if len(run.knn_top1) > len(notes) else []
     if run.classes:
         chance = 100 / run.classes
         axes.axhline(chance, color=QUIET, linestyle="--", linewidth=1.2)
-        told.append(f"dashed: chance {chance:.3g} %")
-    axes.set_title(", ".join(told), loc="right", fontsize=10, color=INK)
+        notes.append(f"dashed: chance {chance:.3g} %")
+    axes.set_title(", ".join(notes), loc="right", fontsize=10, color=INK)
 
 
 def _highest(values: tuple[float, ...]) -> float:
-    """The highest finite value; a run that went wrong has others, which are left out of the curve."""
+    """The highest finite value; a diverged run has others, which the curve leaves out."""
     return max((value for value in values if math.isfinite(value)), default=0.0)
 
 

@@ -1,1 +1,1 @@
-"""Common."""
+"""Parts that several commands and benchmarks share."""

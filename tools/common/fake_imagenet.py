@@ -1,6 +1,6 @@
-"""Owns images to measure with where there is no ImageNet: JPEGs as large, as dense and as often gray as ImageNet's.
+"""Synthetic JPEGs with ImageNet's sizes, bytes per pixel and share of gray images, for measurements without ImageNet.
 
-What a decoder costs depends on pixels and bytes. Of 1000 images of ImageNet the mean was 110 KB and 468 x 401 px, a
+The cost of decoding depends on pixels and bytes. Of 1000 images of ImageNet the mean was 110 KB and 468 x 401 px, a
 fifth had exactly 500 x 375 px, three in four full colour resolution (4:4:4) at quality 95 and above, and 2 % were gray.
 """
 
@@ -43,7 +43,7 @@ SLOPE = 1.0  # noise whose amplitude falls with 1 / frequency has the spectrum o
 
 @contextmanager
 def dataset_folder(keep: Path | None, samples: int) -> Iterator[Path]:
-    """Folder ``keep`` with a dataset of ``samples`` images, or with that which is there; None: one for a while.
+    """A dataset of ``samples`` images in the folder ``keep``, reused if it exists; None: in a temporary folder.
 
     Raises UserError as make_dataset does.
     """
@@ -76,7 +76,7 @@ def write_images(folder: Path, count: int, threads: int, seed: int = 0) -> None:
 
 
 def draw_jpeg(seed: int, number: int) -> bytes:
-    """One image, a function of its arguments."""
+    """One JPEG; the same arguments give the same bytes."""
     rng = np.random.default_rng((seed, number))
     sizes, shares = zip(*SIZES, strict=True)
     width, height = sizes[rng.choice(len(sizes), p=np.array(shares) / sum(shares))]
@@ -111,7 +111,7 @@ def _encode(planes: list[np.ndarray], gain: float, light: float, subsampling: in
 
 
 def _colours(planes: list[np.ndarray], gain: float, light: float) -> UInt8[np.ndarray, "..."]:
-    """Brightness varies most and colours less, as in photographs."""
+    """Brightness varies most, colours less, as in photographs."""
     base = light + gain * planes[0]
     if len(planes) == 1:
         return np.clip(base, 0, 255).astype(np.uint8)

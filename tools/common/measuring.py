@@ -1,4 +1,4 @@
-"""Owns how benchmarks measure: things run in turn in one process, medians and spreads, and on which machine."""
+"""How benchmarks measure: contestants in turn in one process, medians with extremes, a description of the machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Spread:
         return Spread(min(values), statistics.median(values), max(values), len(values))
 
     def __str__(self) -> str:
-        """Median, and the extremes behind it."""
+        """Median (minimum .. maximum)."""
         return f"{self.median:.4g} ({self.minimum:.4g} .. {self.maximum:.4g})"
 
 
@@ -46,7 +46,7 @@ class Run:
 
 
 def timed(work: Callable[[], None]) -> Run:
-    """Run once. CPU time counts the worker processes that end with the work."""
+    """Run once. The CPU time includes worker processes that end with the work."""
     wall, cpu = time.perf_counter(), _cpu_seconds()
     work()
     return Run(time.perf_counter() - wall, _cpu_seconds() - cpu)
@@ -55,9 +55,9 @@ def timed(work: Callable[[], None]) -> Run:
 def alternate(
     contestants: Mapping[str, Callable[[], None]], repeats: int, tidy: Callable[[], None] = lambda: None
 ) -> dict[str, list[Run]]:
-    """Run contestants in turn, ``repeats`` times each after one warm-up, so that a drifting machine hits all alike.
+    """Run contestants in turn, ``repeats`` times each after one warm-up; a machine that slows down affects all alike.
 
-    ``tidy`` runs before each of them and is not timed.
+    ``tidy`` runs before each run and is not timed.
     """
     for work in contestants.values():
         tidy()
@@ -71,13 +71,13 @@ def alternate(
 
 
 def ratio(runs: Mapping[str, list[Run]], of: str, to: str, quantity: str = "wall_s") -> Spread:
-    """How many times more of ``quantity`` ``to`` took than ``of``, round by round."""
+    """``quantity`` of the contestant ``to`` / that of ``of``, round by round."""
     return Spread.of([getattr(b, quantity) / getattr(a, quantity) for a, b in zip(runs[of], runs[to], strict=True)])
 
 
 def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    import torch  # here: worker processes of what is measured import this module again, and torch takes seconds
+    """The machine, its packages and its load, for the results."""
+    import torch  # here: worker processes import this module again, and torch takes seconds
 
     system = f"{platform.system()}, Python {platform.python_version()}"
     facts = {
@@ -91,12 +91,12 @@ def machine() -> dict[str, str]:
 
 
 def describe_machine() -> str:
-    """The same in lines for people."""
+    """The same as lines of text."""
     return "\n".join(f"{name}: {value}" for name, value in machine().items())
 
 
 def write_results(path: Path, results: Mapping[str, object]) -> None:
-    """Write results beside the machine's description, as JSON."""
+    """Write results and the machine's description as JSON."""
     with atomic_file(path) as file:
         file.write((json.dumps({"machine": machine(), **results}, indent=2, default=asdict) + "\n").encode())
 

@@ -1,1 +1,1 @@
-"""Throughput."""
+"""What limits training, measured stage by stage: tools/profile_throughput.py."""
