@@ -51,7 +51,7 @@ def _difference(suite: Suite, recipe: ViewRecipe, decoder: DaliConfig) -> dict[s
         ) as batches:
             both = next(batches)
             std = torch.tensor(recipe.std)[:, None, None]
-            return torch.stack([both.x1, both.x2]).float().cpu() * std * 255
+            return torch.stack(both.views).float().cpu() * std * 255
 
     apart = (views("dali", suite.dist.device) - views("torchvision", torch.device("cpu"))).abs()
     values = apart.flatten().numpy()

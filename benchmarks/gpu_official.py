@@ -79,8 +79,8 @@ def _official_steps(suite: Suite, run: Run, folder: Path, batch: int) -> Iterato
     def views() -> Iterator[ViewBatch]:
         while True:
             for (x1, x2), _ in loader:
-                on_device = (x.to(device, non_blocking=True) for x in (x1, x2))
-                yield ViewBatch(*on_device, np.zeros(batch, np.int64), np.zeros(batch, np.int64), 0, 0, 0.0)
+                on_device = [x.to(device, non_blocking=True) for x in (x1, x2)]
+                yield ViewBatch(on_device, np.zeros(batch, np.int64), np.zeros(batch, np.int64), 0, 0)
 
     batches = views()
 

@@ -88,7 +88,7 @@ class Smoke:
         from pipeline.backends.dali_backend import DaliSquares
 
         batch, side = self.batch(), self._recipe.image_size
-        _, made = next(DaliSquares(iter([batch]), side, len(batch), 2, self._dist.device, decoder))
+        _, made = next(DaliSquares(iter([batch]), self._recipe, len(batch), 2, self._dist.device, decoder))
         apart = []
         for sample, encoded in enumerate(batch.encoded):
             image = reference.decode(encoded.tobytes())
@@ -153,7 +153,7 @@ class Smoke:
         before = [weight.detach().clone() for weight in run.model.parameters()]
         spoilt = views[0].x1.clone()
         spoilt[0, 0, 0, 0] = float("nan")
-        train_step(run, iter([replace(views[0], x1=spoilt)]))
+        train_step(run, iter([replace(views[0], views=[spoilt, views[0].x2])]))
         assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
         assert int(run.guard.skipped) == 1
         return "skipped"

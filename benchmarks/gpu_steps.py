@@ -100,8 +100,8 @@ def _measure_step(suite: Suite, variant: Variant, views: list[ViewBatch]) -> dic
 def _cut(views: ViewBatch, variant: Variant, dtype: torch.dtype) -> ViewBatch:
     """The views in a variant's size, number format and layout."""
     layout = torch.contiguous_format if variant.layout == "contiguous" else torch.channels_last
-    x1, x2 = (x[: variant.batch].to(dtype).contiguous(memory_format=layout) for x in (views.x1, views.x2))
-    return replace(views, x1=x1, x2=x2, ids=views.ids[: variant.batch], sources=views.sources[: variant.batch])
+    parts = [x[: variant.batch].to(dtype).contiguous(memory_format=layout) for x in views.views]
+    return replace(views, views=parts, ids=views.ids[: variant.batch], sources=views.sources[: variant.batch])
 
 
 def make_contiguous(run: Run) -> None:

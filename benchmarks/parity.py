@@ -28,7 +28,7 @@ from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
-from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
+from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 from tools.common.measuring import describe_machine
 
 BATCH = 20  # images at a time
@@ -203,7 +203,7 @@ class Parity:
         samples = range(len(photos.ids))
         return [
             _interleaved(list(self._pool.map(lambda i, view=view: make(photos.decoded[i], i, view), samples)))
-            for view in range(VIEWS)
+            for view in range(len(self._recipe.per_view))
         ]
 
 

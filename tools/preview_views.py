@@ -1,4 +1,4 @@
-"""Draw originals and their two views, as training will see them: python tools/preview_views.py DATA OUT.png
+"""Draw originals and their views, as training will see them: python tools/preview_views.py DATA OUT.png
 
 With --backend both (the default where DALI is installed) each view is shown by DALI and by torchvision, with their
 difference, so that a person can see that they agree.
@@ -24,9 +24,8 @@ from pipeline.common.locations import Location
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import ViewBatch, open_views
-from pipeline.loader.producer import PAIR_EPOCHS
 from pipeline.sampling.sampler import BatchSampler, World
-from pipeline.sampling.views import ViewRecipe
+from pipeline.sampling.views import PAIR_EPOCHS, ViewRecipe
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255; shown as they are, nobody would see them
 CELL_INCHES = 1.5
@@ -34,7 +33,7 @@ CELL_INCHES = 1.5
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Originals and their two views in one image."""
+    """Originals and their views in one image."""
 
     data: Annotated[Location, tyro.conf.Positional]
     """Dataset folder, as tools/make_shards.py wrote it."""
@@ -117,13 +116,14 @@ def draw(dataset: ShardSet, recipe: ViewRecipe, views: dict[str, ViewBatch]) -> 
     columns: list[tuple[str, list[np.ndarray]]] = [
         ("original", [decode(dataset.read(int(source))).permute(1, 2, 0).numpy() for source in first.sources])
     ]
-    for number, view in enumerate(("x1", "x2"), start=1):
-        pixels = {name: to_bytes(getattr(made, view), recipe) for name, made in views.items()}
-        columns += [(f"view {number}\n{name}", list(made)) for name, made in pixels.items()]
+    for view in range(len(first.views)):
+        title = f"view {view + 1}"
+        pixels = {name: to_bytes(made.views[view], recipe) for name, made in views.items()}
+        columns += [(f"{title}\n{name}", list(made)) for name, made in pixels.items()]
         if len(pixels) == 2:
             one, other = (made.astype(np.int16) for made in pixels.values())
             gained = np.minimum(np.abs(one - other) * DIFFERENCE_GAIN, 255).astype(np.uint8)
-            columns.append((f"view {number}\n|difference| x {DIFFERENCE_GAIN}", list(gained)))
+            columns.append((f"{title}\n|difference| x {DIFFERENCE_GAIN}", list(gained)))
     rows = len(first.ids)
     figure = Figure(figsize=(CELL_INCHES * len(columns), CELL_INCHES * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)

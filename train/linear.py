@@ -240,7 +240,7 @@ def batches(work: ProbeSetup, first_epoch: int) -> Iterator[Iterator[Batch]]:
 
         def features() -> Iterator[Batch]:
             while True:
-                parts = [frozen_pass(work, crop.x, crop.sources) for crop in islice(crops, passes)]
+                parts = [frozen_pass(work, crop.views[0], crop.sources) for crop in islice(crops, passes)]
                 if not parts:
                     return
                 yield torch.cat([part for part, _ in parts]), torch.cat([labels for _, labels in parts])

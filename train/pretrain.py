@@ -18,7 +18,7 @@ import sys
 from datetime import timedelta
 
 from pipeline.common.errors import exit_on_user_error
-from pipeline.loader.bad_samples import BadSampleRecord
+from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.loader import open_views
 from pipeline.loader.timing import ReadCosts, Stalls
 from pipeline.sampling.sampler import BatchSampler
@@ -68,7 +68,7 @@ def pretrain(config: PretrainConfig, dist: DistContext, stop: StopRequest) -> bo
             dist,
             dtype=run.precision.view_dtype,
             order=config.order,
-            on_bad_sample=BadSampleRecord(config.run_dir, run.dataset.num_samples, config.loader.max_bad_samples),
+            bad_samples_file=config.run_dir / BAD_SAMPLES_FILE,
             pairs=config.model.pairs,
             read_costs=costs,
             give_up=stop.is_urgent,

@@ -1,4 +1,8 @@
-"""Owns the batch as it travels from the shards to a back end: encoded images and where to cut them."""
+"""What the loader and a back end exchange: encoded batches in, batches of views out; and a back end's protocol.
+
+One image's way has three containers: ``BatchIds`` (which samples; pipeline/sampling/sampler.py), ``Batch`` (their
+encoded images and what to cut out of them) and ``ViewBatch`` (the finished views, as the training loop gets them).
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,10 @@ class Batch:
     epoch: int
     step: int  # within the epoch
     ids: Int64[np.ndarray, " n"]  # the samples that the order asked for
-    sources: Int64[np.ndarray, " n"]  # whose images are seen: ids, but where one was bad
-    encoded: list[NDArray[np.uint8]]  # n images as they lie in the shards
+    sources: Int64[np.ndarray, " n"]  # the samples whose images these are: ids, except where one was bad
+    encoded: list[NDArray[np.uint8]]  # n images as stored in the shards
     windows: ViewParams | CentreCrops  # what to cut out of each
+    pair: int = 0  # as in BatchIds
 
     def __len__(self) -> int:
         """Samples."""
@@ -37,12 +42,45 @@ class Batch:
         """The batch of just one of its samples."""
         part = slice(sample, sample + 1)
         fields = {field.name: getattr(self.windows, field.name)[part] for field in dataclasses.fields(self.windows)}
-        windows = type(self.windows)(**fields)
-        return Batch(self.epoch, self.step, self.ids[part], self.sources[part], self.encoded[part], windows)
+        return dataclasses.replace(
+            self,
+            ids=self.ids[part],
+            sources=self.sources[part],
+            encoded=self.encoded[part],
+            windows=type(self.windows)(**fields),
+        )
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """The views of some samples of one step: one rank's part of one micro-batch."""
+
+    views: list[Float[Tensor, "_ 3 _ _"]]  # [n 3 s s] each, in the recipe's order; normalised, channels-last in memory
+    ids: Int64[np.ndarray, " n"]  # the samples that the order asked for
+    sources: Int64[np.ndarray, " n"]  # the samples whose images these are: ids, except where one was bad
+    epoch: int
+    step: int  # within the epoch
+    wait_s: float = 0.0  # how long the consumer waited for this batch, on the host
+    pair: int = 0  # as in BatchIds
+
+    @classmethod
+    def of(cls, batch: Batch, views: list[Float[Tensor, "_ 3 _ _"]]) -> ViewBatch:
+        """The views made of ``batch``."""
+        return cls(views, batch.ids, batch.sources, batch.epoch, batch.step, pair=batch.pair)
+
+    @property
+    def x1(self) -> Float[Tensor, "n 3 s s"]:
+        """The first view."""
+        return self.views[0]
+
+    @property
+    def x2(self) -> Float[Tensor, "n 3 s s"]:
+        """The second view."""
+        return self.views[1]
 
 
 class UndecodableBatchError(Exception):
-    """A back end could not decode a batch; which of its images is to blame is not known yet."""
+    """A back end could not decode a batch; which of its images is the cause is not known yet."""
 
     def __init__(self, batch: Batch, reason: str) -> None:
         """``reason``: the back end's own message."""
@@ -71,9 +109,6 @@ class DaliConfig:
         require("--dali.prefetch", self.prefetch, self.prefetch >= 1, "DALI's queue holds at least 1 batch")
 
 
-BackendOutput = tuple[Batch, list[Float[Tensor, "n 3 s s"]]]
-
-
 @dataclass(frozen=True)
 class BackendContext:
     """What a back end works with."""
@@ -89,21 +124,24 @@ class BackendContext:
 
 @dataclass(frozen=True)
 class BackendStages:
-    """The stages of one back end. Iterators end with their input; what they give is kept on the device."""
+    """Each stage of a back end separately, for profiling only; training uses ``Backend.views``.
+
+    Iterators end with their input; outputs stay on the device.
+    """
 
     decode: Callable[[Iterator[Batch]], Iterator[object]]  # encoded images in, decoded ones out
-    crop: Callable[[Iterator[Batch]], Iterator[Any]]  # decoded images in (see decoded_batch), squares out
+    crop: Callable[[Iterator[Batch]], Iterator[Any]]  # decoded images in the place of encoded ones, squares out
     photometric: Callable[[Any, ViewParams], object]  # squares in, views out
 
 
 @runtime_checkable  # for the tests, which check arguments
 class Backend(Protocol):
-    """One way to make views. It holds nothing itself."""
+    """One way to make views. It has no state of its own."""
 
-    def views(self, setup: BackendContext, batches: Iterator[Batch]) -> Iterator[BackendOutput]:
-        """Batches and their views; the iterator raises UndecodableBatchError, after which it may go on."""
+    def views(self, context: BackendContext, batches: Iterator[Batch]) -> Iterator[ViewBatch]:
+        """The views of each batch; the iterator raises UndecodableBatchError, after which it may go on."""
 
-    def stages(self, setup: BackendContext) -> BackendStages:
+    def stages(self, context: BackendContext) -> BackendStages:
         """The stages as ``views`` sets them up."""
 
     def release_memory(self) -> None:

@@ -1,7 +1,7 @@
-"""Owns cutting the views out of decoded images on a CPU: crop and resize as torchvision does, in threads.
+"""Cuts the views out of decoded images on a CPU: crop and resize as torchvision does, in threads.
 
 torch's antialiased resize of bytes costs a CPU far less than DALI's, and gives torchvision's bytes because it is what
-torchvision calls. On a GPU DALI cuts, in the graph that decodes: see dali.py.
+torchvision calls. On a GPU DALI cuts, in the graph that decodes: see dali_backend.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pipeline.backends import reference
 from pipeline.backends.base import Batch, UndecodableBatchError
 from pipeline.backends.photometric import parts_of
 from pipeline.common.buffers import Buffers
-from pipeline.sampling.views import CentreCrops, ViewParams
+from pipeline.sampling.views import CentreCrops, Interpolation, ViewParams, ViewRecipe
 
-SERIAL_SIDE = 64  # px; so small a view is made in less time than threads take to pass the interpreter's lock around
-# Where there is no AVX2 torchvision resizes in float32 and rounds.
+SERIAL_SIDE = 64  # px; for views this small, GIL contention costs more than the parallelism gains
+# Without AVX2 torchvision resizes in float32 and rounds.
 BYTES_RESIZED_AS_SUCH = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 Decoded = tuple[Batch, list[UInt8[Tensor, "_ _ 3"]]]  # images of their own height and width
 
@@ -30,10 +30,10 @@ Decoded = tuple[Batch, list[UInt8[Tensor, "_ _ 3"]]]  # images of their own heig
 class CutSquares:
     """An iterator over batches of cut squares: uint8 ``[n, s, s, 3]`` for each view, planar in memory."""
 
-    def __init__(self, decoded: Iterator[Decoded], image_size: int, pool: ThreadPoolExecutor, threads: int) -> None:
+    def __init__(self, decoded: Iterator[Decoded], recipe: ViewRecipe, pool: ThreadPoolExecutor, threads: int) -> None:
         """``pool`` has ``threads`` workers."""
         self._decoded = decoded
-        self._image_size = image_size
+        self._recipe = recipe
         self._pool = pool
         self._threads = threads
         self._buffers = Buffers(torch.uint8)
@@ -42,12 +42,12 @@ class CutSquares:
         """Itself."""
         return self
 
-    def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]:
+    def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n _ _ 3"]]]:
         """The next batch and its squares. Raises UndecodableBatchError, after which the iteration may go on."""
         batch, images = next(self._decoded)
         views = batch.windows.views if isinstance(batch.windows, ViewParams) else 1
-        shape = (len(batch), 3, self._image_size, self._image_size)
-        squares = [self._buffers.lend(shape) for _ in range(views)]
+        sides = [own.image_size for own in self._recipe.per_view[:views]]
+        squares = [self._buffers.lend((len(batch), 3, side, side)) for side in sides]
 
         def cut(part: slice) -> None:
             for sample in range(part.start, part.stop):
@@ -55,7 +55,7 @@ class CutSquares:
                     squares[view][sample].copy_(square)
 
         try:
-            if self._image_size <= SERIAL_SIDE:
+            if max(sides) <= SERIAL_SIDE:
                 cut(slice(0, len(batch)))
             else:
                 list(self._pool.map(cut, parts_of(len(batch), self._threads)))
@@ -63,27 +63,33 @@ class CutSquares:
             raise UndecodableBatchError(batch, str(error)) from error
         return batch, [square.permute(0, 2, 3, 1) for square in squares]
 
-    def _squares(self, batch: Batch, image: UInt8[Tensor, "3 h w"], sample: int) -> Iterator[UInt8[Tensor, "3 s s"]]:
+    def _squares(self, batch: Batch, image: UInt8[Tensor, "3 h w"], sample: int) -> Iterator[UInt8[Tensor, "3 _ _"]]:
         match batch.windows:
             case ViewParams() as params:
                 for view in range(params.views):
-                    yield resized_crop(image, params, sample, view, self._image_size)
+                    own = self._recipe.per_view[view]
+                    yield resized_crop(image, params, sample, view, own.image_size, own.interpolation)
             case CentreCrops() as crops:
-                yield reference.centre_crop(image, crops, sample, self._image_size)
+                yield reference.centre_crop(image, crops, sample, self._recipe.image_size)
             case _:
                 assert_never(batch.windows)
 
 
 def resized_crop(
-    image: UInt8[Tensor, "3 h w"], params: ViewParams, sample: int, view: int, image_size: int
+    image: UInt8[Tensor, "3 h w"],
+    params: ViewParams,
+    sample: int,
+    view: int,
+    image_size: int,
+    interpolation: Interpolation = "bilinear",
 ) -> UInt8[Tensor, "3 s s"]:
-    """The reference's bytes, without torchvision's way to them, which costs more than the work on a small image.
+    """The same bytes as ``reference.resized_crop``, without torchvision's overhead, the larger part on a small image.
 
     Raises ValueError as the reference does.
     """
     if not BYTES_RESIZED_AS_SUCH:
-        return reference.resized_crop(image, params, sample, view, image_size)
+        return reference.resized_crop(image, params, sample, view, image_size, interpolation)
     top, left, height, width = params.crop[sample, view].tolist()
     reference.check_inside(image, top + height, left + width)
     window = image[:, top : top + height, left : left + width]
-    return interpolate(window[None], (image_size, image_size), mode="bilinear", antialias=True)[0]
+    return interpolate(window[None], (image_size, image_size), mode=interpolation, antialias=True)[0]

@@ -1,7 +1,8 @@
-"""Owns the DALI graphs: decode on a CPU; decode once and cut one square for each view on a GPU. Alone imports DALI.
+"""The DALI back end: on a CPU DALI decodes; on a GPU it decodes each image once and cuts one square for each view.
 
 The graph draws nothing and reads no files: encoded bytes and windows come in through external_source, batch by batch,
 in the order in which they are pulled. Colour, blur and normalisation follow in pipeline/backends/photometric.py.
+Only this module imports nvidia.dali.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from torch import Tensor
 
 from pipeline.backends.base import (
     BackendContext,
-    BackendOutput,
     BackendStages,
     Batch,
     DaliConfig,
     UndecodableBatchError,
+    ViewBatch,
 )
 from pipeline.backends.cpu_crop import CutSquares
 from pipeline.backends.photometric import Photometric
 from pipeline.common.buffers import HeldUntilRead
-from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams
+from pipeline.sampling.views import CentreCrops, Interpolation, ViewParams, ViewRecipe
 
 _END = object()
 GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
@@ -177,14 +178,14 @@ class DaliSquares(DaliImages):
     def __init__(
         self,
         batches: Iterator[Batch],
-        image_size: int,
+        recipe: ViewRecipe,
         max_batch: int,
         threads: int,
         device: torch.device,
         config: DaliConfig,
     ) -> None:
-        """As of DaliImages; ``image_size`` is the side of the squares, px."""
-        self._image_size = image_size
+        """As DaliImages; ``recipe`` gives each view's size and interpolation."""
+        self._recipe = recipe
         super().__init__(batches, max_batch, threads, device, config)
 
     def _tensors(self, outputs: Any) -> list[Tensor]:
@@ -197,11 +198,7 @@ class DaliSquares(DaliImages):
             case ViewParams(views=views):
                 return self._view_squares(views)
             case None:  # nothing will come
-                return self._view_squares(VIEWS)
-
-    def _resize(self, images: DataNode, **window: DataNode) -> DataNode:
-        side = self._image_size
-        return fn.resize(images, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True, **window)
+                return self._view_squares(len(self._recipe.per_view))
 
     def _view_squares(self, views: int) -> list[DataNode]:
         """Cut, then resize: nothing outside the window may bleed in."""
@@ -210,14 +207,14 @@ class DaliSquares(DaliImages):
 
     def _cut(self, images: DataNode, windows: list[DataNode]) -> list[DataNode]:
         return [
-            self._resize(fn.slice(images, start=start, shape=shape, axes=(0, 1)))
-            for start, shape in zip(windows[::2], windows[1::2], strict=True)
+            _resize(fn.slice(images, start=start, shape=shape, axes=(0, 1)), own.image_size, own.interpolation)
+            for start, shape, own in zip(windows[::2], windows[1::2], self._recipe.per_view, strict=False)
         ]
 
     def _centre_squares(self) -> list[DataNode]:
         """Resize as if the whole image were resized, but compute its centre alone."""
         encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
-        return [self._resize(self._decode(encoded), roi_start=start, roi_end=end)]
+        return [_resize(self._decode(encoded), self._recipe.image_size, roi_start=start, roi_end=end)]
 
 
 class DaliCrops(DaliSquares):
@@ -239,8 +236,13 @@ class DaliCrops(DaliSquares):
 
         place = "gpu" if self._device.type == "cuda" else "cpu"
         images = fn.external_source(source=lambda: pull(0), device=place, layout="HWC", batch=True)
-        windows = fn.external_source(source=lambda: pull(1), num_outputs=2 * VIEWS, batch=True)
+        windows = fn.external_source(source=lambda: pull(1), num_outputs=2 * len(self._recipe.per_view), batch=True)
         return self._cut(images, list(windows))
+
+
+def _resize(images: DataNode, side: int, interpolation: Interpolation = "bilinear", **window: DataNode) -> DataNode:
+    kind = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[interpolation]
+    return fn.resize(images, size=(side, side), interp_type=kind, antialias=True, **window)
 
 
 def release_unused_memory() -> None:
@@ -270,25 +272,27 @@ def _reason(error: RuntimeError) -> str:
 class DaliBackend:
     """Decodes with DALI; the colours follow in the compiled photometric stage."""
 
-    def views(self, setup: BackendContext, batches: Iterator[Batch]) -> Iterator[BackendOutput]:
-        """Batches and their views; the iterator raises UndecodableBatchError, after which it may go on."""
-        photometric, held = _photometric(setup), HeldUntilRead()
+    def views(self, context: BackendContext, batches: Iterator[Batch]) -> Iterator[ViewBatch]:
+        """The views of each batch; the iterator raises UndecodableBatchError, after which it may go on."""
+        photometric, held = _photometric(context), HeldUntilRead()
 
-        def finish(cut: tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]) -> BackendOutput:
+        def finish(cut: tuple[Batch, list[UInt8[Tensor, "n _ _ 3"]]]) -> ViewBatch:
             batch, squares = cut
             views = photometric(squares, batch.windows)
-            if setup.device.type == "cuda":
+            if context.device.type == "cuda":
                 held.keep(squares)
-            return batch, views
+            return ViewBatch.of(batch, views)
 
-        return map(finish, cut_squares(setup, batches))  # no generator, which an error would end
+        return map(finish, cut_squares(context, batches))  # no generator, which an error would end
 
-    def stages(self, setup: BackendContext) -> BackendStages:
+    def stages(self, context: BackendContext) -> BackendStages:
         """The stages as ``views`` sets them up."""
         return BackendStages(
-            decode=lambda batches: DaliImages(batches, setup.max_batch, setup.threads, setup.device, setup.dali),
-            crop=lambda batches: (squares for _, squares in _cut_decoded(setup, batches)),
-            photometric=_photometric(setup),
+            decode=lambda batches: DaliImages(
+                batches, context.max_batch, context.threads, context.device, context.dali
+            ),
+            crop=lambda batches: (squares for _, squares in _cut_decoded(context, batches)),
+            photometric=_photometric(context),
         )
 
     def release_memory(self) -> None:
@@ -297,26 +301,26 @@ class DaliBackend:
 
 
 def cut_squares(
-    setup: BackendContext, batches: Iterator[Batch]
-) -> Iterator[tuple[Batch, list[UInt8[Tensor, "n s s 3"]]]]:
+    context: BackendContext, batches: Iterator[Batch]
+) -> Iterator[tuple[Batch, list[UInt8[Tensor, "n _ _ 3"]]]]:
     """Batches decoded by DALI and cut: on a GPU by DALI too, on a CPU by torch.
 
     The iterator raises UndecodableBatchError, after which it may go on.
     """
-    settings = (setup.max_batch, setup.threads, setup.device, setup.dali)
-    if setup.device.type == "cuda":
-        return DaliSquares(batches, setup.recipe.image_size, *settings)
-    return CutSquares(DaliImages(batches, *settings), setup.recipe.image_size, setup.pool, setup.threads)
+    settings = (context.max_batch, context.threads, context.device, context.dali)
+    if context.device.type == "cuda":
+        return DaliSquares(batches, context.recipe, *settings)
+    return CutSquares(DaliImages(batches, *settings), context.recipe, context.pool, context.threads)
 
 
-def _cut_decoded(setup: BackendContext, batches: Iterator[Batch]) -> Iterator[Any]:
+def _cut_decoded(context: BackendContext, batches: Iterator[Batch]) -> Iterator[Any]:
     """As ``cut_squares``, from batches of decoded images."""
-    if setup.device.type == "cuda":
-        settings = (setup.max_batch, setup.threads, setup.device, setup.dali)
-        return DaliCrops(batches, setup.recipe.image_size, *settings)
+    if context.device.type == "cuda":
+        settings = (context.max_batch, context.threads, context.device, context.dali)
+        return DaliCrops(batches, context.recipe, *settings)
     decoded = ((batch, [torch.from_numpy(image) for image in batch.encoded]) for batch in batches)
-    return CutSquares(decoded, setup.recipe.image_size, setup.pool, setup.threads)
+    return CutSquares(decoded, context.recipe, context.pool, context.threads)
 
 
-def _photometric(setup: BackendContext) -> Photometric:
-    return Photometric(setup.recipe, setup.device, setup.dtype, setup.pool, setup.threads)
+def _photometric(context: BackendContext) -> Photometric:
+    return Photometric(context.recipe, context.device, context.dtype, context.pool, context.threads)

@@ -1,6 +1,6 @@
-"""Owns the photometric stage's seam: byte squares and drawn parameters in, normalised channels-last views out.
+"""The photometric stage: byte squares and drawn parameters in, normalised channels-last views out.
 
-One choice point: the compiled CPU pass (photometric_cpu.py) or the Triton kernels (photometric_gpu.py). Both follow
+``Photometric`` runs the compiled CPU pass (photometric_cpu.py) or the Triton kernels (photometric_gpu.py). Both follow
 pipeline/backends/reference.py operation by operation.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pipeline.common.buffers import Buffers
 from pipeline.sampling.augmentations import DRAWS, augment
-from pipeline.sampling.views import VIEWS, CentreCrops, ViewParams, ViewRecipe
+from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe
 
 Squares = UInt8[Tensor, "n s s 3"]
 View = Float[Tensor, "n 3 s s"]
-CHUNKS_PER_THREAD = 4  # images differ in cost (half of them are blurred), so threads take small portions
+CHUNKS_PER_THREAD = 4  # images differ in cost (half of them are blurred), so threads take small parts
 
 
 class Photometric:
@@ -40,7 +40,9 @@ class Photometric:
         self._scale = (1 / (255 * std)).astype(np.float32)
         self._offset = (-np.array(recipe.mean) / std).astype(np.float32)
 
-    def __call__(self, squares: list[Squares], windows: ViewParams | CentreCrops) -> list[View]:
+    def __call__(
+        self, squares: list[UInt8[Tensor, "n _ _ 3"]], windows: ViewParams | CentreCrops
+    ) -> list[Float[Tensor, "n 3 _ _"]]:
         """Each view ``[n, 3, s, s]``, channels-last in memory. Centre crops are only normalised."""
         match windows:
             case ViewParams() as params:
@@ -54,7 +56,8 @@ class Photometric:
             case "cuda":
                 from pipeline.backends.photometric_gpu import transform_on_gpu
 
-                return transform_on_gpu(squares, params, view, self._recipe, self._scale, self._offset, self._dtype)
+                own = self._recipe.per_view[view]
+                return transform_on_gpu(squares, params, view, own, self._scale, self._offset, self._dtype)
             case "cpu":
                 return self._transform_on_cpu(squares, params, view)
             case other:
@@ -64,11 +67,8 @@ class Photometric:
         from pipeline.backends.photometric_cpu import transform_images
 
         out = self._buffers.lend(tuple(squares.shape))
-        images, result = (
-            squares.permute(0, 3, 1, 2).contiguous().numpy(),
-            out.numpy(),
-        )  # planar, as cut.py leaves them
-        recipe = self._recipe
+        images, result = squares.permute(0, 3, 1, 2).contiguous().numpy(), out.numpy()  # planar, as in cpu_crop.py
+        recipe = self._recipe.per_view[view]
         fields = (params.jitter, params.order, params.factors, params.gray, params.sigma, params.solarize, params.flip)
         # Contiguous, so that every part has the one memory layout that the function is compiled for.
         columns = [np.ascontiguousarray(field[:, view]) for field in fields]
@@ -102,16 +102,16 @@ def parts_of(count: int, threads: int) -> list[slice]:
 
 
 def _neutral(count: int) -> ViewParams:
-    """Parameters that change nothing."""
-    no = np.zeros((count, VIEWS), dtype=bool)
+    """Parameters of one view that change nothing."""
+    no = np.zeros((count, 1), dtype=bool)
     return ViewParams(
-        crop=np.zeros((count, VIEWS, 4), dtype=np.int32),
+        crop=np.zeros((count, 1, 4), dtype=np.int32),
         jitter=no,
-        order=np.zeros((count, VIEWS, 4), dtype=np.int8),
-        factors=np.ones((count, VIEWS, 4), dtype=np.float32),
+        order=np.zeros((count, 1, 4), dtype=np.int8),
+        factors=np.ones((count, 1, 4), dtype=np.float32),
         gray=no,
-        sigma=np.zeros((count, VIEWS), dtype=np.float32),
+        sigma=np.zeros((count, 1), dtype=np.float32),
         solarize=no,
         flip=no,
-        extra=np.ones((count, VIEWS, 0, DRAWS)),
+        extra=np.ones((count, 1, 0, DRAWS)),
     )

@@ -1,6 +1,7 @@
-"""Owns the same views through PIL and torchvision: slow, obvious, the oracle that fast back ends are tested against.
+"""The views through PIL and torchvision: slow and plain, the oracle that the fast back ends are tested against.
 
-Serves machines without DALI too. Each function takes and returns one image: uint8 ``[3, h, w]``, RGB.
+The torchvision back end, for machines without DALI, is made of these functions. Each takes and returns one
+image: uint8 ``[3, h, w]``, RGB.
 """
 
 from __future__ import annotations
@@ -12,11 +13,21 @@ import torch
 from jaxtyping import Float32, UInt8
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.common.png import without_text
 from pipeline.sampling.augmentations import augment
-from pipeline.sampling.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, CentreCrops, ViewParams, ViewRecipe
+from pipeline.sampling.views import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    CentreCrops,
+    Interpolation,
+    ViewParams,
+    ViewRecipe,
+)
 
 ImageInfo = UInt8[Tensor, "3 h w"]
 Square = UInt8[Tensor, "3 s s"]
@@ -41,11 +52,19 @@ def decode(encoded: bytes) -> ImageInfo:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def resized_crop(image: ImageInfo, params: ViewParams, sample: int, view: int, image_size: int) -> Square:
+def resized_crop(
+    image: ImageInfo,
+    params: ViewParams,
+    sample: int,
+    view: int,
+    image_size: int,
+    interpolation: Interpolation = "bilinear",
+) -> Square:
     """The view's window, resized to a square of ``image_size`` px. Raises ValueError if the image is smaller."""
     top, left, height, width = params.crop[sample, view].tolist()
     check_inside(image, top + height, left + width)
-    return F.resized_crop(image, top, left, height, width, [image_size, image_size], antialias=True)
+    mode, size = InterpolationMode(interpolation), [image_size, image_size]
+    return F.resized_crop(image, top, left, height, width, size, mode, antialias=True)
 
 
 def centre_crop(image: ImageInfo, crops: CentreCrops, sample: int, image_size: int) -> Square:
@@ -86,6 +105,7 @@ def colour(image: ImageInfo, params: ViewParams, sample: int, view: int) -> Imag
 
 def blur_and_flip(image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> ImageInfo:
     """What follows the colours: blur, solarize, flip."""
+    recipe = recipe.per_view[view]
     if params.sigma[sample, view] > 0:
         window = recipe.blur_window
         image = F.gaussian_blur(image, [window, window], [float(params.sigma[sample, view])] * 2)
@@ -98,7 +118,8 @@ def blur_and_flip(image: ImageInfo, params: ViewParams, sample: int, view: int, 
 
 def transform(image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
     """One view of a decoded image, before it is normalised."""
-    cropped = resized_crop(image, params, sample, view, recipe.image_size)
+    own = recipe.per_view[view]
+    cropped = resized_crop(image, params, sample, view, own.image_size, own.interpolation)
     return blur_and_flip(colour(cropped, params, sample, view), params, sample, view, recipe)
 
 

@@ -1,52 +1,24 @@
-"""Bad samples: limit, report, bad_samples.jsonl."""
+"""Bad samples of a run: each is reported once, recorded, replaced by the next good one, and limited in number.
+
+The rule of replacement: sample i that cannot be read or decoded is replaced by (i + 1) mod num_samples, and again until
+one is good, with that sample's own views. It is a function of integers and of what is on disk, so every rank and every
+resumed run replaces alike.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, make_exclusive
 from pipeline.dataset.dataset import BadSampleError
 
-
-class BadSamples:
-    """The samples found bad so far. Thread-safe."""
-
-    def __init__(self, limit: int, report: Callable[[BadSampleError], None]) -> None:
-        """``report`` hears of each bad sample once; beyond ``limit`` of them, UserError."""
-        self._limit = limit
-        self._report = report
-        self._found: dict[int, BadSampleError] = {}
-        self._lock = threading.Lock()
-
-    def __contains__(self, sample_id: int) -> bool:
-        """Whether a sample is known to be bad."""
-        return sample_id in self._found
-
-    def add(self, error: BadSampleError) -> None:
-        """Note one. Raises UserError with the list when there are too many."""
-        with self._lock:
-            if error.sample_id in self._found:
-                return
-            self._found[error.sample_id] = error
-            found = list(self._found.values())
-        self._report(error)
-        if len(found) > self._limit:
-            raise too_many_bad_samples(found, self._limit)
-
-
-def too_many_bad_samples(found: list[BadSampleError], limit: int) -> UserError:
-    """The error that ends a run, with the list."""
-    listing = "\n  ".join(map(str, found))
-    return UserError(
-        f"{len(found)} bad samples, more than the {limit} allowed by --max-bad-samples:\n  {listing}\n"
-        "Check the disk, write the dataset again, or allow more"
-    )
+BAD_SAMPLES_FILE = "bad_samples.jsonl"
 
 
 def print_bad_sample(error: BadSampleError) -> None:
@@ -54,21 +26,55 @@ def print_bad_sample(error: BadSampleError) -> None:
     print(f"bad sample, replaced by the next one: {error}", file=sys.stderr, flush=True)
 
 
-BAD_SAMPLES_FILE = "bad_samples.jsonl"
+class BadSamples:
+    """The samples of one dataset that were found bad. Thread-safe."""
 
+    def __init__(
+        self,
+        num_samples: int,
+        limit: int,
+        report: Callable[[BadSampleError], None] = print_bad_sample,
+        file: Path | None = None,
+    ) -> None:
+        """``report`` is called once for each bad sample; more than ``limit`` of them are an error.
 
-class BadSampleRecord:
-    """Called with each bad sample by the loader's threads: prints it and records it."""
+        ``file``: bad_samples.jsonl of a run folder. The limit then counts its lines, those of all ranks and sessions of
+        the run.
+        """
+        self._num_samples, self._limit, self._report, self._file = num_samples, limit, report, file
+        self._found: dict[int, BadSampleError] = {}
+        self._lock = threading.Lock()
 
-    def __init__(self, run_dir: Path, num_samples: int, limit: int) -> None:
-        """More than ``limit`` samples, over all ranks and sessions of the run, end it."""
-        self._path = run_dir / BAD_SAMPLES_FILE
-        self._num_samples = num_samples
-        self._limit = limit
+    def __contains__(self, sample_id: int) -> bool:
+        """Whether a sample is known to be bad."""
+        return sample_id in self._found
 
-    def __call__(self, error: BadSampleError) -> None:
-        """Record a sample. Raises UserError if the run has too many, or the disk is full."""
-        print_bad_sample(error)
+    def candidates(self, sample_id: int) -> Iterator[int]:
+        """The samples that may take the place of ``sample_id``, itself first, without those known to be bad."""
+        for distance in range(self._num_samples):
+            source = (sample_id + distance) % self._num_samples
+            if source not in self:
+                yield source
+
+    def add(self, error: BadSampleError) -> None:
+        """Add a sample. Raises UserError with the list when there are too many, or when the disk is full."""
+        with self._lock:
+            if error.sample_id in self._found:
+                return
+            self._found[error.sample_id] = error
+            found = list(self._found.values())
+        self._report(error)
+        if self._file is not None:
+            found = self._recorded(self._file, error)
+        if len(found) > self._limit:
+            listing = "\n  ".join(map(str, found))
+            raise UserError(
+                f"{len(found)} bad samples, more than the {self._limit} allowed by --max-bad-samples:\n  {listing}\n"
+                "Check the disk, write the dataset again, or allow more"
+            )
+
+    def _recorded(self, path: Path, error: BadSampleError) -> list[BadSampleError]:
+        """Append ``error`` to the file unless its sample has a line; returns all that it holds."""
         line = {
             "sample": error.sample_id,
             "shard": error.shard,
@@ -76,22 +82,14 @@ class BadSampleRecord:
             "reason": error.reason,
             "replacement": (error.sample_id + 1) % self._num_samples,
         }
-        with disk_errors(f"writing {self._path}"), open(self._path, "a+b") as file:
-            lines = _add(file, line)
-        if len(lines) > self._limit:
-            found = [BadSampleError(bad["sample"], bad["shard"], bad["key"], bad["reason"]) for bad in lines]
-            raise too_many_bad_samples(found, self._limit)
-
-
-def _add(file: IO[bytes], line: dict[str, Any]) -> list[dict[str, Any]]:
-    """Append ``line`` unless its sample has one; gives all lines. Other ranks and threads wait for the lock."""
-    make_exclusive(file)
-    file.seek(0)
-    whole, newline, torn = file.read().rpartition(b"\n")
-    if torn:  # a killed run's last line
-        file.truncate(len(whole + newline))
-    lines = [json.loads(text) for text in whole.splitlines()]
-    if all(line["sample"] != known["sample"] for known in lines):
-        file.write(json.dumps(line).encode() + b"\n")
-        lines.append(line)
-    return lines
+        with disk_errors(f"writing {path}"), open(path, "a+b") as file:
+            make_exclusive(file)  # other ranks and threads wait
+            file.seek(0)
+            complete, newline, torn = file.read().rpartition(b"\n")
+            if torn:  # the last line of a killed run
+                file.truncate(len(complete + newline))
+            lines: list[dict[str, Any]] = [json.loads(text) for text in complete.splitlines()]
+            if all(line["sample"] != known["sample"] for known in lines):
+                file.write(json.dumps(line).encode() + b"\n")
+                lines.append(line)
+        return [BadSampleError(bad["sample"], bad["shard"], bad["key"], bad["reason"]) for bad in lines]

@@ -1,7 +1,7 @@
-"""Owns the loader's settings. Which samples come, and how their views are drawn, depends on none of them.
+"""The loader's settings. None of them decides which samples come or how their views are drawn.
 
-They decide how fast, and with which decoder: backend, dali.decoder, dali.hw_decoder_load and dali.smooth_chroma may
-round pixels otherwise. max_bad_samples ends a run.
+They decide the speed, and which decoder runs: backend, dali.decoder, dali.hw_decoder_load and dali.smooth_chroma may
+round pixels differently. max_bad_samples ends a run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import tyro
 from pipeline.backends.base import DaliConfig
 from pipeline.common.errors import require
 from pipeline.dataset.remote_cache import CacheConfig
+
+RANKS_APART = 2  # steps by which one rank of a machine may be behind another
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,8 @@ class LoaderConfig:
         require("--prefetch", self.prefetch, self.prefetch >= 1, "at least 1 finished batch must find room")
         require("--read-ahead", self.read_ahead, self.read_ahead >= 1, "at least 1 batch must be read")
         require("--max-bad-samples", self.max_bad_samples, self.max_bad_samples >= 0, "it is 0 or more")
+
+    @property
+    def max_steps_behind(self) -> int:
+        """Steps that some process of the machine may still read when another begins a later one."""
+        return self.read_ahead + self.prefetch + self.dali.prefetch + RANKS_APART

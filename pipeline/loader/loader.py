@@ -1,7 +1,8 @@
-"""Owns the loader: order + bytes + parameters + back end -> views, fed ahead by a thread.
+"""The loader: order + bytes + view parameters + back end -> batches of views, made ahead of use by a thread.
 
-How long the training loop waits for a batch is measured at every step: the host's wait (``wait_s``), and on a GPU what
-the model's stream waits after that (stalls.py). Both together are the proof that the loop is not bound by its data.
+``open_views`` for pretraining, ``open_crops`` for training with labels, ``open_images`` for evaluation. The wait of the
+training loop for a batch is measured at every step: the host's wait (``ViewBatch.wait_s``), and on a GPU the further
+wait of the model's stream (timing.py). Both together show whether the loop is bound by its data.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,41 +19,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from typing_extensions import assert_never
 
+from pipeline.backends.base import ViewBatch
 from pipeline.common.locations import Url
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.remote_shards import PrefetchPlan
-from pipeline.loader.bad_samples import print_bad_sample
+from pipeline.loader.bad_samples import BadSamples, print_bad_sample
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.producer import PAIR_EPOCHS, LoaderContext, deliver_ahead, max_steps_behind
+from pipeline.loader.producer import LoaderContext, produce
 from pipeline.loader.timing import ReadCosts, Stalls
 from pipeline.sampling.order import OrderConfig, choose_order, epoch_order
 from pipeline.sampling.sampler import BatchIds, BatchSampler, World
-from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
-
-
-@dataclass(frozen=True)
-class ViewBatch:
-    """One rank's part of one micro-batch, in two views."""
-
-    x1: Float[Tensor, "n 3 s s"]  # normalised, channels-last in memory
-    x2: Float[Tensor, "n 3 s s"]
-    ids: Int64[np.ndarray, " n"]  # the samples that the order asked for
-    sources: Int64[np.ndarray, " n"]  # the samples that are seen: ids, but where an image was bad
-    epoch: int
-    step: int  # within the epoch
-    wait_s: float  # how long the consumer waited for this batch, on the host
-    pair: int = 0  # which pair of views of these samples, where there are several
-
-
-@dataclass(frozen=True)
-class Crops:
-    """One rank's part of one micro-batch, each sample once."""
-
-    x: Float[Tensor, "n 3 s s"]  # normalised, channels-last in memory
-    sources: Int64[np.ndarray, " n"]  # the samples that are seen, whose labels belong to x
-    epoch: int
-    step: int  # within the epoch
-    wait_s: float  # how long the consumer waited for this batch
+from pipeline.sampling.views import PAIR_EPOCHS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 
 
 def open_dataset(path: Path | Url, config: LoaderConfig) -> ShardSet:
@@ -75,9 +52,7 @@ def check_cache(
             streams = -(-order.block_streams * world.local_world_size // world.world_size)
             samples = dataset.num_samples / len(dataset.shards) * order.block_shards  # of a group of shards
             steps = samples * order.block_streams / global_batch  # that a stream takes to read a group
-            groups = 1 + math.ceil(
-                (max_steps_behind(config) + 1) / steps
-            )  # the one being read, and those that end or begin
+            groups = 1 + math.ceil((config.max_steps_behind + 1) / steps)  # the one being read, and those around it
             reason = f"--epoch-order blocks, {streams} x {groups} groups of {order.block_shards} shards,"
             dataset.check_room(streams * groups * order.block_shards, reason, "take fewer --block-shards")
         case _:
@@ -95,37 +70,35 @@ def open_views(
     dtype: torch.dtype = torch.float32,
     order: OrderConfig = OrderConfig(),  # noqa: B008  # frozen
     on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
+    bad_samples_file: Path | None = None,
     pairs: int = 1,
     read_costs: ReadCosts | None = None,
     give_up: Callable[[], bool] = lambda: False,
     stalls: Stalls | None = None,
 ) -> Iterator[Iterator[ViewBatch]]:
-    """The views that one process sees in the steps of a sampler.
+    """The views that one process sees in the steps of a sampler: ``ViewBatch.views`` holds all views of the recipe.
 
     Each step comes as ``sampler.accumulate`` micro-batches of ``sampler.micro_batch`` samples, each of them ``pairs``
-    times in a row with other views. ``read_costs`` records how long each shard's reads took, ``stalls`` how long the
-    GPU waited. The iterator raises UserError when too many samples are bad, and StarvedError if ``give_up`` returns
-    True while it waits for a batch.
+    times in a row with other views. ``on_bad_sample`` and ``bad_samples_file``: ``report`` and ``file`` of BadSamples.
+    ``read_costs`` records how long each shard's reads took, ``stalls`` how long the GPU waited. The iterator raises
+    UserError when too many samples are bad, and StarvedError if ``give_up`` returns True while it waits for a batch.
     """
     sample_ids = choose_order(order, sampler.seed, dataset.shard_samples, sampler.global_batch)
 
-    def places() -> Iterator[BatchIds]:
-        for epoch, step, ids in sampler.places(dataset.num_samples, sample_ids, world):
+    def batches() -> Iterator[BatchIds]:
+        for batch in sampler.batches(dataset.num_samples, sample_ids, world):
             for pair in range(pairs):
-                yield epoch + pair * PAIR_EPOCHS, step, ids
+                yield batch._replace(pair=pair)
 
-    def draw(epoch: int, ids: Int64[np.ndarray, " n"]) -> ViewParams:
-        return draw_views(recipe, sampler.seed, epoch, ids, dataset.sizes(ids))
+    def draw(batch: BatchIds, sources: Int64[np.ndarray, " n"]) -> ViewParams:
+        epoch = batch.epoch + batch.pair * PAIR_EPOCHS
+        return draw_views(recipe, sampler.seed, epoch, sources, dataset.sizes(sources))
 
-    ahead = PrefetchPlan(sampler.of_machine(dataset.num_samples, sample_ids, world), world.local_rank)
-    max_batch = sampler.micro_batch(world.world_size)
-    fixed = (dataset, recipe, config, max_batch, world, dtype, on_bad_sample)
-    with deliver_ahead(LoaderContext(*fixed, read_costs, give_up, stalls), draw, places, ahead) as delivered:
-        yield (
-            ViewBatch(x1, x2, batch.ids, batch.sources, epoch, batch.step, wait_s, pair)
-            for (batch, (x1, x2)), wait_s in delivered
-            for pair, epoch in [divmod(batch.epoch, PAIR_EPOCHS)]
-        )
+    plan = PrefetchPlan(sampler.machine_ids(dataset.num_samples, sample_ids, world), world.local_rank)
+    bad = BadSamples(dataset.num_samples, config.max_bad_samples, on_bad_sample, bad_samples_file)
+    fixed = (dataset, recipe, config, sampler.micro_batch(world.world_size), world, dtype, bad)
+    with produce(LoaderContext(*fixed, read_costs, give_up, stalls), draw, batches, plan) as made:
+        yield made
 
 
 @contextmanager
@@ -139,24 +112,27 @@ def open_crops(
     ids: Int64[np.ndarray, " n"],
     dtype: torch.dtype = torch.float32,
     on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
-) -> Iterator[Iterator[Crops]]:
-    """One random view of each of samples ``ids`` an epoch, for training with labels; otherwise as ``open_views``."""
+) -> Iterator[Iterator[ViewBatch]]:
+    """The first view of each of samples ``ids`` an epoch, for training with labels; otherwise as ``open_views``.
+
+    The labels of a batch are those of its ``sources``.
+    """
+    first = replace(recipe, count=1, more_views=())
 
     def sample_ids(epoch: int, positions: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         return ids[epoch_order(len(ids), sampler.seed, epoch, positions)]
 
-    def places() -> Iterator[BatchIds]:
-        return sampler.places(len(ids), sample_ids, world)
+    def batches() -> Iterator[BatchIds]:
+        return sampler.batches(len(ids), sample_ids, world)
 
-    def draw(epoch: int, sources: Int64[np.ndarray, " n"]) -> ViewParams:
-        return draw_views(recipe, sampler.seed, epoch, sources, dataset.sizes(sources)).only_view(0)
+    def draw(batch: BatchIds, sources: Int64[np.ndarray, " n"]) -> ViewParams:
+        return draw_views(first, sampler.seed, batch.epoch, sources, dataset.sizes(sources))
 
-    ahead = PrefetchPlan(sampler.of_machine(len(ids), sample_ids, world), world.local_rank)
-    settings = LoaderContext(
-        dataset, recipe, config, sampler.micro_batch(world.world_size), world, dtype, on_bad_sample
-    )
-    with deliver_ahead(settings, draw, places, ahead) as delivered:
-        yield (Crops(x, batch.sources, batch.epoch, batch.step, wait_s) for (batch, (x,)), wait_s in delivered)
+    plan = PrefetchPlan(sampler.machine_ids(len(ids), sample_ids, world), world.local_rank)
+    bad = BadSamples(dataset.num_samples, config.max_bad_samples, on_bad_sample)
+    context = LoaderContext(dataset, first, config, sampler.micro_batch(world.world_size), world, dtype, bad)
+    with produce(context, draw, batches, plan) as made:
+        yield made
 
 
 @contextmanager
@@ -173,17 +149,16 @@ def open_images(
 ) -> Iterator[Iterator[tuple[Float[Tensor, "b 3 s s"], Int64[np.ndarray, " b"]]]]:
     """The evaluation view of samples ``ids``, all of them and in that order: (x, ids). The last batch is smaller."""
 
-    def batches() -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
+    def parts() -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
         return (ids[start : start + batch] for start in range(0, len(ids), batch))
 
-    def places() -> Iterator[BatchIds]:
-        return ((0, step, part) for step, part in enumerate(batches()))
+    def batches() -> Iterator[BatchIds]:
+        return (BatchIds(0, step, part) for step, part in enumerate(parts()))
 
-    def draw(_: int, sources: Int64[np.ndarray, " n"]) -> CentreCrops:
+    def draw(_: BatchIds, sources: Int64[np.ndarray, " n"]) -> CentreCrops:
         return centre_crops(recipe.image_size, dataset.sizes(sources))
 
-    settings = LoaderContext(dataset, recipe, config, batch, world, dtype, on_bad_sample)
-    with deliver_ahead(
-        settings, draw, places, PrefetchPlan(batches(), None) if dataset.worth_fetching_whole(ids) else None
-    ) as delivered:
-        yield ((x, part.ids) for (part, (x,)), _ in delivered)
+    plan = PrefetchPlan(parts(), None) if dataset.worth_fetching_whole(ids) else None
+    bad = BadSamples(dataset.num_samples, config.max_bad_samples, on_bad_sample)
+    with produce(LoaderContext(dataset, recipe, config, batch, world, dtype, bad), draw, batches, plan) as made:
+        yield ((part.views[0], part.ids) for part in made)

@@ -1,4 +1,4 @@
-"""Owns the feeder thread: a bounded queue kept full by one thread and emptied by another, with the waiting measured."""
+"""A bounded queue that one thread fills and another empties, with the time waited for each item."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-GIVE_UP_CHECK_S = 1.0  # how often a consumer that waits is asked whether it still wants to
-STOP_CHECK_S = 0.1  # how long a feeder with a full queue may overlook that nobody listens any more
+GIVE_UP_CHECK_S = 1.0  # how often a waiting consumer asks ``give_up``
+STOP_CHECK_S = 0.1  # how soon a producer with a full queue notices that the consumer has left
 
 
 class StarvedError(Exception):
-    """Nothing came, and the consumer did not want to wait any longer."""
+    """No item came, and ``give_up`` returned True."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class _End:
     error: BaseException | None  # None: the producer came to its end
 
 
-class _Feeder(Generic[T]):
-    """The thread with its queue, and the consumer's end of it."""
+class _PrefetchQueue(Generic[T]):
+    """The producing thread with its queue, and the consumer's end of it."""
 
     def __init__(self, produce: Callable[[], Iterator[T]], depth: int, give_up: Callable[[], bool]) -> None:
         self._produce, self._give_up = produce, give_up
         self._ready: queue.Queue[_Item[T] | _End] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._feed, name="feeder", daemon=True)
+        self._thread = threading.Thread(target=self._fill, name="producer", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -66,7 +66,7 @@ class _Feeder(Generic[T]):
                 if self._give_up():
                     raise StarvedError from None
 
-    def _feed(self) -> None:
+    def _fill(self) -> None:
         try:
             for value in self._produce():
                 self._put(_Item(value))
@@ -86,17 +86,17 @@ class _Feeder(Generic[T]):
 
 
 @contextmanager
-def fed_ahead(
+def prefetched(
     produce: Callable[[], Iterator[T]], depth: int, give_up: Callable[[], bool] = lambda: False
 ) -> Iterator[Iterator[tuple[T, float]]]:
     """Run ``produce()`` in a thread, at most ``depth`` items ahead; gives (item, seconds waited for it).
 
-    What the producer raises is raised where its next item was expected. While there is none, ``give_up`` is asked once
-    a second; if it says so, StarvedError is raised. Leaving the context stops the thread.
+    What the producer raises is raised where its next item was expected. While the consumer waits, ``give_up`` is called
+    once a second; if it returns True, StarvedError is raised. Leaving the context stops the thread.
     """
-    feeder = _Feeder(produce, depth, give_up)
-    feeder.start()
+    waiting = _PrefetchQueue(produce, depth, give_up)
+    waiting.start()
     try:
-        yield feeder.items()
+        yield waiting.items()
     finally:
-        feeder.stop()
+        waiting.stop()

@@ -1,9 +1,4 @@
-"""Owns the way from sample ids to a batch of encoded images: read ahead in threads, put good samples for bad ones.
-
-The rule of replacement: sample i that cannot be read or decoded is replaced by (i + 1) mod num_samples, again until
-one is good, with that sample's own views. It is a function of integers and of what is on disk, so every rank and every
-resumed run replaces alike.
-"""
+"""From sample ids to batches of encoded images: read ahead in threads, good samples in the place of bad ones."""
 
 from __future__ import annotations
 
@@ -26,9 +21,10 @@ from pipeline.loader.timing import ReadCosts
 from pipeline.sampling.sampler import BatchIds
 from pipeline.sampling.views import CentreCrops, ViewParams
 
-IDS_PER_READ = 16  # samples a thread reads at a time; small images cost more in hand-over than in reading
+IDS_PER_READ = 16  # samples that one task of a thread reads; for small images the hand-over costs more than the read
 Read = tuple[int, NDArray[np.uint8]]  # the sample that was read, and its encoded image
-DrawWindows = Callable[[int, Int64[np.ndarray, " n"]], "ViewParams | CentreCrops"]  # (epoch, ids) -> windows
+# (batch, sources) -> what to cut out of the images of samples ``sources``
+DrawWindows = Callable[[BatchIds, Int64[np.ndarray, " n"]], "ViewParams | CentreCrops"]
 
 
 class Assembler:
@@ -43,7 +39,7 @@ class Assembler:
         costs: ReadCosts | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        """``draw`` says what to cut out of each sample; ``pool`` reads; ``costs`` hears how long each read took.
+        """``draw`` gives what to cut out of each sample; ``pool`` reads; ``costs`` gets the time of each read.
 
         ``cancelled`` ends reads that wait for a remote dataset.
         """
@@ -54,19 +50,19 @@ class Assembler:
         self._costs = costs
         self._cancelled = cancelled or threading.Event()
 
-    def read_ahead(self, places: Iterable[BatchIds], depth: int) -> Iterator[Batch]:
-        """The batches of ``places`` in order, ``depth`` of them being read while one is used."""
-        places = iter(places)
-        waiting = deque((place, self._start(place[2])) for place in islice(places, depth))
+    def read_ahead(self, batches: Iterable[BatchIds], depth: int) -> Iterator[Batch]:
+        """The batches in order, ``depth`` of them being read while one is used."""
+        batches = iter(batches)
+        waiting = deque((batch, self._start(batch.ids)) for batch in islice(batches, depth))
         while waiting:
-            (epoch, step, ids), parts = waiting.popleft()
-            waiting.extend((place, self._start(place[2])) for place in islice(places, 1))
-            yield self._batch(epoch, step, ids, [read for part in parts for read in part.result()])
+            batch, parts = waiting.popleft()
+            waiting.extend((later, self._start(later.ids)) for later in islice(batches, 1))
+            yield self._batch(batch, [read for part in parts for read in part.result()])
 
     def replace_bad(self, batch: Batch) -> Batch:
         """The same batch without the samples that have become known as bad since it was read."""
-        reads = [part.result() for part in self._start(batch.ids)]
-        return self._batch(batch.epoch, batch.step, batch.ids, [read for part in reads for read in part])
+        reads = [read for part in self._start(batch.ids) for read in part.result()]
+        return self._batch(BatchIds(batch.epoch, batch.step, batch.ids, batch.pair), reads)
 
     def note_bad(self, sample_id: int, reason: str) -> None:
         """Note that a sample's image cannot be used. Raises UserError when there are too many."""
@@ -87,16 +83,14 @@ class Assembler:
         self._costs.add(self._dataset.shards_of([source for source, _ in reads]), seconds)
         return reads
 
-    def _batch(self, epoch: int, step: int, ids: Int64[np.ndarray, " n"], reads: list[Read]) -> Batch:
+    def _batch(self, batch: BatchIds, reads: list[Read]) -> Batch:
         sources = np.array([source for source, _ in reads], dtype=np.int64)
-        return Batch(epoch, step, ids, sources, [encoded for _, encoded in reads], self._draw(epoch, sources))
+        encoded, windows = [image for _, image in reads], self._draw(batch, sources)
+        return Batch(batch.epoch, batch.step, batch.ids, sources, encoded, windows, batch.pair)
 
     def _read(self, sample_id: int) -> Read:
         """The first good sample from ``sample_id`` on, and its bytes."""
-        for distance in range(self._dataset.num_samples):
-            source = (sample_id + distance) % self._dataset.num_samples
-            if source in self._bad:
-                continue
+        for source in self._bad.candidates(sample_id):
             try:
                 return source, np.frombuffer(self._dataset.read(source, self._cancelled), dtype=np.uint8)
             except BadSampleError as error:

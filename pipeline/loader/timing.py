@@ -1,7 +1,7 @@
-"""Owns how long a GPU stood still for batches that the host had handed over before they were finished.
+"""Where the time of a loader goes: reads by shard, and a GPU's stalls for batches that are not finished.
 
-The host does not wait for the GPU, so a loader whose slow part runs on the GPU always has a batch to hand over: what
-the host waits for it (``wait_s``) would stay near 0 while the model starves.
+The host does not wait for the GPU, so a loader whose slow part runs on the GPU always has a batch to hand over: the
+host's wait (``wait_s``) would stay near 0 while the model starves.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 
 class ReadCosts:
-    """Seconds and reads of each shard, as one rank's threads report them. Thread-safe.
+    """Seconds and reads of each shard, over one rank's threads. Thread-safe.
 
-    Seconds count from asking to having, checksum included; threads wait side by side, so they add up to more than the
+    Seconds count from request to result, checksum included; threads wait in parallel, so they add up to more than the
     wall clock shows.
     """
 
     def __init__(self, shards: int) -> None:
         """Nothing was read yet from any of ``shards`` shards."""
-        self.seconds: Float64[np.ndarray, " shards"] = np.zeros(shards)
-        self.reads: Int64[np.ndarray, " shards"] = np.zeros(shards, dtype=np.int64)
+        self.seconds: NDArray[np.float64] = np.zeros(shards)  # [shards]
+        self.reads: NDArray[np.int64] = np.zeros(shards, dtype=np.int64)  # [shards]
         self._lock = threading.Lock()
 
     def add(self, shards: ArrayLike, seconds: ArrayLike) -> None:
@@ -37,7 +36,7 @@ class ReadCosts:
 
 
 class Stalls:
-    """Adds up the stalls of one stream. Without a GPU there are none."""
+    """The time that one CUDA stream waited for batches. Without a GPU it stays 0."""
 
     def __init__(self) -> None:
         """Nothing has stalled yet."""
@@ -45,7 +44,7 @@ class Stalls:
 
     @contextmanager
     def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        """Whatever ``stream`` is made to wait for inside is a stall."""
+        """Count the time that ``stream`` is made to wait inside."""
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record(stream)
         yield

@@ -1,10 +1,14 @@
-"""Owns which samples a process reads, step by step: its part of every batch, and all that its machine reads."""
+"""Which samples a process reads, step by step: its part of every batch, and all that its machine reads.
+
+``BatchSampler.batches`` gives a rank's micro-batches from any step on, so a run resumes from two integers (epoch and
+step) on any number of ranks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +54,15 @@ def node_positions(
 
 if TYPE_CHECKING:  # beartype, which checks the annotations under pytest, cannot read it on a method
     from typing_extensions import Self
-BatchIds = tuple[int, int, Int64[np.ndarray, "_"]]  # epoch, step within the epoch, sample ids; each of its own length  # noqa: F821
+
+
+class BatchIds(NamedTuple):
+    """Which samples one micro-batch is made of."""
+
+    epoch: int
+    step: int  # within the epoch
+    ids: NDArray[np.int64]  # [n]
+    pair: int = 0  # which set of views of these samples, where a step has several (SimSiamConfig.pairs)
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class World:
 
     @classmethod
     def alone(cls, device: torch.device) -> Self:
-        """The only one."""
+        """The only process."""
         return cls(0, 1, 0, 1, device)
 
 
@@ -85,14 +97,14 @@ class BatchSampler:
         assert self.global_batch % world_size == 0
         return -(-self.global_batch // world_size // self.accumulate)
 
-    def places(self, num_samples: int, order: Order, world: World) -> Iterator[BatchIds]:
-        """The micro-batches of one world, among ``num_samples`` samples that come in ``order``."""
+    def batches(self, num_samples: int, order: Order, world: World) -> Iterator[BatchIds]:
+        """The micro-batches of one process, among ``num_samples`` samples that come in ``order``."""
         for epoch, step in self._steps(num_samples):
             ids = order(epoch, batch_positions(step, self.global_batch, world.rank, world.world_size))
             for part in np.array_split(ids, self.accumulate):
-                yield epoch, step, part
+                yield BatchIds(epoch, step, part)
 
-    def of_machine(self, num_samples: int, order: Order, world: World) -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
+    def machine_ids(self, num_samples: int, order: Order, world: World) -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821
         """For each step, the samples of all processes on this one's machine."""
         ranks = world.rank, world.world_size, world.local_world_size
         for epoch, step in self._steps(num_samples):

@@ -1,8 +1,17 @@
-"""Owns what happens to a sample: the recipe of the two views and the draw of their parameters.
+"""What happens to a sample: the recipe of its views and the draw of their parameters.
 
 A draw is a pure function of (recipe, seed, epoch, sample id, image size). The back ends draw nothing themselves: they
 apply these numbers. Recipe: MoCo v2's augmentation as SimSiam uses it (Chen & He 2020, appendix A); distributions and
 their parameters are those of torchvision's transforms of the same names.
+
+A recipe has one or more groups of views. The fields of ``ViewRecipe`` are those of the first group; ``more_views`` adds
+others, which differ from it in the fields that they name:
+
+    ViewRecipe()                                            # two views of 224 px: SimSiam, MoCo
+    ViewRecipe(count=1, blur_prob=1.0,                      # two unlike views: BYOL
+               more_views=(ViewGroup(blur_prob=0.1, solarize_prob=0.2),))
+    ViewRecipe(crop_scale=(0.14, 1.0),                      # 2 x 224 + 6 x 96 px: SwAV's multi-crop
+               more_views=(ViewGroup(count=6, image_size=96, crop_scale=(0.05, 0.14)),))
 """
 
 from __future__ import annotations
@@ -11,18 +20,20 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import cached_property
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import tyro
 from jaxtyping import Bool, Float32, Float64, Int8, Int32, UInt32
 from numpy.typing import NDArray
 
-from pipeline.common.errors import require
+from pipeline.common.errors import UserError, require
 from pipeline.sampling.augmentations import DRAWS, Augmentations
 from pipeline.sampling.counter_rng import philox4x32, seed_key, uniforms
 
-VIEWS = 2
+MAX_VIEWS = 256  # the counters of the draws have 8 bits for the view
+PAIR_EPOCHS = 1 << 24  # the second pair of views of a sample in epoch e is drawn as in epoch e + PAIR_EPOCHS
 CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop.get_params
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the colour operations, as numbered in ViewParams.order
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
@@ -36,6 +47,81 @@ TOP, LEFT, FLIP, JITTER, ORDER = range(20, 25)
 FACTORS = slice(25, 29)
 GRAY, BLUR, SIGMA, SOLARIZE = range(29, 33)
 PHILOX_BLOCKS = 9  # of four numbers each
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class ViewGroup:
+    """Further views of each image; a field that is None is as in the recipe's first group.
+
+    Written as words on the command line: ``count=6 image-size=96 crop-scale=0.05,0.14``.
+    """
+
+    count: int = 1
+    image_size: int | None = None
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] | None = None
+    interpolation: Interpolation | None = None
+    flip_prob: float | None = None
+    jitter_prob: float | None = None
+    brightness: float | None = None
+    contrast: float | None = None
+    saturation: float | None = None
+    hue: float | None = None
+    gray_prob: float | None = None
+    blur_prob: float | None = None
+    blur_sigma: tuple[float, float] | None = None
+    blur_radius: int | None = None
+    solarize_prob: float | None = None
+    solarize_threshold: int | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that are set, by name; ``count`` always is."""
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in fields if value is not None}
+
+    def __str__(self) -> str:
+        """The words that ``parse_group`` reads."""
+        words = ((name.replace("_", "-"), value) for name, value in self.changes.items())
+        return " ".join(
+            f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in words
+        )
+
+
+def parse_group(text: str) -> ViewGroup:
+    """The group that words such as ``count=6 image-size=96 crop-scale=0.05,0.14`` describe. Raises UserError."""
+    fields: dict[str, Any] = {}
+    for word in text.split():
+        name, _, value = word.partition("=")
+        field_name = name.replace("-", "_")
+        if field_name not in _GROUP_FIELDS:
+            known = ", ".join(field.replace("_", "-") for field in _GROUP_FIELDS)
+            raise UserError(f"'{text}': {word} is not NAME=VALUE with a NAME among {known}")
+        if field_name in fields:
+            raise UserError(f"'{text}': {name} is given twice")
+        default = getattr(ViewRecipe, field_name)  # the first group's, of the same type
+        try:
+            fields[field_name] = _pair(value) if isinstance(default, tuple) else type(default)(value)
+        except ValueError:
+            wanted = "two numbers, such as 0.05,0.14" if isinstance(default, tuple) else f"a number, such as {default}"
+            raise UserError(f"'{text}': {word}: {name} takes {wanted}") from None
+    return ViewGroup(**fields)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    low, high = map(float, text.split(","))
+    return low, high
+
+
+_GROUP_FIELDS = tuple(field.name for field in dataclasses.fields(ViewGroup))
+_GROUPS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="'NAME=VALUE ...'",
+    instance_from_str=lambda texts: tuple(map(parse_group, texts)),
+    is_instance=lambda value: isinstance(value, tuple) and all(isinstance(group, ViewGroup) for group in value),
+    str_from_instance=lambda groups: [f"'{group}'" for group in groups],
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +129,11 @@ class ViewRecipe:
     """How views are drawn. The defaults are SimSiam's for ImageNet (appendix A, after MoCo v2)."""
 
     image_size: int = 224  # side of a view, px
+    # Views of each image that are drawn alike; --more-views adds unlike ones
+    count: Annotated[int, tyro.conf.arg(name="views")] = 2
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    interpolation: Interpolation = "bilinear"  # of the resize; bicubic in SimCLR's and BYOL's own code
     flip_prob: float = 0.5  # horizontal
     jitter_prob: float = 0.8  # of the four colour operations together
     brightness: float = 0.4  # factor from 1 - x to 1 + x
@@ -59,12 +148,18 @@ class ViewRecipe:
     solarize_threshold: int = 128  # of 255: bytes from here up are inverted
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, per channel, of 1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of ImageNet, per channel, of 1
+    # Further groups of views, each in quotes, such as 'count=6 image-size=96 crop-scale=0.05,0.14'; what a group does
+    # not name is as in the first. SwAV's multi-crop (Caron et al. 2020), BYOL's unlike views (Grill et al. 2020)
+    more_views: Annotated[tuple[ViewGroup, ...], _GROUPS] = ()
     # Beyond the paper's, and off by default; they follow in the order of their fields
     extra: Annotated[Augmentations, tyro.conf.arg(name="")] = field(default_factory=Augmentations)
 
     def __post_init__(self) -> None:
         """Raise UserError for a recipe that no image can follow."""
         require("--image-size", self.image_size, self.image_size >= 2, "a view has at least 2 px a side")
+        require("--views", self.count, self.count >= 1, "each image is seen in at least 1 view")
+        rule = f"it is one of {', '.join(get_args(Interpolation))}"
+        require("--interpolation", self.interpolation, self.interpolation in get_args(Interpolation), rule)
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             probability = getattr(self, f"{name}_prob")
             require(f"--{name}-prob", probability, 0 <= probability <= 1, "a probability lies in 0 .. 1")
@@ -81,16 +176,45 @@ class ViewRecipe:
         require("--solarize-threshold", threshold, 0 <= threshold <= 256, "it lies in 0 (all) .. 256 (none)")
         require("--mean", self.mean, all(map(math.isfinite, self.mean)), "it takes three numbers")
         require("--std", self.std, all(0 < std < math.inf for std in self.std), "a standard deviation is above 0")
+        for group in self.more_views:
+            require(f"--more-views '{group}': count", group.count, group.count >= 1, "a group has at least 1 view")
+            try:
+                self._with(group)
+            except UserError as error:
+                raise UserError(f"--more-views '{group}': {str(error).removeprefix('--')}") from None
+        total = self.count + sum(group.count for group in self.more_views)
+        rule = f"the draws tell at most {MAX_VIEWS} views of an image apart: take fewer --views or smaller groups"
+        require("views of each image:", total, total <= MAX_VIEWS, rule)
+
+    @cached_property
+    def per_view(self) -> tuple[ViewRecipe, ...]:
+        """Each view's own recipe, of one group, in the order of the views: the first group's, then those of others."""
+        groups = (self, *(self._with(group) for group in self.more_views))
+        return tuple(group for group in groups for _ in range(group.count))
 
     @property
     def blur_window(self) -> int:
         """Width of the blur's window in px, odd; reflection at the border allows no more than the view's side."""
         return 2 * min(self.blur_radius, self.image_size - 1) + 1
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the views, by field. What older checkpoints lack is left out where it changes nothing."""
+        fields = dataclasses.asdict(self)
+        del fields["extra"], fields["more_views"]
+        for name in ("count", "interpolation"):
+            if fields[name] == getattr(ViewRecipe, name):
+                del fields[name]
+        if self.more_views:
+            fields["more_views"] = [group.changes for group in self.more_views]
+        return {**fields, **{name: dataclasses.asdict(one) for name, (_, one) in self.extra.active().items()}}
+
+    def _with(self, group: ViewGroup) -> ViewRecipe:
+        return dataclasses.replace(self, more_views=(), **group.changes)
+
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What is done to n samples, each seen in two views, in the order of the fields; axes are sample and view."""
+    """What is done to n samples in each of their views, in the order of the fields; axes are sample and view."""
 
     crop: Int32[np.ndarray, "n views 4"]  # top, left, height, width; px of the image
     jitter: Bool[np.ndarray, "n views"]  # whether the four colour operations are applied
@@ -111,36 +235,31 @@ class ViewParams:
         """Views of each sample."""
         return self.crop.shape[1]
 
-    def only_view(self, view: int) -> ViewParams:
-        """The same samples in one of their views."""
-        part = slice(view, view + 1)
-        return ViewParams(**{field.name: getattr(self, field.name)[:, part] for field in dataclasses.fields(self)})
-
 
 def draw_views(
     recipe: ViewRecipe, seed: int, epoch: int, ids: NDArray[np.int64], sizes: Int32[np.ndarray, "n 2"]
 ) -> ViewParams:
-    """Draw both views of some samples.
+    """Draw all views of some samples, those of the first group first.
 
     ``ids``: int64 ``[n]`` sample ids; ``sizes``: their images' height and width in px. A sample's draw depends on
-    nothing but its own row of these, the recipe, the seed and the epoch.
+    nothing but its own row of these, the recipe, the seed and the epoch; and of the recipe a view's random numbers
+    depend on nothing but the view's number.
     """
-    draws = uniforms(_bits(seed, epoch, ids, VIEW_STREAM, PHILOX_BLOCKS))
-    jitter = draws[..., JITTER] < recipe.jitter_prob
-    blur = draws[..., BLUR] < recipe.blur_prob
-    sigma = _between(draws[..., SIGMA], *recipe.blur_sigma)
-    spread = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
+    draws = uniforms(_bits(seed, epoch, ids, len(recipe.per_view), VIEW_STREAM, PHILOX_BLOCKS))
+    prob = {name: _per_view(recipe, f"{name}_prob") for name in ("jitter", "gray", "blur", "solarize", "flip")}
+    spread = np.stack([_per_view(recipe, name) for name in ("brightness", "contrast", "saturation", "hue")], axis=-1)
     centre = np.array([1.0, 1.0, 1.0, 0.0])
+    sigma = _between(draws[..., SIGMA], *_per_view(recipe, "blur_sigma").T)
     return ViewParams(
         crop=_draw_crops(recipe, draws, sizes),
-        jitter=jitter,
+        jitter=draws[..., JITTER] < prob["jitter"],
         order=JITTER_ORDERS[(draws[..., ORDER] * len(JITTER_ORDERS)).astype(np.int64)],
         factors=_between(draws[..., FACTORS], centre - spread, centre + spread).astype(np.float32),
-        gray=draws[..., GRAY] < recipe.gray_prob,
-        sigma=np.where(blur, sigma, 0.0).astype(np.float32),
-        solarize=draws[..., SOLARIZE] < recipe.solarize_prob,
-        flip=draws[..., FLIP] < recipe.flip_prob,
-        extra=_draw_extra(recipe.extra, seed, epoch, ids),
+        gray=draws[..., GRAY] < prob["gray"],
+        sigma=np.where(draws[..., BLUR] < prob["blur"], sigma, 0.0).astype(np.float32),
+        solarize=draws[..., SOLARIZE] < prob["solarize"],
+        flip=draws[..., FLIP] < prob["flip"],
+        extra=_draw_extra(recipe, seed, epoch, ids),
     )
 
 
@@ -178,23 +297,29 @@ def centre_crops(image_size: int, sizes: Int32[np.ndarray, "n 2"]) -> CentreCrop
     )
 
 
+def _per_view(recipe: ViewRecipe, name: str) -> Float64[np.ndarray, "*views_and_pair"]:
+    """One field of each view's recipe."""
+    return np.array([getattr(group, name) for group in recipe.per_view], dtype=np.float64)
+
+
 def _draw_extra(
-    extra: Augmentations, seed: int, epoch: int, ids: NDArray[np.int64]
-) -> Float64[np.ndarray, "n 2 augmentations draws"]:
-    count = len(dataclasses.fields(extra)) if extra.active() else 0
-    bits = _bits(seed, epoch, ids, EXTRA_STREAM, count * DRAWS // 4)
-    return uniforms(bits).reshape(len(ids), VIEWS, count, DRAWS)
+    recipe: ViewRecipe, seed: int, epoch: int, ids: NDArray[np.int64]
+) -> Float64[np.ndarray, "n views augmentations draws"]:
+    count = len(dataclasses.fields(recipe.extra)) if recipe.extra.active() else 0
+    bits = _bits(seed, epoch, ids, len(recipe.per_view), EXTRA_STREAM, count * DRAWS // 4)
+    return uniforms(bits).reshape(len(ids), len(recipe.per_view), count, DRAWS)
 
 
-def _bits(seed: int, epoch: int, ids: NDArray[np.int64], stream: int, blocks: int) -> UInt32[np.ndarray, "n 2 draws"]:
-    """The random words of both views of each sample, ``blocks`` times four of them."""
-    counters = np.empty((len(ids), VIEWS, blocks, 4), dtype=np.uint32)
+def _bits(
+    seed: int, epoch: int, ids: NDArray[np.int64], views: int, stream: int, blocks: int
+) -> UInt32[np.ndarray, "n views draws"]:
+    """The random words of each view of each sample, ``blocks`` times four of them."""
+    counters = np.empty((len(ids), views, blocks, 4), dtype=np.uint32)
     counters[..., 0] = (ids & 0xFFFFFFFF)[:, None, None]
     counters[..., 1] = (ids >> 32)[:, None, None]
     counters[..., 2] = epoch
-    streams = (stream << 16) + (np.arange(VIEWS)[:, None] << 8) + np.arange(blocks)
-    counters[..., 3] = streams
-    return philox4x32(counters, seed_key(seed)).reshape(len(ids), VIEWS, blocks * 4)
+    counters[..., 3] = (stream << 16) + (np.arange(views)[:, None] << 8) + np.arange(blocks)
+    return philox4x32(counters, seed_key(seed)).reshape(len(ids), views, blocks * 4)
 
 
 def _between(uniform: NDArray[np.float64], low: float | NDArray, high: float | NDArray) -> NDArray[np.float64]:
@@ -203,12 +328,14 @@ def _between(uniform: NDArray[np.float64], low: float | NDArray, high: float | N
 
 def _draw_crops(
     recipe: ViewRecipe, draws: NDArray[np.float64], sizes: Int32[np.ndarray, "n 2"]
-) -> Int32[np.ndarray, "n 2 4"]:
+) -> Int32[np.ndarray, "n views 4"]:
     """torchvision's RandomResizedCrop: the first of ten attempts that fits, else the largest centre crop allowed."""
     image_height, image_width = (sizes[:, None, axis].astype(np.int64) for axis in range(2))  # [n, 1]
-    area = (image_height * image_width)[..., None] * _between(draws[..., AREAS], *recipe.crop_scale)
-    aspect = np.exp(_between(draws[..., ASPECTS], *map(math.log, recipe.crop_ratio)))
-    widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, 2, attempts]
+    smallest, largest = _per_view(recipe, "crop_scale").T[..., None]  # [views, 1]
+    narrowest, widest = np.array([[*map(math.log, group.crop_ratio)] for group in recipe.per_view]).T[..., None]
+    area = (image_height * image_width)[..., None] * _between(draws[..., AREAS], smallest, largest)
+    aspect = np.exp(_between(draws[..., ASPECTS], narrowest, widest))
+    widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # [n, views, attempts]
     heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (widths > 0) & (widths <= image_width[..., None]) & (heights > 0) & (heights <= image_height[..., None])
     first = fits.argmax(axis=-1)[..., None]
@@ -226,8 +353,8 @@ def _draw_crops(
 def _largest_crop(
     recipe: ViewRecipe, height: NDArray[np.int64], width: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The largest height and width of an allowed aspect: torchvision's fallback for very long images."""
-    narrowest, widest = recipe.crop_ratio
+    """The largest height and width ``[n, views]`` of an allowed aspect: torchvision's fallback for very long images."""
+    narrowest, widest = _per_view(recipe, "crop_ratio").T  # [views]
     aspect = width / height
     too_tall, too_wide = aspect < narrowest, aspect > widest
     return (

@@ -20,7 +20,7 @@ import pytest
 import train.openmp  # noqa: F401
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader import loader as loader_module
-from pipeline.loader.bad_samples import BAD_SAMPLES_FILE, BadSampleRecord
+from pipeline.loader.bad_samples import BAD_SAMPLES_FILE, BadSamples
 from pipeline.sampling.order import choose_order
 from tests.helpers import sabotage
 from tests.helpers.damage import change_bytes, copy_dataset, put_image
@@ -278,14 +278,14 @@ def test_too_many_bad_samples_stop_the_run_with_their_list(
 
 
 def test_the_record_of_several_ranks_names_each_sample_once(tmp_path: Path) -> None:
-    ranks = [BadSampleRecord(tmp_path, 48, 2) for _ in range(3)]
+    ranks = [BadSamples(48, 2, file=tmp_path / BAD_SAMPLES_FILE) for _ in range(3)]
     for rank in ranks:
-        rank(BadSampleError(47, "shard-000004.tar", "k", "gone"))
-        rank(BadSampleError(5, "shard-000000.tar", "j", "rotten"))
+        rank.add(BadSampleError(47, "shard-000004.tar", "k", "gone"))
+        rank.add(BadSampleError(5, "shard-000000.tar", "j", "rotten"))
     lines = read_lines(tmp_path / BAD_SAMPLES_FILE)
     assert [(line["sample"], line["replacement"]) for line in lines] == [(47, 0), (5, 6)]
     with pytest.raises(Exception, match="3 bad samples, more than the 2 allowed"):
-        ranks[1](BadSampleError(6, "shard-000000.tar", "l", "rotten"))
+        ranks[1].add(BadSampleError(6, "shard-000000.tar", "l", "rotten"))
 
 
 def edit_record(folder: Path, **changes: Any) -> None:

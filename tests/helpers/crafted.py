@@ -13,9 +13,10 @@ from torch import Tensor
 from pipeline.backends import reference
 from pipeline.backends.photometric import Photometric
 from pipeline.sampling.augmentations import DRAWS
-from pipeline.sampling.views import VIEWS, ViewParams, ViewRecipe
+from pipeline.sampling.views import ViewParams, ViewRecipe
 from tests.helpers.photos import smooth_pixels
 
+VIEWS = 2
 BYTES = ViewRecipe(mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)  # normalising with this mean and std leaves 0 .. 255
 NEUTRAL: dict[str, Any] = {
     "crop": [0, 0, 1, 1],

@@ -119,7 +119,7 @@ def test_every_variant_trains_a_step_of_its_own(table: str, photo_dataset_path: 
     places = ["--data", str(photo_dataset_path), "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
     torch.manual_seed(0)
     x1, x2 = torch.randn(2, 12, 3, 16, 16)
-    seen = ViewBatch(x1, x2, np.arange(12), np.arange(12), epoch=0, step=0, wait_s=0.0)
+    seen = ViewBatch([x1, x2], np.arange(12), np.arange(12), epoch=0, step=0, wait_s=0.0)
     other = replace(seen, x1=x2.flip(0), x2=x1.flip(0), pair=1)
     ends = []
     for variant in TABLES[table].variants:

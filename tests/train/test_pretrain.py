@@ -381,7 +381,7 @@ def alone() -> DistContext:
 
 def views(x1: torch.Tensor, x2: torch.Tensor) -> ViewBatch:
     ids = np.arange(len(x1))
-    return ViewBatch(x1, x2, ids, ids, epoch=0, step=0, wait_s=0.25)
+    return ViewBatch([x1, x2], ids, ids, epoch=0, step=0, wait_s=0.25)
 
 
 def test_unlabelled_data_trains_without_knn(

@@ -24,7 +24,7 @@ from pipeline.backends.base import BackendContext, BackendStages, Batch
 from pipeline.backends.select import open_backend
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
-from pipeline.loader.bad_samples import BadSamples, print_bad_sample
+from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import ViewBatch, open_views
 from pipeline.loader.read_batches import Assembler
@@ -65,10 +65,10 @@ class Bench:
         """A sampler without an end."""
         return BatchSampler(self.seed, self.batch, ENDLESS)
 
-    def places(self) -> Iterator[BatchIds]:
+    def batches(self) -> Iterator[BatchIds]:
         """Sample ids batch by batch, as in a run of one rank, without end."""
         order = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
-        return self.sampler.places(self.dataset.num_samples, order, World.alone(self.device))
+        return self.sampler.batches(self.dataset.num_samples, order, World.alone(self.device))
 
     @contextmanager
     def views(self, stalls: Stalls | None = None) -> Iterator[Iterator[ViewBatch]]:
@@ -89,12 +89,12 @@ class Bench:
     def encoded(self) -> Iterator[Iterator[Batch]]:
         """Batches of encoded images, read ahead as in the loader."""
 
-        def draw(epoch: int, ids: Any) -> ViewParams:
-            return draw_views(self.recipe, self.seed, epoch, ids, self.dataset.sizes(ids))
+        def draw(batch: BatchIds, ids: Any) -> ViewParams:
+            return draw_views(self.recipe, self.seed, batch.epoch, ids, self.dataset.sizes(ids))
 
         with ThreadPoolExecutor(self.threads, "read") as readers:
-            bad = BadSamples(self.loader.max_bad_samples, print_bad_sample)
-            yield Assembler(self.dataset, draw, readers, bad).read_ahead(self.places(), self.loader.read_ahead)
+            bad = BadSamples(self.dataset.num_samples, self.loader.max_bad_samples)
+            yield Assembler(self.dataset, draw, readers, bad).read_ahead(self.batches(), self.loader.read_ahead)
 
     def resident(self) -> list[Batch]:
         """A few encoded batches, to be used repeatedly."""

@@ -81,12 +81,9 @@ class PretrainConfig:
         its statistics may then be another number, which resuming says.
         """
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
-        fields = {f"views.{name}": value for name, value in asdict(self.views).items()}
+        fields = {f"views.{name}": value for name, value in self.views.identity().items()}
         if self.init is not None:
             fields["init"] = str(self.init)
-        del fields["views.extra"]  # where only those that are on matter, also to checkpoints that lack some
-        for name, (_, augmentation) in self.views.extra.active().items():
-            fields[f"views.{name}"] = asdict(augmentation)
         fields = {**fields, **self.model.identity(), **self.optim.identity()}
         return _plain({**run, **fields, "dataset": dataset_fingerprint})
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backends.base import Batch, DaliConfig, UndecodableBatchError
+from pipeline.backends.base import BackendContext, Batch, DaliConfig, UndecodableBatchError
 from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
@@ -18,6 +18,7 @@ from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.producer import ViewMaker
 from pipeline.loader.read_batches import Assembler
+from pipeline.sampling.sampler import BatchIds
 from pipeline.sampling.views import ViewRecipe, draw_views
 
 
@@ -66,31 +67,26 @@ def test_a_batch_that_fails_though_every_image_is_good_is_no_images_fault(photo_
     with ThreadPoolExecutor(1) as pool:
         assembler = Assembler(
             photo_dataset,
-            lambda epoch, ids: draw_views(recipe, 0, epoch, ids, photo_dataset.sizes(ids)),
+            lambda batch, ids: draw_views(recipe, 0, batch.epoch, ids, photo_dataset.sizes(ids)),
             pool,
-            BadSamples(10, reports.append),
+            BadSamples(48, 10, reports.append),
         )
         maker = ViewMaker(
             assembler,
-            recipe,
             LoaderConfig(backend="torchvision"),
-            max_batch=3,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            pool=pool,
-            threads=1,
+            BackendContext(recipe, DaliConfig(), 3, torch.device("cpu"), torch.float32, pool, threads=1),
         )
         make = maker._make
 
         def fail_together(batches: Any) -> Any:
-            for batch, views in make(batches):
+            for batch in batches:
                 if len(batch) > 1:
                     raise UndecodableBatchError(batch, "out of memory")
-                yield batch, views
+                yield from make(iter([batch]))
 
         maker._make = fail_together  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match=r"each of them good.*out of memory"):
-            next(maker.deliver([(0, 0, ids)]))
+            next(maker.views([BatchIds(0, 0, ids)]))
     assert not reports
 
 

@@ -41,7 +41,7 @@ def photo_batch(dataset: ShardSet, side: int, centre: bool) -> Batch:
 @pytest.mark.parametrize("side", [16, 32, 96])
 def test_views_are_the_references(side: int, photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
     batch, images = decoded(photo_batch(photo_dataset, side, centre=False))
-    delivered, squares = next(CutSquares(iter([(batch, images)]), side, pool, 2))
+    delivered, squares = next(CutSquares(iter([(batch, images)]), ViewRecipe(image_size=side), pool, 2))
     assert delivered is batch
     assert len(squares) == 2
     assert isinstance(batch.windows, ViewParams)
@@ -55,7 +55,7 @@ def test_views_are_the_references(side: int, photo_dataset: ShardSet, pool: Thre
 @pytest.mark.parametrize("side", [16, 32, 96])
 def test_centre_crops_are_the_references(side: int, photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
     batch, images = decoded(photo_batch(photo_dataset, side, centre=True))
-    _, (made,) = next(CutSquares(iter([(batch, images)]), side, pool, 2))
+    _, (made,) = next(CutSquares(iter([(batch, images)]), ViewRecipe(image_size=side), pool, 2))
     for sample, image in enumerate(images):
         expected = reference.centre_crop(image.permute(2, 0, 1), batch.windows, sample, side)
         assert torch.equal(made[sample].permute(2, 0, 1), expected)
@@ -70,7 +70,7 @@ def test_an_image_smaller_than_its_windows_is_noticed_and_the_next_batch_comes(
     smaller[7] = images[7][:-9, :-9]
     if not centre:
         batch.windows.crop[7, 1] = [0, 0, *images[7].shape[:2]]
-    squares = CutSquares(iter([(batch, smaller), (batch, images)]), SIDE, pool, 2)
+    squares = CutSquares(iter([(batch, smaller), (batch, images)]), RECIPE, pool, 2)
     with pytest.raises(UndecodableBatchError, match=r"less than samples\.npy says") as caught:
         next(squares)
     assert caught.value.batch is batch
@@ -80,7 +80,7 @@ def test_an_image_smaller_than_its_windows_is_noticed_and_the_next_batch_comes(
 
 def test_squares_stay_as_they_were_while_later_batches_come(pool: ThreadPoolExecutor) -> None:
     batches = [batch_of([image_bytes(10 * step + i) for i in range(4)], RECIPE, step=step) for step in range(8)]
-    squares = CutSquares(map(decoded, batches), SIDE, pool, 2)
+    squares = CutSquares(map(decoded, batches), RECIPE, pool, 2)
     held = [next(squares)[1] for _ in range(3)]
     copies = [[square.clone() for square in views] for views in held]
     list(squares)
@@ -92,7 +92,7 @@ def test_squares_stay_as_they_were_while_later_batches_come(pool: ThreadPoolExec
 def test_memory_is_used_again(pool: ThreadPoolExecutor) -> None:
     batches = [batch_of([image_bytes(i) for i in range(4)], RECIPE) for _ in range(6)]
     places = set()
-    for _, squares in CutSquares(map(decoded, batches), SIDE, pool, 2):
+    for _, squares in CutSquares(map(decoded, batches), RECIPE, pool, 2):
         places.update(square.data_ptr() for square in squares)
         del squares
     assert len(places) <= 4

@@ -51,7 +51,7 @@ DEVICES = [
 def squares_of(
     batches: Iterator[Batch], device: torch.device = CPU, side: int = SIDE, largest: int = 48
 ) -> DaliSquares:
-    return DaliSquares(batches, side, largest, 2, device, DaliConfig())
+    return DaliSquares(batches, ViewRecipe(image_size=side), largest, 2, device, DaliConfig())
 
 
 def assert_close(made: torch.Tensor, expected: list[torch.Tensor]) -> None:
@@ -284,7 +284,7 @@ def test_the_graph_of_a_gpu_is_as_configured(
     monkeypatch.setattr(dali.Pipeline, "set_outputs", lambda pipeline, *nodes: outputs.extend(nodes))
     batch, _ = photo_batch(photo_dataset, SIDE, centre)
     config = DaliConfig(decoder=decoder, hw_decoder_load=0.5, smooth_chroma=True)
-    DaliSquares(iter([batch]), SIDE, len(batch), 2, torch.device("cuda", 0), config)
+    DaliSquares(iter([batch]), RECIPE, len(batch), 2, torch.device("cuda", 0), config)
     assert [node.device for node in outputs] == ["gpu"] * (1 if centre else 2)
     assert seen["device"] == decoder
     assert seen["adjust_orientation"] is False

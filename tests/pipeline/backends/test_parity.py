@@ -103,7 +103,7 @@ def test_the_whole_recipe_on_real_images(real_dataset: ShardSet) -> None:
             params = draw_views(recipe, 0, 0, views.ids, real_dataset.sizes(views.ids))
             for i, sample in enumerate(views.ids.tolist()):
                 image = reference.decode(real_dataset.read(sample))
-                for view, x in enumerate((views.x1, views.x2)):
+                for view, x in enumerate(views.views):
                     expected = reference.normalise(reference.transform(image, params, i, view, recipe), recipe)
                     apart.append((x[i] - expected).abs() * std * 255)
     assert len(apart) == 2 * len(real_dataset)

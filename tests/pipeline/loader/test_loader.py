@@ -93,7 +93,7 @@ def test_views_are_those_of_order_and_recipe(photo_dataset: ShardSet, backend: s
         assert views.wait_s >= 0
         params = draw_views(RECIPE, 9, views.epoch, views.ids, photo_dataset.sizes(views.ids))
         images = [reference.decode(photo_dataset.read(int(sample))) for sample in views.ids]
-        for view, x in enumerate((views.x1, views.x2)):
+        for view, x in enumerate(views.views):
             assert x.shape == (12, 3, 32, 32)
             assert x.dtype == torch.float32
             assert x.is_contiguous(memory_format=torch.channels_last)
@@ -419,7 +419,7 @@ def test_the_default_report_is_a_line_on_stderr(changed: ShardSet, capsys: pytes
         assert line.startswith("bad sample, replaced by the next one: sample ")
 
 
-def test_an_error_of_the_feeder_reaches_the_training_loop(
+def test_an_error_of_the_producer_reaches_the_training_loop(
     photo_dataset: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def out_of_memory(*_: object) -> None:

@@ -19,23 +19,24 @@ from pipeline.sampling.views import ViewParams, ViewRecipe, draw_views
 from tests.helpers.damage import change_bytes, copy_dataset
 
 RECIPE = ViewRecipe(image_size=16)
+EPOCH_7 = BatchIds(7, 0, np.arange(0))
 
 
-class CollapseReading:
+class Reading:
     """An assembler of one dataset, and what it reported."""
 
     def __init__(self, dataset: ShardSet, pool: ThreadPoolExecutor, limit: int = 100) -> None:
         self.dataset = dataset
         self.reports: list[BadSampleError] = []
-        self.bad = BadSamples(limit, self.reports.append)
+        self.bad = BadSamples(dataset.num_samples, limit, self.reports.append)
         self.assembler = Assembler(dataset, self.draw, pool, self.bad)
 
-    def draw(self, epoch: int, ids: np.ndarray) -> ViewParams:
-        return draw_views(RECIPE, 0, epoch, ids, self.dataset.sizes(ids))
+    def draw(self, batch: BatchIds, ids: np.ndarray) -> ViewParams:
+        return draw_views(RECIPE, 0, batch.epoch, ids, self.dataset.sizes(ids))
 
     def batches(self, ids: list[int], batch: int = 8, depth: int = 3) -> Iterator[Batch]:
         parts = [np.array(ids[start : start + batch]) for start in range(0, len(ids), batch)]
-        return self.assembler.read_ahead([(7, step, part) for step, part in enumerate(parts)], depth)
+        return self.assembler.read_ahead([BatchIds(7, step, part) for step, part in enumerate(parts)], depth)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def damaged(photo_dataset_path: Path, tmp_path: Path) -> ShardSet:
 def test_batches_hold_the_bytes_of_their_samples(
     photo_dataset: ShardSet, pool: ThreadPoolExecutor, batch: int, depth: int
 ) -> None:
-    reading = CollapseReading(photo_dataset, pool)
+    reading = Reading(photo_dataset, pool)
     ids = np.random.default_rng(0).permutation(48).tolist()
     batches = list(reading.batches(ids, batch, depth))
     assert [made.step for made in batches] == list(range(-(-48 // batch)))
@@ -65,37 +66,37 @@ def test_batches_hold_the_bytes_of_their_samples(
     for made in batches:
         np.testing.assert_array_equal(made.sources, made.ids)
         assert [data.tobytes() for data in made.encoded] == [photo_dataset.read(sample) for sample in made.ids]
-        np.testing.assert_array_equal(made.windows.crop, reading.draw(7, made.ids).crop)
+        np.testing.assert_array_equal(made.windows.crop, reading.draw(EPOCH_7, made.ids).crop)
     assert not reading.reports
 
 
-def test_no_more_places_are_taken_than_are_read_ahead(photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
+def test_no_more_batches_are_taken_than_are_read_ahead(photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
     taken = []
 
-    def places() -> Iterator[BatchIds]:
+    def batches() -> Iterator[BatchIds]:
         for step in range(20):
             taken.append(step)
-            yield 0, step, np.array([step])
+            yield BatchIds(0, step, np.array([step]))
 
-    batches = CollapseReading(photo_dataset, pool).assembler.read_ahead(places(), 3)
+    reading = Reading(photo_dataset, pool).assembler.read_ahead(batches(), 3)
     for step in range(10):
-        assert next(batches).step == step
+        assert next(reading).step == step
         assert len(taken) == step + 1 + 3
 
 
 def test_bad_samples_are_replaced_by_the_next_good_one(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
-    reading = CollapseReading(damaged, pool)
+    reading = Reading(damaged, pool)
     (batch,) = reading.batches([4, 5, 6, 10, 11, 12, 47, 0])
     assert batch.ids.tolist() == [4, 5, 6, 10, 11, 12, 47, 0]
     assert batch.sources.tolist() == [4, 6, 6, 12, 12, 12, 0, 0]  # two in a row; and the last wraps around
     assert [data.tobytes() for data in batch.encoded] == [damaged.read(int(source)) for source in batch.sources]
-    expected = reading.draw(7, batch.sources)  # seen as the other sample would be
+    expected = reading.draw(EPOCH_7, batch.sources)  # seen as the other sample would be
     np.testing.assert_array_equal(batch.windows.crop, expected.crop)
     np.testing.assert_array_equal(batch.windows.factors, expected.factors)
 
 
 def test_each_bad_sample_is_reported_once_by_shard_key_and_reason(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
-    reading = CollapseReading(damaged, pool)
+    reading = Reading(damaged, pool)
     for _ in range(3):
         list(reading.batches(list(range(48)) * 2))
     assert sorted(report.sample_id for report in reading.reports) == [5, 10, 11, 47]
@@ -110,7 +111,7 @@ def test_each_bad_sample_is_reported_once_by_shard_key_and_reason(damaged: Shard
 def test_samples_noted_bad_later_are_replaced_like_those_found_when_reading(
     photo_dataset: ShardSet, pool: ThreadPoolExecutor
 ) -> None:
-    reading = CollapseReading(photo_dataset, pool)
+    reading = Reading(photo_dataset, pool)
     (batch,) = reading.batches([1, 2, 3, 4])
     reading.assembler.note_bad(2, "cannot be decoded")
     reading.assembler.note_bad(3, "cannot be decoded")
@@ -124,18 +125,18 @@ def test_samples_noted_bad_later_are_replaced_like_those_found_when_reading(
 
 def test_too_many_bad_samples_stop_with_the_list(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
     with pytest.raises(UserError, match="--max-bad-samples") as caught:
-        list(CollapseReading(damaged, pool, limit=3).batches(list(range(48))))
+        list(Reading(damaged, pool, limit=3).batches(list(range(48))))
     for sample in (5, 10, 11, 47):
         assert f"sample {sample} (key {damaged.key(sample)} in {damaged.shards[sample // 10].name})" in str(
             caught.value
         )
-    reading = CollapseReading(damaged, pool, limit=4)
+    reading = Reading(damaged, pool, limit=4)
     assert len(list(reading.batches(list(range(48))))) == 6
     assert len(reading.reports) == 4
 
 
 def test_none_may_be_bad(damaged: ShardSet, pool: ThreadPoolExecutor) -> None:
-    reading = CollapseReading(damaged, pool, limit=0)
+    reading = Reading(damaged, pool, limit=0)
     assert len(list(reading.batches([0, 1, 2]))) == 1
     with pytest.raises(UserError, match="1 bad samples, more than the 0 allowed"):
         list(reading.batches([5]))
@@ -146,7 +147,7 @@ def test_all_bad_is_an_error_not_an_endless_search(
 ) -> None:
     path = copy_dataset(photo_dataset_path, tmp_path / "ruined")
     change_bytes(path, list(range(48)))
-    reading = CollapseReading(ShardSet.open(path), pool, limit=1000)
+    reading = Reading(ShardSet.open(path), pool, limit=1000)
     with pytest.raises(UserError, match=r"no sample of .* can be read"):
         list(reading.batches([3]))
     assert len(reading.reports) == 48
@@ -155,7 +156,7 @@ def test_all_bad_is_an_error_not_an_endless_search(
 
 
 def test_only_makes_a_batch_of_one(photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
-    (batch,) = CollapseReading(photo_dataset, pool).batches([9, 8, 7])
+    (batch,) = Reading(photo_dataset, pool).batches([9, 8, 7])
     alone = batch.only(1)
     assert len(alone) == len(alone.windows) == 1
     assert (alone.ids.tolist(), alone.sources.tolist()) == ([8], [8])

@@ -186,7 +186,7 @@ def test_they_follow_the_papers_recipe_on_every_back_end(photo_dataset: ShardSet
     plain, made = load(photo_dataset, backend, Augmentations()), load(photo_dataset, backend, ALL_ON)
     for before, after in zip(plain, made, strict=True):
         extra = draw_views(recipe, 5, 0, after.ids, photo_dataset.sizes(after.ids)).extra
-        for view, (x, changed) in enumerate(((before.x1, after.x1), (before.x2, after.x2))):
+        for view, (x, changed) in enumerate(zip(before.views, after.views, strict=True)):
             assert torch.equal(augment(x.clone(), extra[:, view], ALL_ON), changed)
             assert not torch.equal(x, changed)
             assert changed.is_contiguous(memory_format=torch.channels_last)

@@ -25,7 +25,7 @@ def seen(
 ) -> dict[tuple[int, int], list[list[int]]]:
     """The micro-batches of each (epoch, step)."""
     found: dict[tuple[int, int], list[list[int]]] = {}
-    for epoch, step, ids in sampler.places(num_samples, order, process):
+    for epoch, step, ids, _ in sampler.batches(num_samples, order, process):
         found.setdefault((epoch, step), []).append(ids.tolist())
     return found
 
@@ -49,7 +49,7 @@ def test_the_processes_share_each_global_batch(
     assert sampler.micro_batch(world) == micro
     ranks = processes(world, local)
     parts = [seen(sampler, samples, order, process) for process in ranks]
-    on_all_ranks = [list(sampler.of_machine(samples, order, process)) for process in ranks]
+    on_all_ranks = [list(sampler.machine_ids(samples, order, process)) for process in ranks]
     places = [(epoch, step) for epoch in range(2) for step in range(2)]
     for number, (epoch, step) in enumerate(places):
         whole = batch_ids(samples, seed, epoch, step, batch).tolist()
@@ -90,4 +90,4 @@ def test_micro_batches_that_cannot_be_equal_differ_by_one() -> None:
 def test_fewer_samples_than_a_batch_are_no_step() -> None:
     order, alone = partial(epoch_order, 9, 0), World.alone(CPU)
     assert seen(BatchSampler(0, 10, epochs=3), 9, order, alone) == {}
-    assert [len(ids) for ids in BatchSampler(0, 10, epochs=3).of_machine(9, order, alone)] == []
+    assert [len(ids) for ids in BatchSampler(0, 10, epochs=3).machine_ids(9, order, alone)] == []

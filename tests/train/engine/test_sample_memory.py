@@ -16,9 +16,8 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_views
-from pipeline.loader.producer import PAIR_EPOCHS
 from pipeline.sampling.sampler import BatchSampler
-from pipeline.sampling.views import ViewRecipe, draw_views
+from pipeline.sampling.views import PAIR_EPOCHS, ViewRecipe, draw_views
 from tests.train.test_pretrain import alone, flags, global_batches, losses, run_here, torchrun, views
 from train.config.recipes import parse_config
 from train.engine import loop as loop_module
