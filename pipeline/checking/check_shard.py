@@ -16,7 +16,7 @@ from pipeline.sharding.index_tars import components, image_member, read_label, t
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
-from pipeline.sources.tar import Member
+from pipeline.sources.tar_members import Member
 
 EXAMPLES = 5  # cases of each kind of damage listed in a report; the rest is counted
 Decode = Literal["sampled", "full", "none"]

@@ -23,7 +23,7 @@ from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.write_shard import Job, ShardParts, Tick
 from pipeline.sources.image_file import IMAGE_SUFFIXES, BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
-from pipeline.sources.tar import Member, scan_tar
+from pipeline.sources.tar_members import Member, scan_tar
 
 _UNUSED = {"limit": None, "shorter_side": None, "subtree": "", "labels": ("auto", "none")}
 _LABEL_BYTES = 32  # longer than any number; a longer .cls file is refused unread

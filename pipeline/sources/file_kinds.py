@@ -25,12 +25,14 @@ _IMAGE_FORMATS = (
     (b"Pf\n", "PFM"),
     (b"DDS ", "DDS"),
     (b"SIMPLE  =", "FITS"),
-    (b"\x93NUMPY", "NumPy"),
-    (b"\x89HDF\r\n", "HDF5"),
-    (b"%PDF", "PDF"),
-    (b"<svg", "SVG"),
     (b"II+\0", "BigTIFF"),
     (b"MM\0+", "BigTIFF"),
+    (b"<svg", "SVG"),
+)
+_OTHER_FORMATS = (
+    (b"%PDF", "PDF"),
+    (b"\x93NUMPY", "NumPy"),
+    (b"\x89HDF\r\n", "HDF5"),
     (b"\x1aE\xdf\xa3", "Matroska or WebM video"),
     (b"\0\0\x01\xba", "MPEG video"),
     (b"fLaC", "FLAC audio"),
@@ -89,7 +91,7 @@ def describe_unknown(data: bytes) -> str:
     """The reason to refuse ``data``, which PIL did not open as one of the supported formats."""
     if data.startswith(b"\xff\xd8"):
         return _describe_jpeg(data)
-    for magic, name in _IMAGE_FORMATS:
+    for magic, name in (*_IMAGE_FORMATS, *_OTHER_FORMATS):
         if data.startswith(magic):
             return f"{name} is not a supported format"
     if data[:4] == b"RIFF" and data[8:12] in _RIFF:
@@ -105,6 +107,12 @@ def describe_unknown(data: bytes) -> str:
     if data and not any(data[:_SNIFFED]):
         return "not an image: it begins with zero bytes, as after a download or copy that was cut off"
     return "not an image: unknown or damaged format"
+
+
+def is_other_image(data: bytes) -> bool:
+    """Whether ``data`` is an image of a format that is not supported."""
+    known = any(data.startswith(magic) for magic, _ in _IMAGE_FORMATS)
+    return known or (data[4:8] == b"ftyp" and data[8:12] in _BRANDS)
 
 
 def _describe_jpeg(data: bytes) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tarfile
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -130,7 +131,31 @@ def _first(value: str | tuple[float, ...] | None) -> int:
     return int(value[0])
 
 
-SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test", "dev"})
+_SPLITS = {  # words by which folders are recognised as splits, and the kind of each
+    **dict.fromkeys(("train", "training", "trn", "trainval", "trainvalid"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "devel", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation", "holdout", "heldout", "pred"), "test"),
+    **dict.fromkeys(("unlabeled", "unlabelled", "unsup", "unsupervised"), "unlabeled"),
+}
+_BESIDE_SPLITS = frozenset(
+    {"set", "data", "dataset", "split", "images", "image", "img", "imgs", "extra", "all", "part"}
+)
+
+
+def split_kinds(folders: list[str]) -> dict[str, str]:
+    """The folders named like splits (Training, test_set, val2014), each as "train", "val", "test" or "unlabeled".
+
+    Words that all folders share do not count: seg_train beside seg_test.
+    """
+    words = {folder: set(re.findall(r"[A-Z]?[a-z]{2,}|[A-Z]{2,}", folder)) for folder in folders}
+    plain = {f: {re.sub(r"(.)(data)?set$", r"\1", word.lower()) for word in found} for f, found in words.items()}
+    common = set.intersection(*plain.values()) if len(folders) > 1 else set()
+    kinds = {}
+    for folder, found in plain.items():
+        kind = {_SPLITS[word] for word in found if word in _SPLITS}
+        if len(kind) == 1 and not found - set(_SPLITS) - _BESIDE_SPLITS - common:
+            kinds[folder] = kind.pop()
+    return kinds
 
 
 def label_by_folder(listing: Listing, source: str, mode: Literal["auto", "folders"]) -> Listing:
@@ -172,8 +197,9 @@ def _check_classes(classes: list[str], tops: list[str], names: list[str], source
             f"all images of {source} lie below one folder, {classes[0]!r}, with further folders inside: choose it "
             f"with --subtree {classes[0]} to get labels from the folders inside, or say --labels none"
         )
-    if set(classes) <= SPLIT_NAMES:
+    splits = split_kinds(classes)
+    if len(splits) == len(classes) or len(set(splits.values())) > 1:
         raise UserError(
-            f"{source} holds the folders {', '.join(classes)}, which look like splits, not classes: "
-            f"choose one with --subtree {classes[0]}, or say --labels folders or --labels none"
+            f"{source} holds the folders {', '.join(splits)}, which look like splits, not classes: "
+            f"choose one with --subtree {shlex.quote(next(iter(splits)))}, or say --labels folders or --labels none"
         )

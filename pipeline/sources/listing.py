@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,53 @@ from pipeline.sources.image_file import IMAGE_SUFFIXES
 
 UNKNOWN_LENGTH = -1
 _COLUMNS = ("names", "name_starts", "offsets", "lengths", "labels")
+
+
+NO_IMAGE_NAME = "not an image file"
+SYSTEM_FOLDER = "in a folder of the system or of a device, not of images"
+MOST_BYTES = 1 << 30  # of one encoded image: it is read into memory as a whole
+# Windows, macOS, Linux, Synology, QNAP; other folders of this kind are hidden ones
+_SYSTEM_NAMES = (
+    r"\$recycle\.bin|recycler|system volume information|__macosx|lost\+found|@eadir|#recycle|@recycle|@__thumb"
+)
+_SYSTEM_FOLDERS = re.compile(rf"(?:^|/)(?:{_SYSTEM_NAMES})/", re.IGNORECASE)
+
+
+def is_system_folder(name: str) -> bool:
+    """Whether a folder of this name holds thumbnails, deleted files or the like."""
+    return re.fullmatch(_SYSTEM_NAMES, name, re.IGNORECASE) is not None
+
+
+def suffix(name: str) -> str:
+    """The ending of the last component of ``name`` in small letters, without its dot; "" if it has none."""
+    stem, _, ending = name.rpartition("/")[2].rpartition(".")
+    return ending.lower() if stem else ""
+
+
+def plain_name(name: str) -> str:
+    """A member's name without leading slash, "." and ".." components; used for display and labels, never as a path."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def inside(name: str, subtree: str) -> str | None:
+    """The plain name of an archive's member relative to folder ``subtree``; None if it is elsewhere or hidden."""
+    name, below = plain_name(name), plain_name(subtree)
+    if below:
+        if not name.startswith(f"{below}/"):
+            return None
+        name = name[len(below) + 1 :]
+    return None if name.startswith(".") or "/." in name else name
+
+
+def kinds_of(rejected: Iterable[Rejected]) -> str:
+    """Entries that are not named like images, counted by ending: "412 .heic, 3 .mp4"; "" if there are none."""
+    counts = Counter(suffix(entry.name) for entry in rejected if entry.reason == NO_IMAGE_NAME)
+    kinds = sorted(counts.items(), key=lambda kind: (-kind[1], kind[0]))
+    shown = [f"{count:,} {f'.{ending}' if ending else 'without an ending'}" for ending, count in kinds[:_KINDS_SHOWN]]
+    return ", ".join(shown) + (f" and {len(kinds) - _KINDS_SHOWN} other kinds" if len(kinds) > _KINDS_SHOWN else "")
+
+
+_KINDS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -91,8 +140,14 @@ class ListingBuilder:
 
     def add(self, name: str, offset: int, length: int, label: int | None = None) -> None:
         """Add one entry; a name without an image's extension goes to ``rejected``."""
-        if PurePosixPath(name).suffix[1:].lower() not in IMAGE_SUFFIXES:
-            self.reject(name, "not an image file")
+        if suffix(name) not in IMAGE_SUFFIXES:
+            self.reject(name, NO_IMAGE_NAME)
+            return
+        if _SYSTEM_FOLDERS.search(name):
+            self.reject(name, SYSTEM_FOLDER)
+            return
+        if length > MOST_BYTES:
+            self.reject(name, f"larger than {MOST_BYTES >> 20:,} MiB")
             return
         self.names.append(name.encode("utf-8", "surrogateescape"))
         self.offsets.append(offset)
@@ -107,13 +162,8 @@ class ListingBuilder:
     def build(self, classes: Sequence[str] = ()) -> Listing:
         """Sort by name. Raises UserError if there is no image at all."""
         if not self.names:
-            seen = (
-                f"; {len(self.rejected)} other entries were seen, the first: {self.rejected[0]}"
-                if self.rejected
-                else ""
-            )
             raise UserError(
-                f"no images in {self.source}{seen}. Check the path, --subtree, and that they are named as "
+                f"no images in {self.source}{self._seen()}. Check the path, --subtree, and that they are named as "
                 "images are: --help lists the endings"
             )
         order = self._sorted_unique()
@@ -131,6 +181,13 @@ class ListingBuilder:
             classes=tuple(classes),
             rejected=tuple(sorted(self.rejected, key=lambda r: (r.name, r.reason))),
         )
+
+    def _seen(self) -> str:
+        if not self.rejected:
+            return ""
+        kinds = f" ({text})" if (text := kinds_of(self.rejected)) else ""
+        first = self.rejected[0]
+        return f"; {len(self.rejected)} other entries{kinds} were seen, the first: {first.name!r}, {first.reason}"
 
     def _sorted_unique(self) -> list[int]:
         """Rows sorted by name. A later entry of the same name replaces the earlier one, as when a tar is unpacked."""

@@ -12,6 +12,7 @@ source must do.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,25 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.errors import UserError
+from pipeline.dataset.format import DATASET_FILE
+from pipeline.sources.file_kinds import describe_unknown
 from pipeline.sources.labels import adopt_classes, dataset_classes, label_by_file, label_by_folder
-from pipeline.sources.listing import Listing
-from pipeline.sources.parquet import parquet_files, spool_parquet
-from pipeline.sources.readers import WDS, ContainerReader, Source, open_folder
+from pipeline.sources.listing import NO_IMAGE_NAME, Listing, plain_name, suffix
+from pipeline.sources.parquet import ParquetColumns, open_parquet
+from pipeline.sources.parquet_layout import choose_files, parquet_files
+from pipeline.sources.readers import WDS, ContainerReader, FolderReader, Source, list_folder
 from pipeline.sources.synthetic import open_synthetic
-from pipeline.sources.tar import compression, is_plain_tar, list_tar, unpack_tar
+from pipeline.sources.tar import compression, list_class_tars, list_tar, unpack_tar
+from pipeline.sources.tar_members import is_plain_tar
+from pipeline.sources.zip_archive import is_zip, open_zip
+
+_OpenParquet = Callable[[Path, list[Path]], Source]  # (SOURCE, files that may belong to the dataset)
 
 # KIND:REST is opened by KINDS[KIND](REST, subtree, seed).
 KINDS: dict[str, Callable[[str, str, int], Source]] = {"synthetic": open_synthetic}
+
+_PACKED = re.compile(r"\.(tgz|tbz2?|txz|zip|tar\.\w+)$", re.IGNORECASE)
+_NUMBERED = re.compile(r"(.*?)(\d+)\.tar", re.IGNORECASE)
 
 
 def source_title(source: str) -> str:
@@ -44,6 +55,9 @@ def open_source(
     *,
     subtree: str = "",
     labels: str = "auto",
+    label_column: str | None = None,
+    image_column: str | None = None,
+    split: str | None = None,
     classes_from: Path | None = None,
     seed: int = 0,
     quiet: bool = True,
@@ -61,33 +75,123 @@ def open_source(
         path = Path(source)
         if not path.exists():
             raise UserError(
-                f"SOURCE {source} does not exist: give a folder, a tar, parquet files, synthetic:N or wds:PATTERN"
+                f"SOURCE {source} does not exist: give a folder, tar, zip, parquet files, synthetic:N or wds:PATTERN"
             )
-        opened = _open_path(path, subtree, labels, spool, quiet)
-    return replace(opened, listing=_with_labels(opened.listing, source, labels, classes_from))
+        columns = ParquetColumns(labels in ("auto", "folders"), label_column, image_column)
+
+        def open_files(root: Path, files: list[Path]) -> Source:
+            return open_parquet(root, choose_files(root, files, subtree, split), columns, spool, quiet)
+
+        opened = _open_path(path, subtree, labels, spool, open_files, quiet)
+    return _with_labels(opened, source, labels, classes_from)
 
 
-def _open_path(path: Path, subtree: str, labels: str, spool: Path, quiet: bool) -> Source:
-    if parquet_files(path, subtree):
-        container, listing = spool_parquet(path, subtree, labels, spool, quiet)
-        return Source(listing, ContainerReader(container))
+def _open_path(path: Path, subtree: str, labels: str, spool: Path, open_parquet: _OpenParquet, quiet: bool) -> Source:
+    if parquet := parquet_files(path, subtree):
+        return open_parquet(path, parquet)
     if path.is_dir():
-        return open_folder(path, subtree, quiet)
+        return _open_folder(path, subtree, labels, open_parquet, quiet)
+    if not path.is_file():
+        raise UserError(f"SOURCE {path} is a pipe, socket or device: give a folder or a file")
+    if is_zip(path):
+        return _told_of_webdataset(open_zip(path, subtree, quiet), path)
     container = path if compression(path) is None else unpack_tar(path, spool, quiet)
     if not is_plain_tar(container):
+        with open(container, "rb") as file:
+            kind = describe_unknown(file.read(4096))
         raise UserError(
-            f"SOURCE {path} is neither a tar (plain, gz, bz2, xz) nor a parquet file: unpack it, or convert it"
+            f"SOURCE {path} is neither a tar (plain, gz, bz2, xz), nor a zip, nor a parquet file ({kind}): unpack "
+            "or convert it; for a single image give its folder"
         )
-    return Source(list_tar(container, subtree, quiet), ContainerReader(container))
+    return _told_of_webdataset(Source(list_tar(container, subtree, quiet), ContainerReader((container,))), path)
 
 
-def _with_labels(listing: Listing, source: str, labels: str, classes_from: Path | None) -> Listing:
+def _open_folder(root: Path, subtree: str, labels: str, open_parquet: _OpenParquet, quiet: bool) -> Source:
+    """The images of a folder; where it holds tars instead of images, those in the tars, each tar being a class."""
+    top = root / subtree
+    if not top.is_dir():
+        parts = plain_name(subtree).split("/")
+        inside = ["/".join(parts[:count]) + ".tar" for count in range(1, len(parts) + 1)]
+        tars = [tar for tar in inside if (root / tar).is_file()]
+        if not tars:
+            raise UserError(f"{top} is not a folder: check SOURCE and --subtree")
+        return _open_class_tars(root, tars[:1], subtree, labels, quiet)
+    builder = list_folder(top, quiet)
+    others = [entry.name for entry in builder.rejected if entry.reason == NO_IMAGE_NAME]
+    tars = [name for name in others if suffix(name) == "tar"]
+    if tars and len(tars) >= len(builder.names):
+        if builder.names:
+            raise UserError(
+                f"{top} holds {len(tars)} tars beside {len(builder.names)} images, so either may be meant: move one "
+                "kind to a folder of its own"
+            )
+        return _open_class_tars(top, tars, "", labels, quiet)
+    packed = [name for name in others if _PACKED.search(name)]
+    if packed and not builder.names:
+        raise UserError(
+            f"{top} holds no images but {len(packed)} archives, the first {packed[0]!r}: give one of them as SOURCE, "
+            "or decompress them to plain tars, each of which then counts as a class"
+        )
+    parquet = [top / name for name in others if suffix(name) == "parquet"]
+    if parquet and not builder.names:
+        return open_parquet(root, sorted(parquet))
+    return Source(builder.build(), FolderReader(top))
+
+
+def _open_class_tars(root: Path, tars: list[str], subtree: str, labels: str, quiet: bool) -> Source:
+    if (root / DATASET_FILE).exists() and any(name.startswith("shard-") for name in tars):
+        raise UserError(f"SOURCE {root} is a dataset that make_shards.py wrote: it can be used as it is, with --data")
+    listing, paths = list_class_tars(root, tars, subtree, quiet)
+    if labels == "auto" and (_is_webdataset(listing) or _are_numbered(tars)):
+        raise UserError(
+            f"the {len(tars)} tars in {root} look like WebDataset shards, not like one tar for each class: index them "
+            f"with SOURCE 'wds:{root}/*.tar', or say --labels folders to make each tar a class, or --labels none"
+        )
+    starts = np.cumsum([0, *(path.stat().st_size for path in paths)])[:-1]
+    return Source(listing, ContainerReader(tuple(paths), tuple(starts.tolist())))
+
+
+def _told_of_webdataset(source: Source, path: Path) -> Source:
+    if not _is_webdataset(source.listing):
+        return source
+    note = (
+        f"{path.name} has .cls or .json files beside its images, which were not read: SOURCE wds:{path} takes labels "
+        "from them"
+    )
+    return replace(source, notes=(*source.notes, note))
+
+
+def _is_webdataset(listing: Listing) -> bool:
+    """Whether there are labels as WebDataset stores them: KEY.cls or KEY.json beside KEY.jpg."""
+    others = [entry.name for entry in listing.rejected if entry.reason == NO_IMAGE_NAME]
+    keys = {name.rpartition(".")[0] for name in others if suffix(name) in ("cls", "json")}
+    return bool(keys) and any(listing.name(index).rpartition(".")[0] in keys for index in range(len(listing)))
+
+
+def _are_numbered(tars: list[str]) -> bool:
+    """Whether the tars are numbered in sequence with leading zeros, as shards are and classes are not."""
+    matches = [_NUMBERED.fullmatch(tar) for tar in sorted(tars)]
+    if len(tars) < 2 or not all(matches):
+        return False
+    numbers = [(match[1], len(match[2]), int(match[2])) for match in matches if match is not None]
+    first = numbers[0]
+    return first[1] > 1 and numbers == [(*first[:2], first[2] + step) for step in range(len(tars))] and first[2] < 2
+
+
+def _with_labels(opened: Source, source: str, labels: str, classes_from: Path | None) -> Source:
     """Apply --labels and --classes-from."""
+    listing = opened.listing
     if labels == "none":
-        return replace(listing, labels=np.full(len(listing), -1, np.int32), classes=())
+        return replace(opened, listing=replace(listing, labels=np.full(len(listing), -1, np.int32), classes=()))
     known = () if classes_from is None else dataset_classes(classes_from)
     if labels not in ("auto", "folders"):
-        return label_by_file(listing, Path(labels), known)
-    if not listing.classes:  # parquet and synthetic sources have their own
+        labelled = label_by_file(listing, Path(labels), known)
+        return replace(opened, listing=labelled, labels_from=f"the file {Path(labels).name}")
+    if opened.labels_from is None and opened.has_folders:
         listing = label_by_folder(listing, source, "auto" if labels == "auto" else "folders")
-    return listing if classes_from is None else adopt_classes(listing, classes_from)
+        opened = replace(opened, labels_from="folders" if listing.classes else None)
+    elif labels == "folders" and opened.labels_from is None:
+        raise UserError(f"--labels folders, but {source} has no folders and no labels of its own: use --labels none")
+    if classes_from is not None:
+        listing = adopt_classes(listing, classes_from)
+    return replace(opened, listing=listing)

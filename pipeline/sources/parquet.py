@@ -1,150 +1,326 @@
 """Read Hugging Face style parquet files: a column of encoded images and, optionally, a label column.
 
-Parquet has no cheap random access, so all images are copied once into one temporary file beside the shards.
+Parquet has no cheap random access, so all images are copied once into one temporary file beside the shards. Schemas and
+labels of all files are read and checked first, so that a mistake is reported within seconds.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file
 from pipeline.common.system import progress
-from pipeline.sources.image_file import IMAGE_SUFFIXES
+from pipeline.sources.class_names import check_class_number, number_words
+from pipeline.sources.file_kinds import is_other_image
+from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Listing, ListingBuilder
-from pipeline.sources.readers import check_room, mark_spooled, spool_state, spooled
+from pipeline.sources.readers import ContainerReader, Source, check_room, mark_spooled, spool_state, spooled
 
-_LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
+_LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category", "class_name", "label_name")
+_IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+_NOT_IMAGES = ("audio", "video", "mask", "segmentation", "depth", "annotation", "embedding")  # parts of columns' names
 _ROWS_AT_ONCE = 64  # 64 photos of 110 KB are 7 MB
+_LABELS_AT_ONCE = 1 << 16  # rows
+_IMAGES_TRIED = 8  # rows of a column that are looked at to see whether it holds images
 
 
-def parquet_files(path: Path, subtree: str) -> list[Path]:
-    """The parquet files of SOURCE: the file itself, or those in a folder whose path begins with ``subtree``."""
-    if path.is_file():
-        return [path] if path.suffix == ".parquet" else []
-    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-    return [file for file in files if file.relative_to(path).as_posix().startswith(subtree)]
+@dataclass(frozen=True)
+class ParquetColumns:
+    """The choices of the user; None: by the schema."""
+
+    labels: bool  # False: the files' own labels are not read
+    label: str | None  # --label-column
+    image: str | None  # --image-column
 
 
-def spool_parquet(path: Path, subtree: str, labels: str, spool: Path, quiet: bool) -> tuple[Path, Listing]:
-    """Copy all images into one file in folder ``spool``, unless an earlier run did: (that file, its listing).
+def open_parquet(path: Path, files: list[Path], columns: ParquetColumns, spool: Path, quiet: bool) -> Source:
+    """Copy all images of ``files`` into one file in folder ``spool``, unless an earlier run did.
 
-    Raises UserError if pyarrow is missing, a file is damaged, or there is no image column.
+    Raises UserError if pyarrow is missing, a file is damaged, columns differ, or there is no image column.
     """
     container, saved = spool / "images.bin", spool / "spooled-listing"
-    files = parquet_files(path, subtree)
-    state = spool_state(files, "unlabelled" if labels == "none" else "labelled")
+    table = _ParquetTable(files, columns)
+    state = spool_state(files, table.image_column, table.label_column or "")
     if spooled(spool, state) and container.exists():
-        return container, Listing.load(saved)
-    if len(splits := {file.name.split("-")[0] for file in files}) > 1 and not subtree:
-        raise UserError(
-            f"{path} holds parquet files of {', '.join(sorted(splits))}: choose with --subtree, a prefix of the names"
-        )
+        return table.source(Listing.load(saved), container)
     check_room(spool, sum(file.stat().st_size for file in files), f"copying the images of {path}")
-    reader = _ParquetReader(files, labels)
+    labels, classes = table.read_labels()
     builder = ListingBuilder(str(path))
     text = f"copying images of {path.name} once into {spool.name} (removed when the dataset is complete)"
-    with atomic_file(container) as out, progress(quiet, total=reader.rows, unit=" images", desc=text) as bar:
-        for name, data, label in reader.images():
-            _copy(out, builder, name, data, label)
+    with atomic_file(container) as out, progress(quiet, total=table.rows, unit=" images", desc=text) as bar:
+        for row, (name, data) in enumerate(table.images()):
+            if data is None:
+                builder.reject(name, "no bytes in the parquet file")
+            else:
+                builder.add(name, out.tell(), len(data), int(labels[row]))
+                out.write(data)
             bar.update(1)
-    listing = reader.named(builder.build())
+    listing = builder.build(classes)
     listing.save(saved)
     mark_spooled(spool, state)
-    return container, listing
+    return table.source(listing, container)
 
 
-def _copy(out: IO[bytes], builder: ListingBuilder, name: str, data: bytes | None, label: Any) -> None:
-    if data is None:
-        builder.reject(name, "no bytes in the parquet file")
-        return
-    builder.add(name, out.tell(), len(data), -1 if label is None else label)
-    out.write(data)
+class _ParquetTable:
+    """The rows of several parquet files with the same columns."""
 
-
-class _ParquetReader:
-    """Rows of several parquet files with one schema."""
-
-    def __init__(self, files: list[Path], labels: str) -> None:
+    def __init__(self, files: list[Path], columns: ParquetColumns) -> None:
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
             raise UserError("parquet files need pyarrow: pip install 'siamstream[parquet]'") from None
+        self._types, self._open = pyarrow.types, pyarrow.parquet.ParquetFile
+        # What pyarrow raises for damaged files, the last two from its conversion to Python.
+        self._damaged = (pyarrow.ArrowException, OSError, MemoryError, ValueError, OverflowError)
+        self._files = files
+        self._names = _unique_stems(files)
+        schemas = [self._schema(file) for file in files]
+        self.rows = sum(rows for _, rows in schemas)
+        self._schemas = [schema for schema, _ in schemas]
+        self._features = _features(self._schemas[0])
+        self.image_column, image_note = self._choose_image(columns.image)
+        self.label_column = self._choose_label(columns.label) if columns.labels else None
+        self._notes = [image_note] if image_note else []
+        for file, schema in zip(files[1:], self._schemas[1:], strict=True):
+            self._compare(file, schema)
+
+    def source(self, listing: Listing, container: Path) -> Source:
+        """The source of which ``container`` is the copy."""
+        return Source(
+            listing,
+            ContainerReader((container,)),
+            labels_from=f"the column {self.label_column}" if listing.classes else None,
+            has_folders=False,
+            notes=tuple(self._notes),
+        )
+
+    def read_labels(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """(int32[rows], class names); -1 = none. Raises UserError, with the row, for what is no class."""
+        if self.label_column is None:
+            return np.full(self.rows, -1, np.int32), ()
+        names = _class_names(self._features, self.label_column)
+        labels = np.full(self.rows, -1, np.int32)
+        words: dict[str, list[int]] = {}  # rows of each
+        row = 0
+        for file in self._files:
+            for in_file, value in enumerate(self._column(file, self.label_column)):
+                label = self._label(file, in_file, value, names)
+                if isinstance(label, str):
+                    words.setdefault(label, []).append(row)
+                else:
+                    labels[row] = label
+                row += 1
+        if words:
+            classes = number_words(list(words), f"column {self.label_column}")
+            for number, word in enumerate(classes):
+                labels[words[word]] = number
+            return labels, classes
+        count = int(labels.max(initial=-1)) + 1
+        return labels, names if names and count else tuple(str(i) for i in range(count))
+
+    def images(self) -> Iterator[tuple[str, bytes | None]]:
+        """(name, bytes or None) row by row."""
+        for file, stem in zip(self._files, self._names, strict=True):
+            for row, value in enumerate(self._column(file, self.image_column, _ROWS_AT_ONCE)):
+                data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+                base = PurePosixPath(path if isinstance(path, str) and path else "image").name
+                if not base.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")):
+                    base += ".jpg"  # only a name: the bytes decide what it is
+                yield f"{stem}/{row:09d}_{base}", data if isinstance(data, bytes) else None
+
+    def _column(self, file: Path, column: str, rows_at_once: int = _LABELS_AT_ONCE) -> Iterator[Any]:
+        row = 0
         try:
-            self._files = [(file, pyarrow.parquet.ParquetFile(file)) for file in files]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"cannot read the parquet files of {files[0].parent}: {error}") from error
-        self._damaged = pyarrow.ArrowException
-        self.rows = sum(parquet.metadata.num_rows for _, parquet in self._files)
-        schema = self._files[0][1].schema_arrow
-        self._image_column = _image_column(schema, pyarrow.types)
-        self._label = None if labels == "none" else _label_column(schema, pyarrow.types)
-        self._names = _class_names(schema, self._label)
-        self._words: dict[str, int] = {}  # label words in the order seen, for a column of strings
-
-    def images(self) -> Iterator[tuple[str, bytes | None, int | None]]:
-        """(name, bytes or None, label number or None) row by row."""
-        columns = [self._image_column, *([self._label] if self._label else [])]
-        for file, parquet in self._files:
-            row = 0
-            try:
-                for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                    for entry in batch.to_pylist():
-                        yield self._row_image(file, row, entry)
+            with self._open(file) as parquet:
+                for batch in parquet.iter_batches(batch_size=rows_at_once, columns=[column]):
+                    for value in batch.column(batch.schema.names.index(column)).to_pylist():
+                        yield value
                         row += 1
-            except (self._damaged, OSError) as error:
-                raise UserError(f"{file} is damaged at row {row} ({error}): fetch it again") from error
+        except self._damaged as error:
+            raise UserError(f"{file} is damaged at row {row} ({_first_line(error)}): fetch it again") from error
 
-    def _row_image(self, file: Path, row: int, entry: dict[str, Any]) -> tuple[str, bytes | None, int | None]:
-        image, label = entry[self._image_column], entry[self._label] if self._label else None
-        data, original = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-        stem = PurePosixPath(original or "image").name
-        if PurePosixPath(stem).suffix[1:].lower() not in IMAGE_SUFFIXES:
-            stem += ".jpg"  # only a name: the bytes decide what it is
-        if isinstance(label, str):
-            label = self._words.setdefault(label, len(self._words))
-        return f"{file.stem}/{row:09d}_{stem}", data, label
+    def _schema(self, file: Path) -> tuple[Any, int]:
+        try:
+            with self._open(file) as parquet:
+                return parquet.schema_arrow, parquet.metadata.num_rows
+        except self._damaged as error:
+            raise UserError(f"cannot read the parquet file {file} ({_first_line(error)}): fetch it again") from error
 
-    def named(self, listing: Listing) -> Listing:
-        """The listing with class names: from the file's metadata, the sorted words, or the numbers."""
-        labels = np.maximum(listing.labels, -1)
-        if self._words:
-            words = sorted(self._words)
-            number = np.array([words.index(word) for word in self._words] + [-1], np.int32)
-            return replace(listing, labels=number[labels], classes=tuple(words))
-        count = int(labels.max()) + 1
-        names = self._names if len(self._names) >= count else tuple(str(i) for i in range(count))
-        return replace(listing, labels=labels, classes=names if count else ())
+    def _compare(self, file: Path, schema: Any) -> None:
+        """Raise UserError unless ``file`` has the chosen columns, of the same types, with the same class names."""
+        for column, remedy in ((self.image_column, ""), (self.label_column, ", or say --labels none")):
+            if column is None:
+                continue
+            first = self._kind(self._schemas[0].field(column).type)
+            index = schema.get_field_index(column)
+            if index < 0 or self._kind(schema.field(index).type) != first:
+                has = "no such column" if index < 0 else f"one of type {schema.field(index).type}"
+                raise UserError(
+                    f"{self._files[0].name} has a column {column} of {first} and {file.name} has {has}: files of one "
+                    f"dataset have the same columns; choose files with --subtree, a prefix of the names{remedy}"
+                )
+        if self.label_column is not None:
+            names, others = (_class_names(f, self.label_column) for f in (self._features, _features(schema)))
+            if names != others:
+                raise UserError(
+                    f"{self._files[0].name} and {file.name} name other classes in column {self.label_column}: choose "
+                    "files with --subtree, a prefix of the names, or say --labels none"
+                )
+
+    def _kind(self, data_type: Any) -> str:
+        """What a column's type means here: "images", "numbers", "words", or the type itself."""
+        types = self._types
+        if types.is_dictionary(data_type):
+            return self._kind(data_type.value_type)
+        if types.is_struct(data_type):
+            index = data_type.get_field_index("bytes")
+            return "images" if index >= 0 and self._kind(data_type.field(index).type) == "images" else str(data_type)
+        if types.is_binary(data_type) or types.is_large_binary(data_type) or types.is_fixed_size_binary(data_type):
+            return "images"
+        if types.is_string(data_type) or types.is_large_string(data_type):
+            return "words"
+        if str(data_type) in ("string_view", "binary_view"):
+            return "words" if str(data_type) == "string_view" else "images"
+        if types.is_boolean(data_type) or types.is_integer(data_type):
+            return "numbers"
+        return "numbers" if types.is_floating(data_type) or types.is_decimal(data_type) else str(data_type)
+
+    def _choose_image(self, wanted: str | None) -> tuple[str, str | None]:
+        """(image column, a note if others might be meant as well)."""
+        schema = self._schemas[0]
+        found = [f.name for f in schema if self._kind(f.type) == "images"]
+        columns = ", ".join(f"{f.name} ({f.type})"[:80] for f in schema)
+        if wanted is not None:
+            if wanted not in found:
+                raise UserError(f"--image-column {wanted}: no column of image bytes; the columns are {columns}")
+            return wanted, None
+        if len(found) != len(set(found)):
+            raise UserError(f"{self._files[0]} has several columns of one name: {columns}")
+        if not found:
+            raise UserError(f"no image column of bytes among the columns {columns}; paths and URLs are not fetched")
+        ranked = sorted(found, key=lambda name: (*self._doubt(name), found.index(name)))
+        name = ranked[0] if len(ranked) == 1 else next(filter(self._holds_images, ranked), ranked[0])
+        others = ", ".join(other for other in found if other != name)
+        return name, f"images are taken from the column {name}, not from {others} (--image-column)" if others else None
+
+    def _doubt(self, name: str) -> tuple[int, int]:
+        """How unlikely a column of bytes is to hold the images: by its feature, then by its name."""
+        kind = _feature_type(self._features, name)
+        lower = name.lower()
+        odd = kind in ("Audio", "Video") or any(part in lower for part in _NOT_IMAGES)
+        rank = _IMAGE_NAMES.index(lower) if lower in _IMAGE_NAMES else len(_IMAGE_NAMES)
+        return (2 if odd else 0 if kind == "Image" else 1), rank
+
+    def _holds_images(self, column: str) -> bool:
+        """Whether one of the first rows holds an image, or something that at least looks like one."""
+        tried = 0
+        for file in self._files:
+            for value in self._column(file, column, _IMAGES_TRIED):
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if isinstance(data, bytes) and data:
+                    if _looks_like_image(data):
+                        return True
+                    tried += 1
+                    if tried == _IMAGES_TRIED:
+                        return False
+        return False
+
+    def _choose_label(self, wanted: str | None) -> str | None:
+        schema = self._schemas[0]
+        if wanted is not None:
+            if schema.get_field_index(wanted) < 0:
+                raise UserError(
+                    f"--label-column {wanted}: there is no such column; there are {', '.join(schema.names)}"
+                )
+            self._check_label(wanted)
+            return wanted
+        declared = [f.name for f in schema if _feature_type(self._features, f.name) == "ClassLabel"]
+        by_name = [f.name for name in _LABEL_NAMES for f in schema if f.name.lower() == name]
+        if len(declared) > 1 and not set(declared) & set(by_name):
+            raise UserError(
+                f"the columns {', '.join(declared)} are all class labels: choose one with --label-column, or say "
+                "--labels none"
+            )
+        for name in (*(name for name in by_name if name in declared), *declared, *by_name):
+            self._check_label(name)
+            return name
+        return None
+
+    def _check_label(self, name: str) -> None:
+        kind = self._kind(self._schemas[0].field(name).type)
+        if kind not in ("numbers", "words"):
+            raise UserError(
+                f"the column {name} holds {kind}, not one class for each image: choose another with --label-column, or "
+                "say --labels none"
+            )
+
+    def _label(self, file: Path, row: int, value: Any, names: tuple[str, ...]) -> int | str:
+        """A class number, -1 for none, or a word. Raises UserError for any other value."""
+        where = f"row {row} of {file}"
+        match value:
+            case None:
+                return -1
+            case str() if value.strip():
+                return value
+            case float() if math.isnan(value):
+                return -1
+            case bool() | int() | float() | Decimal() if math.isfinite(value) and value == int(value) and value >= -1:
+                check_class_number(int(value), self.rows, names, f"{where}, column {self.label_column}")
+                return int(value)
+        raise UserError(
+            f"{where} has the label {value!r} in column {self.label_column}, which is no class: choose another column "
+            "with --label-column, or say --labels none"
+        )
 
 
-def _image_column(schema: Any, types: Any) -> str:
-    for field in schema:
-        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            return field.name
-    for field in schema:
-        if types.is_binary(field.type) or types.is_large_binary(field.type):
-            return field.name
-    raise UserError(f"no image column of bytes among the columns {', '.join(schema.names)}")
+def _looks_like_image(data: bytes) -> bool:
+    try:
+        inspect_image(data, "header", max_pixels=1 << 62)
+    except BadImageError:
+        return data.startswith(b"\xff\xd8") or is_other_image(data)
+    return True
 
 
-def _label_column(schema: Any, types: Any) -> str | None:
-    def fits(kind: Any) -> bool:
-        return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+def _unique_stems(files: list[Path]) -> list[str]:
+    """What the files are called in the names of their images: their stems, with folders where stems are not unique."""
+    stems = [file.stem for file in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    common = os.path.commonpath([file.parent for file in files])
+    return [file.relative_to(common).with_suffix("").as_posix() for file in files]
 
-    return next((name for name in _LABEL_NAMES if name in schema.names and fits(schema.field(name).type)), None)
 
-
-def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
-    """Class names from the schema's metadata, where the datasets library stores them; () without."""
+def _features(schema: Any) -> dict[str, Any]:
+    """The features that the datasets library stores in the schema's metadata; {} without."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return tuple(features[label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return ()  # the metadata is optional: numbers then serve as names
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}  # the metadata is optional: types and names of columns then decide
+    return features if isinstance(features, dict) else {}
+
+
+def _feature_type(features: dict[str, Any], column: str) -> str | None:
+    feature = features.get(column)
+    kind = feature.get("_type") if isinstance(feature, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _class_names(features: dict[str, Any], column: str) -> tuple[str, ...]:
+    feature = features.get(column)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +16,9 @@ from typing import Any, Protocol
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
 from pipeline.common.system import progress
-from pipeline.sources.listing import Listing, ListingBuilder
+from pipeline.sources.listing import SYSTEM_FOLDER, Listing, ListingBuilder, is_system_folder
 
+_MOST_OPEN = 256  # files of a ContainerReader; Linux usually allows a process 1024
 WDS = "wds:"  # prefix of a SOURCE of WebDataset tars, which pipeline/sharding/index_tars.py indexes in place
 
 
@@ -32,6 +35,9 @@ class Source:
 
     listing: Listing
     reader: Reader
+    labels_from: str | None = None  # what the labels are from, for people: "folders"; None: there are none yet
+    has_folders: bool = True  # whether the folders in the names may be classes
+    notes: tuple[str, ...] = ()  # choices made while listing that the user should know, one line each
 
 
 @dataclass(frozen=True)
@@ -48,28 +54,36 @@ class FolderReader:
 
 @dataclass(frozen=True)
 class ContainerReader:
-    """Images as byte ranges of one file."""
+    """Images as byte ranges of one file, or of several whose offsets go on from one to the next."""
 
-    path: Path
+    paths: tuple[Path, ...]
+    starts: tuple[int, ...] = (0,)  # offset of the first byte of each file, ascending
 
     @cached_property
-    def _handle(self) -> int:
-        return os.open(self.path, os.O_RDONLY)
+    def _handles(self) -> OrderedDict[int, int]:
+        return OrderedDict()
+
+    def locate(self, offset: int) -> tuple[int, int]:
+        """(open file, byte in it) of an offset in a listing. Raises OSError."""
+        number = bisect_right(self.starts, offset) - 1
+        if number not in self._handles:
+            if len(self._handles) >= _MOST_OPEN:
+                os.close(self._handles.popitem(last=False)[1])
+            self._handles[number] = os.open(self.paths[number], os.O_RDONLY)
+        return self._handles[number], offset - self.starts[number]
 
     def read(self, listing: Listing, index: int) -> bytes:
         """One byte range. Raises OSError."""
-        return os.pread(self._handle, int(listing.lengths[index]), int(listing.offsets[index]))
+        handle, offset = self.locate(int(listing.offsets[index]))
+        return os.pread(handle, int(listing.lengths[index]), offset)
 
-    def __getstate__(self) -> dict[str, Path]:
-        """Pickle the path only: an open handle has no meaning in another process."""
-        return {"path": self.path}
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the paths only: an open handle has no meaning in another process."""
+        return {"paths": self.paths, "starts": self.starts}
 
 
-def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
-    """List a folder of images, sorted by name. Hidden files are skipped; a link to a folder above is not followed."""
-    top = root / subtree
-    if not top.is_dir():
-        raise UserError(f"{top} is not a folder: check SOURCE and --subtree")
+def list_folder(top: Path, quiet: bool) -> ListingBuilder:
+    """All files below a folder. Hidden files are skipped; a link to a folder above is not followed."""
     builder = ListingBuilder(str(top))
     try:
         with progress(quiet, unit=" files", desc=f"listing {top}") as bar:
@@ -78,7 +92,7 @@ def open_folder(root: Path, subtree: str, quiet: bool) -> Source:
                 bar.update(1)
     except PermissionError as error:
         raise UserError(f"cannot list {error.filename}: permission denied; change its permissions") from error
-    return Source(builder.build(), FolderReader(top))
+    return builder
 
 
 def _walk(
@@ -96,7 +110,9 @@ def _walk(
                 continue
             name = prefix + entry.name
             try:
-                if entry.is_dir():
+                if entry.is_dir() and is_system_folder(entry.name):
+                    builder.reject(name, SYSTEM_FOLDER)
+                elif entry.is_dir():
                     yield from _walk(folder / entry.name, f"{name}/", (*above, identity), builder)
                 elif entry.is_file():
                     yield name, entry.stat().st_size

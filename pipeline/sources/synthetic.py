@@ -56,7 +56,7 @@ def open_synthetic(count_text: str, subtree: str, seed: int) -> Source:
         classes=tuple(images.classes),
         rejected=(),
     )
-    return Source(listing, SyntheticReader(count, seed))
+    return Source(listing, SyntheticReader(count, seed), labels_from="the textures")
 
 
 SIDE = 48  # px; leaves room for random crops at views of 32 px

@@ -1,163 +1,72 @@
 """List the images of a tar from elsewhere: name, offset and length of each member.
 
 A plain tar is scanned once, header by header, and its images are then read as byte ranges; ImageNet's tar of class tars
-is read in place in the same way. A compressed tar has no random access and is decompressed once. Member names are
-labels only and never become paths.
+and a folder of class tars are read in place in the same way. A compressed tar has no random access and is decompressed
+once. Member names are labels only and never become paths.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
-import os
-import tarfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file
 from pipeline.common.system import progress
-from pipeline.sources.listing import Listing, ListingBuilder
+from pipeline.sources.listing import Listing, ListingBuilder, inside
 from pipeline.sources.readers import check_room, mark_spooled, spool_state, spooled
+from pipeline.sources.tar_members import Member, members_within, scan_tar
 
 _COMPRESSED: tuple[tuple[bytes, Any], ...] = ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\x00", lzma))
 _PIECE = 1 << 20  # bytes
 
 
-@dataclass(frozen=True)
-class Member:
-    """One member of a tar. ``refusal`` is the reason why it cannot be used, or None."""
-
-    name: str  # as stored: may be absolute, contain "..", or bytes that are not UTF-8 (surrogate-escaped)
-    offset: int  # bytes from the start of the file to the contents
-    length: int  # bytes
-    refusal: str | None
-
-
-class _Window(io.RawIOBase):
-    """A byte range of an open file as a file of its own."""
-
-    def __init__(self, handle: int, start: int, length: int) -> None:
-        self._handle, self._start, self._length, self._position = handle, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(self._length - self._position, 0))
-        data = os.pread(self._handle, wanted, self._start + self._position)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def scan_tar(path: Path) -> Iterator[Member]:
-    """Every file, link and device of a plain tar, in order, without folders. Raises UserError for a damaged tar."""
-    with open(path, "rb") as file:
-        yield from _scan(file, 0, os.fstat(file.fileno()).st_size, str(path))
-
-
-def _scan(file: IO[bytes], start: int, length: int, where: str) -> Iterator[Member]:
-    window = _Window(file.fileno(), start, length)
-    try:
-        with tarfile.open(fileobj=window, mode="r:") as tar:
-            for info in _entries(tar):
-                yield Member(info.name, start + info.offset_data, info.size, _refusal(info))
-            end = tar.offset
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise UserError(f"the tar {where} is damaged or cut off ({error}): fetch it again") from error
-    # tarfile takes a damaged header in the middle for the end, and would silently drop all later members
-    window.seek(end)
-    if any(window.read(tarfile.BLOCKSIZE) or b""):
-        raise UserError(f"the tar {where} is damaged: no valid header at byte {end}; fetch it again")
-
-
-def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All but folders."""
-    while (info := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep about 1 KB a member
-        if not info.isdir():
-            yield info
-
-
-def _refusal(info: tarfile.TarInfo) -> str | None:
-    if info.issym() or info.islnk():
-        return "a link inside an archive"
-    if not info.isreg():
-        return "a device or other special file inside an archive"
-    if info.sparse is not None:
-        return "a sparse file inside an archive"
-    return None
-
-
 def list_tar(path: Path, subtree: str, quiet: bool) -> Listing:
     """The images of a plain tar below ``subtree``; a tar inside counts as a folder named by its stem."""
     builder = ListingBuilder(f"{path}{f' below {subtree}' if subtree else ''}")
-    below = plain_name(subtree)
     total, text = path.stat().st_size, f"listing {path.name}"
     with open(path, "rb") as file, progress(quiet, total=total, unit="B", unit_scale=True, desc=text) as bar:
         for member in scan_tar(path):
             bar.update(member.offset + member.length - bar.n)
-            name = _inside(member.name, below)
-            if name is None:
-                continue
-            if name.endswith(".tar") and member.refusal is None:
-                _list_inner(file, member, name, builder, str(path))
-            elif member.refusal is not None:
-                builder.reject(name, member.refusal)
-            else:
-                builder.add(name, member.offset, member.length)
+            name = inside(member.name, subtree)
+            if name is not None and name.endswith(".tar") and member.refusal is None:
+                where = f"{member.name} inside {path}"
+                for inner in members_within(file.fileno(), member.offset, member.length, where):
+                    _add(builder, inner, f"{name[:-4]}/{inner.name}")
+            elif name is not None:
+                _add(builder, member, name)
     return builder.build()
 
 
-def _list_inner(file: IO[bytes], outer: Member, name: str, builder: ListingBuilder, where: str) -> None:
-    for member in _scan(file, outer.offset, outer.length, f"{outer.name} inside {where}"):
-        inner = _inside(member.name, "")
-        if inner is None:
-            continue
-        if member.refusal is not None:
-            builder.reject(f"{name[:-4]}/{inner}", member.refusal)
-        else:
-            builder.add(f"{name[:-4]}/{inner}", member.offset, member.length)
+def list_class_tars(root: Path, tars: list[str], subtree: str, quiet: bool) -> tuple[Listing, list[Path]]:
+    """The images in ``tars`` (paths below ``root``), each of which counts as a folder named by its stem.
+
+    The tars are treated as one container: offsets go on from one to the next, in the order of the returned paths.
+    """
+    builder = ListingBuilder(f"{root}{f' below {subtree}' if subtree else ''}")
+    paths = [root / tar for tar in sorted(tars)]
+    start = 0
+    with progress(quiet, total=len(paths), unit=" tars", desc=f"listing {root}") as bar:
+        for tar, path in zip(sorted(tars), paths, strict=True):
+            for member in scan_tar(path):
+                name = inside(f"{tar[:-4]}/{member.name}", subtree)
+                if name is not None:
+                    _add(builder, member, name, start)
+            start += path.stat().st_size
+            bar.update(1)
+    return builder.build(), paths
 
 
-def plain_name(name: str) -> str:
-    """A member's name without leading slash, "." and ".." components; used for display and labels, never as a path."""
-    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-
-
-def _inside(name: str, below: str) -> str | None:
-    """The plain name relative to folder ``below``; None if it is elsewhere or hidden."""
-    name = plain_name(name)
-    if below:
-        if not name.startswith(f"{below}/"):
-            return None
-        name = name[len(below) + 1 :]
-    return None if any(part.startswith(".") for part in name.split("/")) else name
-
-
-def is_plain_tar(path: Path) -> bool:
-    """Whether ``path`` starts like an uncompressed tar."""
-    if compression(path) is not None:
-        return False
-    try:
-        with tarfile.open(path, "r:"):
-            return True
-    except (tarfile.TarError, EOFError, ValueError):
-        return False
+def _add(builder: ListingBuilder, member: Member, name: str, start: int = 0) -> None:
+    plain = inside(name, "")
+    if plain is not None and member.refusal is not None:
+        builder.reject(plain, member.refusal)
+    elif plain is not None:
+        builder.add(plain, start + member.offset, member.length)
 
 
 def compression(path: Path) -> Any | None:
@@ -179,7 +88,9 @@ def unpack_tar(path: Path, spool: Path, quiet: bool) -> Path:
     check_room(spool, path.stat().st_size, f"unpacking {path}")
     try:
         _decompress(path, plain, quiet)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; gzip and bz2 raise OSError without a number for damaged data
         raise UserError(f"{path} is damaged or cut off ({error}): fetch it again") from error
     mark_spooled(spool, state)
     return plain

@@ -249,6 +249,117 @@ def test_a_damaged_archive_is_an_error_not_a_smaller_set(kind: str, tmp_path: Pa
         open_it(damaged(kind, tmp_path, photo_folder), tmp_path / "spool")
 
 
+def test_folders_of_the_system_hold_no_images(tmp_path: Path) -> None:
+    names = ("$RECYCLE.BIN", "@eaDir", "lost+found", ".thumbnails", "__MACOSX", "System Volume Information", "#recycle")
+    files = ["a/1.jpg", "b/2.jpg", *(f"{name}/x/3.jpg" for name in names), *(f"a/{name}/4.jpg" for name in names)]
+    root = layout(tmp_path / "root", *files)
+    listing = open_it(root, tmp_path / "spool").listing
+    assert (listing.classes, len(listing)) == (("a", "b"), 2)
+    shown = [name for name in names if not name.startswith(".")]
+    reason = "in a folder of the system or of a device, not of images"
+    expected = [*shown, *(f"a/{name}" for name in shown)]
+    assert sorted((r.name, r.reason) for r in listing.rejected) == sorted((name, reason) for name in expected)
+    listing = open_it(tar_of(root, tmp_path / "t.tar"), tmp_path / "spool").listing
+    assert (listing.classes, len(listing)) == (("a", "b"), 2)
+    assert {r.reason for r in listing.rejected} == {reason}
+
+
+def test_what_is_no_image_is_counted_by_its_ending(tmp_path: Path) -> None:
+    files = [*(f"{n}.HEIC" for n in range(12)), *(f"{n}.mp4" for n in range(3)), "README", "tar.gz.txt"]
+    with pytest.raises(UserError, match=r"17 other entries \(12 \.heic, 3 \.mp4, 1 without an ending, 1 \.txt\)"):
+        open_it(layout(tmp_path / "root", *files), tmp_path / "spool")
+    many = layout(tmp_path / "many", *(f"x.{ending}" for ending in "abcdefghij"))
+    with pytest.raises(UserError, match=r"1 \.h and 2 other kinds"):
+        open_it(many, tmp_path / "spool")
+
+
+def test_a_folder_of_class_tars_gives_what_the_folder_gives(
+    photo_folder: Path, folder_contents: dict[str, tuple[int, bytes]], tmp_path: Path
+) -> None:
+    (tmp_path / "tars" / "train").mkdir(parents=True)
+    for name in CLASSES:
+        tar_of(photo_folder / name, tmp_path / "tars" / "train" / f"{name}.tar")
+    (tmp_path / "tars" / "LICENSE").write_text("")
+    source = open_it(tmp_path / "tars", tmp_path / "spool", subtree="train")
+    assert (contents(source), source.labels_from) == (folder_contents, "folders")
+    assert contents(Source(source.listing, pickle.loads(pickle.dumps(source.reader)))) == folder_contents
+    with pytest.raises(UserError, match="--subtree train"):
+        open_it(tmp_path / "tars", tmp_path / "spool")
+    one = open_it(tmp_path / "tars", tmp_path / "spool", subtree="train/cat")
+    assert {f"cat/{name}" for name in contents(one)} == {n for n in folder_contents if n.startswith("cat/")}
+    with pytest.raises(UserError, match="is not a folder"):
+        open_it(tmp_path / "tars", tmp_path / "spool", subtree="val")
+    make_dataset(str(tmp_path / "tars" / "train"), tmp_path / "out", quiet=True, in_process=True)
+    assert ShardSet.open(tmp_path / "out").classes == CLASSES
+
+
+def test_many_class_tars_are_not_all_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.sources.readers._MOST_OPEN", 2)
+    (tmp_path / "tars").mkdir()
+    for number in range(5):
+        tar_with(tmp_path / "tars" / f"class{number * 3}.tar", {f"{n}.jpg": bytes([number, n]) for n in range(3)})
+    source = open_it(tmp_path / "tars", tmp_path / "spool")
+    for name, (label, data) in contents(source).items():
+        assert (source.listing.classes[label], data) == (name[:-6], bytes([int(name[5:-6]) // 3, int(name[-5])]))
+    assert len(source.reader._handles) == 2  # type: ignore[attr-defined]
+
+
+def test_folders_of_other_archives(tmp_path: Path, photo_dataset_path: Path) -> None:
+    spool = tmp_path / "spool"
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(3):
+        tar_with(shards / f"set-{number:03d}.tar", {f"{n}.jpg": b"x" for n in range(3)})
+    with pytest.raises(UserError, match=r"look like WebDataset shards.*wds:"):
+        open_it(shards, spool)
+    assert len(open_it(shards, spool, labels="folders").listing.classes) == 3
+    assert open_it(shards, spool, labels="none").listing.classes == ()
+    tar_with(shards / "set-009.tar", {"a.jpg": b"x", "a.cls": b"1"})
+    (shards / "set-001.tar").unlink()
+    with pytest.raises(UserError, match="look like WebDataset shards"):
+        open_it(shards, spool)
+    single = open_it(shards / "set-009.tar", spool)
+    assert "wds:" in single.notes[0]
+    with pytest.raises(UserError, match="is a dataset that make_shards"):
+        open_it(photo_dataset_path, spool)
+    with pytest.raises(UserError, match="no images but 2 archives"):
+        open_it(layout(tmp_path / "packed", "a.tar.gz", "b.zip"), spool)
+    with pytest.raises(UserError, match="1 tars beside 1 images"):
+        open_it(layout(tmp_path / "mixed", "a.tar", "b.jpg"), spool)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is a pipe"):
+        open_it(tmp_path / "pipe", spool)
+
+
+SPLITS = (
+    ("Training", "Testing"),
+    ("Train", "Val"),
+    ("train_set", "test_set", "unlabeled"),
+    ("TRAIN", "TEST", "notes"),
+    ("train2017", "val2017"),
+    ("seg_train", "seg_test", "seg_pred"),
+    ("trainA", "trainB", "testA", "testB"),
+    ("train-images", "validation images"),
+    ("Unlabelled", "dev"),
+)
+
+
+@pytest.mark.parametrize("folders", SPLITS)
+def test_folders_named_like_splits_are_asked_about(folders: tuple[str, ...], tmp_path: Path) -> None:
+    root = layout(tmp_path / "root", *(f"{folder}/a/1.jpg" for folder in folders))
+    with pytest.raises(UserError, match=r"look like splits, not classes: choose one with --subtree"):
+        open_it(root, tmp_path / "spool")
+    assert len(open_it(root, tmp_path / "spool", labels="folders").listing.classes) == len(folders)
+
+
+@pytest.mark.parametrize(
+    "folders", [("train", "bus", "car"), ("2019", "2020"), ("testudo", "valley"), ("setter", "devon")]
+)
+def test_classes_with_names_a_little_like_splits_are_classes(folders: tuple[str, ...], tmp_path: Path) -> None:
+    root = layout(tmp_path / "root", *(f"{folder}/1.jpg" for folder in folders))
+    assert open_it(root, tmp_path / "spool").listing.classes == tuple(sorted(folders))
+
+
 def layout(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
