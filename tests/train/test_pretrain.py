@@ -73,9 +73,11 @@ def run_apart(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, arguments: list[str], script: str = "train/pretrain.py"
+) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return run_apart([*launcher, "train/pretrain.py", *arguments])
+    return run_apart([*launcher, script, *arguments])
 
 
 def losses(run_dir: Path) -> dict[int, float]:
