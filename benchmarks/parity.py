@@ -2,7 +2,8 @@
 
 Decoding, cutting and the whole recipe start from the encoded images. Colour operations, blur, solarize and flip start
 from the reference's crops and are applied to every image, so that each line shows one operation alone. Differences
-are in steps of 0 .. 255; the parameters are drawn as in training.
+are in steps of 0 .. 255; the parameters are drawn as in training. `--against pil` compares with the transforms of the
+paper's code instead, which work on PIL images: its colours and its blur are others (facebookresearch/simsiam).
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from jaxtyping import Float, UInt8
+from PIL import Image, ImageFilter
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from pipeline.backends import reference
@@ -28,7 +31,17 @@ from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
-from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
+from pipeline.sampling.views import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    CentreCrops,
+    ViewParams,
+    ViewRecipe,
+    centre_crops,
+    draw_views,
+)
 from tools.common.measuring import describe_machine
 
 BATCH = 20  # images at a time
@@ -49,6 +62,8 @@ class Config:
     """Device of DALI."""
     seed: int = 0
     """Seed of the views."""
+    against: Literal["torchvision", "pil"] = "torchvision"
+    """Reference: torchvision's transforms of tensors, or those of PIL images as in the paper's code."""
     markdown: Path | None = None
     """Write the table to this file."""
 
@@ -98,6 +113,65 @@ class Photos:
         )
 
 
+class PilTransforms:
+    """The functions of pipeline/backends/reference.py on PIL images, with PIL's Gaussian blur: the paper's code."""
+
+    @staticmethod
+    def resized_crop(image: Tensor, params: ViewParams, sample: int, view: int, side: int) -> Tensor:
+        """Cut by torchvision, resized by PIL."""
+        top, left, height, width = params.crop[sample, view].tolist()
+        return _pil_to_bytes(F.resized_crop(_pil(image), top, left, height, width, [side, side]))
+
+    @staticmethod
+    def centre_crop(image: Tensor, crops: CentreCrops, sample: int, side: int) -> Tensor:
+        """The evaluation view, resized by PIL."""
+        resized = F.resize(_pil(image), crops.resized[sample].tolist())
+        top, left = crops.corner[sample].tolist()
+        return _pil_to_bytes(F.crop(resized, top, left, side, side))
+
+    @staticmethod
+    def colour(image: Tensor, params: ViewParams, sample: int, view: int) -> Tensor:
+        """ColorJitter of a PIL image in the drawn order, then grayscale."""
+        adjust = {
+            BRIGHTNESS: F.adjust_brightness,
+            CONTRAST: F.adjust_contrast,
+            SATURATION: F.adjust_saturation,
+            HUE: F.adjust_hue,
+        }
+        edited = _pil(image)
+        if params.jitter[sample, view]:
+            for operation in params.order[sample, view].tolist():
+                edited = adjust[operation](edited, float(params.factors[sample, view, operation]))
+        if params.gray[sample, view]:
+            edited = F.rgb_to_grayscale(edited, num_output_channels=3)
+        return _pil_to_bytes(edited)
+
+    @staticmethod
+    def blur_and_flip(image: Tensor, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Tensor:
+        """PIL's blur, whose radius is the standard deviation; solarize, flip."""
+        edited = _pil(image)
+        if params.sigma[sample, view] > 0:
+            edited = edited.filter(ImageFilter.GaussianBlur(radius=float(params.sigma[sample, view])))
+        if params.solarize[sample, view]:
+            edited = F.solarize(edited, recipe.solarize_threshold)
+        return _pil_to_bytes(F.horizontal_flip(edited) if params.flip[sample, view] else edited)
+
+    @staticmethod
+    def transform(image: Tensor, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Tensor:
+        """The whole recipe."""
+        cropped = PilTransforms.resized_crop(image, params, sample, view, recipe.image_size)
+        coloured = PilTransforms.colour(cropped, params, sample, view)
+        return PilTransforms.blur_and_flip(coloured, params, sample, view, recipe)
+
+
+def _pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _pil_to_bytes(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 class Parity:
     """Compares the operations on one device."""
 
@@ -107,6 +181,7 @@ class Parity:
         self._pool = pool
         self._threads = threads
         self._device = torch.device(config.device)
+        self._theirs: Any = PilTransforms if config.against == "pil" else reference
         self._recipe = ViewRecipe(image_size=config.image_size)
         none = dict.fromkeys(("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"), 0.0)
         still = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
@@ -134,11 +209,11 @@ class Parity:
         if len(large):
             self._decode(photos.only(large))
         params = self._draw(self._recipe, photos)
-        cropped = self._refer(photos, lambda image, i, view: reference.resized_crop(image, params, i, view, side))
+        cropped = self._refer(photos, lambda image, i, view: self._theirs.resized_crop(image, params, i, view, side))
         for ours, theirs in zip(self._squares(photos.batch(params)), cropped, strict=True):
             self.results["crop and resize"].add(ours, theirs)
         crops = centre_crops(side, photos.sizes)
-        centre = [reference.centre_crop(image, crops, i, side) for i, image in enumerate(photos.decoded)]
+        centre = [self._theirs.centre_crop(image, crops, i, side) for i, image in enumerate(photos.decoded)]
         self.results["centre crop"].add(self._squares(photos.batch(crops))[0], _interleaved(centre))
         for name, recipe in self._operations.items():
             self._photometric(self.results[name], recipe, cropped, self._draw(recipe, photos))
@@ -168,8 +243,8 @@ class Parity:
         for view, (ours, square) in enumerate(zip(views, squares, strict=True)):
             theirs = list(
                 self._pool.map(
-                    lambda i, view=view, square=square: reference.blur_and_flip(
-                        reference.colour(square[i].permute(2, 0, 1), params, i, view), params, i, view, recipe
+                    lambda i, view=view, square=square: self._theirs.blur_and_flip(
+                        self._theirs.colour(square[i].permute(2, 0, 1), params, i, view), params, i, view, recipe
                     ),
                     range(len(square)),
                 )
@@ -178,7 +253,7 @@ class Parity:
 
     def _whole(self, photos: Photos, params: ViewParams) -> None:
         views = self._transform(self._recipe, self._squares(photos.batch(params)), params)
-        made = self._refer(photos, lambda pic, i, view: reference.transform(pic, params, i, view, self._recipe))
+        made = self._refer(photos, lambda image, i, view: self._theirs.transform(image, params, i, view, self._recipe))
         for ours, theirs in zip(views, made, strict=True):
             self.results["whole recipe"].add(ours, theirs.permute(0, 3, 1, 2))
 
@@ -240,7 +315,8 @@ def main() -> None:
             parity.measure(photos)
     table = "\n".join(
         [
-            f"{samples} images, two views of {config.image_size} px each, DALI on {config.device}:",
+            f"{samples} images, two views of {config.image_size} px each, DALI on {config.device}; "
+            f"reference: {config.against}",
             "",
             f"| stage | max of 255 | mean of 255 | within {CLOSE} |",
             "|---|---|---|---|",

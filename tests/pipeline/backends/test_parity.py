@@ -65,6 +65,23 @@ def test_the_table_of_differences(
     assert table["whole recipe"][1] > 0  # it does compare two different things
 
 
+def test_the_papers_transforms_differ_in_colours_and_blur(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parity(monkeypatch, str(photo_dataset_path), "--samples", "22", "--image-size", "32", "--against", "pil")
+    rows = [line.strip("| %").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    table = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    for name in ("decode", "solarize", "flip"):
+        assert table[name] == (0, 0, 100)
+    for name in ("hue", "whole jitter, random order", "blur", "whole recipe"):
+        greatest, mean, share = table[name]
+        assert greatest > 1, name
+        assert 0 < mean < 3, name
+        assert share > 90, name
+
+
 def test_mistakes_of_a_user(
     photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
