@@ -87,7 +87,7 @@ def main() -> None:
 def embed(config: EmbedConfig, dist: DistContext) -> None:
     """Write the folder. Raises SharedError for a user's mistake on any rank. A collective."""
     dataset, encoder, precision = on_all_ranks(dist, lambda: _open(config, dist))
-    head = _head(config, encoder)
+    head = on_all_ranks(dist, lambda: _head(config, encoder, dist.device))
     width = on_all_ranks(dist, lambda: _width(encoder, head, dist))
     identity = {
         "features": config.features,
@@ -127,10 +127,36 @@ def _open(config: EmbedConfig, dist: DistContext) -> tuple[ShardSet, FrozenEncod
     return open_dataset(config.data, config.loader), encoder, choose_precision(config.precision, dist.device)
 
 
-def _head(config: EmbedConfig, encoder: FrozenEncoder) -> torch.nn.Module:
+def _head(config: EmbedConfig, encoder: FrozenEncoder, device: torch.device) -> torch.nn.Module:
+    """What follows the backbone. Raises UserError if the file holds no projector."""
     if config.features == "backbone":
         return torch.nn.Identity()
-    raise UserError("--features projector: this file holds no projector; embed with --features backbone")
+    state = encoder.weights.parts.projector
+    if not state:
+        raise UserError(f"--features projector: {config.checkpoint} holds no projector; embed with --features backbone")
+    return sequential_of(state).to(device)
+
+
+def sequential_of(state: dict[str, Tensor]) -> torch.nn.Sequential:
+    """The chain of linear layers, batch norms and, where a number has no weights, ReLUs that ``state`` belongs to.
+
+    In evaluation mode, without gradients. Raises UserError if there is anything else in it.
+    """
+    layers: list[torch.nn.Module] = []
+    for i in range(1 + max(int(name.partition(".")[0]) for name in state)):
+        weight = state.get(f"{i}.weight")
+        if f"{i}.running_mean" in state:
+            layers.append(torch.nn.BatchNorm1d(len(state[f"{i}.running_mean"]), affine=weight is not None))
+        elif weight is not None and weight.ndim == 2:
+            layers.append(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=f"{i}.bias" in state))
+        else:
+            layers.append(torch.nn.ReLU())
+    chain = torch.nn.Sequential(*layers)
+    try:
+        chain.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"--features projector: this projector is no chain of known layers: {error}") from error
+    return chain.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -164,6 +164,17 @@ def test_parquet_and_tars_hold_the_same(
     assert seen == list(zip(range(48), whole.names, labels, strict=True))
 
 
+def test_the_projector_is_the_model_s_own() -> None:
+    from model.heads import Projector
+
+    for layers, places in ((1, "all"), (3, "all"), (2, "none"), (3, "hidden")):
+        projector = Projector(6, 5, 4, layers, places).train()  # type: ignore[arg-type]
+        projector(torch.randn(20, 6))
+        rebuilt = embed_module.sequential_of(projector.state_dict())
+        x = torch.randn(7, 6)
+        torch.testing.assert_close(rebuilt(x), projector.eval()(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
