@@ -50,12 +50,21 @@ class _LongError(Exception):
     """More came than the range that was asked for."""
 
 
+class _LargeError(Exception):
+    """A file is larger than what it is read for can be."""
+
+
+class _EncodedError(Exception):
+    """The body is compressed, though that was not asked for: its size is unknown before it is unpacked."""
+
+
 class RemoteFolder:
     """The files below one URL. Thread-safe."""
 
     def __init__(self, url: Url, retry_minutes: float) -> None:
         """Raises UserError if the file system behind the URL's scheme is unknown or not installed."""
         self.url = url
+        self._arrived, self._lock = 0, threading.Lock()  # requests that were answered well
         self._retry_s = 60.0 * retry_minutes
         http = url.scheme in ("http", "https")
         options: dict[str, Any] = {"encoded": True, "client_kwargs": {"trust_env": True}} if http else {}
@@ -79,13 +88,16 @@ class RemoteFolder:
 
         Raises UserError after --retry-minutes of failures, FetchCancelledError if ``cancelled`` is set meanwhile.
         """
-        return self._persist(name, (start, start + length), cancelled)
+        return self._persist(name, (start, start + length), length, cancelled)
 
-    def read_whole(self, name: str) -> bytes:
-        """All of a file that no checksum vouches for, once two reads agree on it. Raises UserError as ``read``."""
+    def read_whole(self, name: str, limit: int) -> bytes:
+        """Read a whole file that has no checksum; retry until two consecutive reads are equal.
+
+        Raises UserError as ``read``, and if the file has more than ``limit`` bytes.
+        """
         former: bytes | None = None
         for _ in range(_READS):
-            data = self._persist(name, None, threading.Event())
+            data = self._persist(name, None, limit, threading.Event())
             if data == former:
                 return data
             former = data
@@ -96,17 +108,21 @@ class RemoteFolder:
         for offset in range(start, size, PIECE):
             yield self.read(name, offset, min(PIECE, size - offset), cancelled)
 
-    def _persist(self, name: str, span: tuple[int, int] | None, cancelled: threading.Event) -> bytes:
-        begun, attempt, hopeless = time.monotonic(), 0, 0
+    def _persist(self, name: str, span: tuple[int, int] | None, limit: int, cancelled: threading.Event) -> bytes:
+        begun, attempt, hopeless, arrived = time.monotonic(), 0, 0, self._arrived
         while True:
             try:
-                return self._attempt(self.url.file(name), span, cancelled)
+                return self._attempt(self.url.file(name), span, limit, cancelled)
             except (FetchCancelledError, UserError, *_OURS):
                 raise
             except ImportError as error:  # some file systems import their client with the first request
                 raise UserError(f"{self.url} needs a package that is not installed: {error.name}") from None
             except Exception as error:  # noqa: BLE001  each file system's client has errors of its own
-                attempt, hopeless = attempt + 1, hopeless + is_hopeless(error)
+                attempt += 1
+                if isinstance(error, _ShortError) and self._arrived > arrived:
+                    hopeless, arrived = 0, self._arrived  # others arrive whole, so this answer was cut by chance
+                else:
+                    hopeless += is_hopeless(error)
                 reason = describe(error)
             waited = time.monotonic() - begun
             if hopeless >= HOPELESS_ATTEMPTS or waited >= self._retry_s:
@@ -125,19 +141,67 @@ class RemoteFolder:
         if cancelled.wait(delay):
             raise FetchCancelledError(name)
 
-    def _attempt(self, url: Url, span: tuple[int, int] | None, cancelled: threading.Event) -> bytes:
-        start, end = span or (None, None)
+    def _attempt(self, url: Url, span: tuple[int, int] | None, limit: int, cancelled: threading.Event) -> bytes:
+        """One request. At most ``limit`` bytes of its answer are held, whatever the server sends."""
         path = self._fs._strip_protocol(url.secret)
         if isinstance(self._fs, AsyncFileSystem) and self._fs.loop is not None:
-            coroutine = asyncio.wait_for(self._fs._cat_file(path, start=start, end=end), PIECE_TIMEOUT_S)
+            coroutine = asyncio.wait_for(_bounded(self._fs, path, span, limit), PIECE_TIMEOUT_S)
             data = _result(asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop), cancelled)
         else:
+            start, end = span or (0, limit + 1)
             data = self._fs.cat_file(path, start=start, end=end)
-        if span is not None and len(data) > span[1] - span[0]:
-            raise _LongError
+        if len(data) > limit:
+            raise _LongError if span is not None else _LargeError(limit)
         if span is not None and len(data) < span[1] - span[0]:
             raise _ShortError(f"{len(data)} of {span[1] - span[0]} bytes")
+        with self._lock:
+            self._arrived += 1
         return data
+
+
+async def _bounded(fs: AsyncFileSystem, path: str, span: tuple[int, int] | None, limit: int) -> bytes:
+    """The bytes of a file, or of a range of it, of which at most ``limit`` + 1 are read."""
+    kinds = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+    headers = {} if span is None else {"Range": f"bytes={span[0]}-{span[1] - 1}"}
+    if "http" in kinds:
+        session = await fs.set_session()
+        headers["Accept-Encoding"] = "identity"
+        async with session.get(fs.encode_url(path), headers=headers, **fs.kwargs) as answer:
+            fs._raise_not_found_for_status(answer, path)
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise _EncodedError(answer.headers["Content-Encoding"])
+            _check_length(answer.content_length, answer.status == 206, span, limit)
+            return await _collect(answer.content, limit)
+    if "s3" in kinds:
+        bucket, key, version = fs.split_path(path)
+        more = {"VersionId": version} if version else {}
+        got = await fs._call_s3("get_object", Bucket=bucket, Key=key, **headers, **more, **fs.req_kw)
+        body = got["Body"]
+        try:
+            _check_length(got.get("ContentLength"), "ContentRange" in got, span, limit)
+            return await _collect(body, limit)
+        finally:
+            body.close()
+    start, end = span or (0, limit + 1)
+    return await fs._cat_file(path, start=start, end=end)
+
+
+def _check_length(length: int | None, ranged: bool, span: tuple[int, int] | None, limit: int) -> None:
+    """Raise before the body is read if the headers say that it is another one than was asked for."""
+    if length is not None and length > limit:
+        raise _LongError if span is not None else _LargeError(limit)
+    if span is not None and not ranged and (span[0] > 0 or length is None):
+        raise _LongError
+
+
+async def _collect(stream: Any, limit: int) -> bytes:
+    data = bytearray()
+    while len(data) <= limit:
+        chunk = await stream.read(min(1 << 16, limit + 1 - len(data)))
+        if not chunk:
+            break
+        data += chunk
+    return bytes(data)
 
 
 def _result(future: Future[bytes], cancelled: threading.Event) -> bytes:
@@ -159,7 +223,7 @@ def is_hopeless(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in _TRANSIENT_4XX
-    kinds = (FileNotFoundError, PermissionError, _ShortError, _LongError)
+    kinds = (FileNotFoundError, PermissionError, _ShortError, _LongError, _LargeError, _EncodedError)
     return isinstance(error, kinds) or _is_one_of(error, _CREDENTIALS | _CERTIFICATES)
 
 
@@ -184,6 +248,10 @@ def describe(error: Exception) -> str:
             return f"the object ends early ({error})"
         case _LongError():
             return "the server ignores range requests, which fetching is made of"
+        case _LargeError(args=(limit,)):
+            return f"the file is larger than {limit:,} bytes, which no such file of a dataset is"
+        case _EncodedError(args=(encoding,)):
+            return f"the server sends it as Content-Encoding {encoding!r:.40}, though it was asked for the plain bytes"
         case TimeoutError() | asyncio.TimeoutError() | NotYetError():
             return "time-out"
     if _is_one_of(error, _CERTIFICATES):

@@ -36,6 +36,7 @@ from pipeline.dataset.prefetch_window import Upcoming, Window
 from pipeline.dataset.remote_cache import LEASE_S, CacheConfig, RemoteFile, ShardCache
 from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
 
+LARGEST_DATASET_FILE = 256 << 20  # bytes of dataset.json: more than a million shards
 _READ_ATTEMPTS = 3  # of a dataset.json that comes damaged
 _IDLE_S = 0.2  # between looks for more to fetch
 _EVALUATION_SHARE = 0.25  # of a cache that does not hold everything: for what is read beside training
@@ -84,7 +85,7 @@ class RemoteShards:
         name = f"{DATASET_FILE} of {self._remote.url}"
         for attempt in range(_READ_ATTEMPTS):
             try:
-                info = parse_dataset_file(self._remote.read_whole(DATASET_FILE), name)
+                info = parse_dataset_file(self._remote.read_whole(DATASET_FILE, LARGEST_DATASET_FILE), name)
                 check_counts(info, name)
                 break
             except DamagedError:

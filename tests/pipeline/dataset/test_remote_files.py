@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -88,7 +91,7 @@ def test_a_server_that_comes_back_is_waited_for(behind: Nginx, impatient: None) 
 
 def test_a_file_without_a_checksum_is_read_until_two_reads_agree(behind: Nginx, impatient: None) -> None:
     with FaultProxy(behind.port, Faults(("bit flip",))) as proxy:
-        assert RemoteFolder(Url(proxy.url), 1).read_whole(NAME) == CONTENT
+        assert RemoteFolder(Url(proxy.url), 1).read_whole(NAME, 1 << 20) == CONTENT
         assert len(proxy.seen) == 3
 
 
@@ -272,3 +275,89 @@ def test_results_go_to_a_path_and_no_url() -> None:
     assert local_path("runs/a:b") == Path("runs/a:b")
     with pytest.raises(UserError, match="s3://bucket/run: results are written to a folder"):
         local_path("s3://bucket/run")
+
+
+class Flood:
+    """A server that answers with the given head and then sends zeros for as long as the client takes them."""
+
+    def __init__(self, head: str) -> None:
+        self.sent, self.requests = 0, 0
+        self._head = head.encode()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> Flood:
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), client:
+                client.recv(1 << 16)
+                self.requests += 1
+                client.sendall(self._head)
+                for _ in range(4096):  # 256 MB, and then it would be too much anyway
+                    client.sendall(bytes(1 << 16))
+                    self.sent += 1 << 16
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "HTTP/1.1 200 OK\r\n\r\n",  # a range was asked for
+        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/200\r\n\r\n",  # and no length is given
+        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/200\r\nContent-Length: 99999999999\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n",
+        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-99/200\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFF\r\n",
+    ],
+)
+def test_an_endless_answer_to_a_range_is_not_read(head: str, impatient: None) -> None:
+    with Flood(head) as server:
+        with pytest.raises(UserError, match="ignores range requests"):
+            RemoteFolder(Url(server.url), 1).read(NAME, 0, 100, threading.Event())
+        assert server.requests == remote.HOPELESS_ATTEMPTS
+        assert server.sent < 32 << 20  # what the sockets' buffers take
+
+
+def test_a_file_without_an_end_is_read_up_to_its_limit(impatient: None) -> None:
+    with Flood("HTTP/1.1 200 OK\r\n\r\n") as server:
+        with pytest.raises(UserError, match="larger than 1,000 bytes"):
+            RemoteFolder(Url(server.url), 1).read_whole(NAME, 1000)
+        assert server.sent < 32 << 20
+
+
+def test_a_compressed_answer_is_refused_before_it_is_unpacked(impatient: None) -> None:
+    bomb = gzip.compress(bytes(64 << 20))
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n\r\n"
+    with Flood(head) as server:
+        server._head += bomb
+        with pytest.raises(UserError, match="Content-Encoding 'gzip'"):
+            RemoteFolder(Url(server.url), 1).read_whole(NAME, 1 << 30)
+
+
+def test_truncated_answers_are_asked_again_while_others_arrive(behind: Nginx, impatient: None) -> None:
+    faults = Faults(("truncated",), only=r"bytes=0-", repeat=2 * remote.HOPELESS_ATTEMPTS)
+    with FaultProxy(behind.port, faults) as proxy:
+        remote_folder = RemoteFolder(Url(proxy.url), 1)
+        stop = threading.Event()
+
+        def others() -> None:
+            while not stop.is_set():
+                remote_folder.read(NAME, 1000, 1000, threading.Event())
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=others)
+        thread.start()
+        try:
+            assert remote_folder.read(NAME, 0, 1000, threading.Event()) == CONTENT[:1000]
+        finally:
+            stop.set()
+            thread.join()
+        assert proxy.counts["truncated"] == 2 * remote.HOPELESS_ATTEMPTS
