@@ -1,4 +1,4 @@
-"""Labels of a source: from class folders, from a label file, from ImageNet's devkit; class lists of other datasets.
+"""Labels of a source: from class folders, from a file, or numbered as in another dataset.
 
 ``open_source`` calls these functions on a ``Listing`` without labels and gets one with labels and class names.
 """
@@ -7,82 +7,77 @@ from __future__ import annotations
 
 import re
 import shlex
-import tarfile
+import unicodedata
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from decimal import Decimal
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from pipeline.common.errors import UserError
 from pipeline.dataset.format import read_dataset_file
+from pipeline.sources.class_names import is_number, number_words
+from pipeline.sources.devkit import devkit_classes, is_devkit
+from pipeline.sources.label_file import ImageNames, read_label_file
 from pipeline.sources.listing import Listing, Rejected, select
-from pipeline.sources.matlab import read_struct_array
-
-_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
-def label_by_file(listing: Listing, file: Path, classes: tuple[str, ...] = ()) -> Listing:
-    """Labels from ``file``: ImageNet's devkit, a class a line in the order of the sorted names, or `name class` lines.
+def label_by_file(
+    listing: Listing,
+    file: Path,
+    classes: tuple[str, ...] = (),
+    column: str | None = None,
+    notes: list[str] | None = None,
+) -> Listing:
+    """Labels from ``file``: ImageNet's devkit, or whatever ``read_label_file`` reads; ``column``: as --label-column.
 
-    Classes are numbered in sorted order, or in the order of ``classes`` where that is given. Raises UserError if the
-    file does not fit the images.
+    Images that the file does not name get -1; remarks for the user are appended to ``notes``. Classes are numbered in
+    sorted order (numbers: by value), or in the order of ``classes`` if that is given. Raises UserError if the file does
+    not fit the images.
     """
     if not file.is_file():
         raise UserError(f"--labels {file}: no such file; give auto, folders, none, or a file of labels")
-    if tarfile.is_tarfile(file):
-        words = _in_order(listing, _devkit_classes(file), file)
+    if is_devkit(file):
+        words: list[str | None] = list(devkit_classes(file, len(listing)))
+        lines: dict[str, int] = {}
     else:
-        lines = [line for line in file.read_text(errors="surrogateescape").splitlines() if line.strip()]
-        rows = [re.split(r"[,\s]+", line.strip()) for line in lines]
-        one_column = all(len(row) == 1 for row in rows)
-        words = _in_order(listing, [row[0] for row in rows], file) if one_column else _by_name(listing, rows, file)
-    _refuse_ilsvrc_numbers(listing, words, file)
-    return _number(listing, words, classes, file)
-
-
-def _in_order(listing: Listing, words: list[str], file: Path) -> list[str]:
-    if len(words) != len(listing):
-        raise UserError(
-            f"{file} has {len(words)} labels for {len(listing)} images: a file without names needs one line for each "
-            "image, in the order of their sorted names"
-        )
-    return words
-
-
-def _by_name(listing: Listing, rows: list[list[str]], file: Path) -> list[str]:
-    labels = {row[0]: row[1] for row in rows if len(row) > 1}
-    words = []
-    for index in range(len(listing)):
-        name = PurePosixPath(listing.name(index))
-        word = next((labels[k] for k in (str(name), name.name, name.stem) if k in labels), None)
-        if word is None:
-            raise UserError(f"{file} has no label for {str(name)!r}: give one line `name label` for each image")
-        words.append(word)
-    return words
+        found = read_label_file(file, ImageNames([listing.name(index) for index in range(len(listing))]), column)
+        words, lines = found.words, found.lines
+        if notes is not None:
+            notes += found.notes
+    _refuse_ilsvrc_numbers(listing, [word for word in words if word is not None], file)
+    return _number(listing, words, classes, lines, file)
 
 
 def _refuse_ilsvrc_numbers(listing: Listing, words: list[str], file: Path) -> None:
     """Raise UserError for ILSVRC's own class numbers 1 to 1000: they are not in the order of the WordNet ids."""
-    if PurePosixPath(listing.name(0)).name.startswith("ILSVRC2012_val_") and all(word.isdecimal() for word in words):
+    if listing.name(0).rpartition("/")[2].startswith("ILSVRC2012_val_") and all(word.isdecimal() for word in words):
         raise UserError(
             f"{file} numbers ImageNet's classes as the devkit does, which is not the order of the training folders: "
             "give the devkit itself (--labels ILSVRC2012_devkit_t12.tar.gz), or a file with a WordNet id on each line"
         )
 
 
-def _number(listing: Listing, words: list[str], classes: tuple[str, ...], file: Path) -> Listing:
-    numeric = all(word.isdecimal() for word in words)
-    if not classes:
-        classes = tuple(sorted(set(words), key=int if numeric else None))
-    number = {name: i for i, name in enumerate(classes)}
-    if numeric and not set(words) <= set(number):
-        number = {str(i): i for i in range(len(classes))}  # numbers into the class list
-    if unknown := sorted(set(words) - set(number)):
+def _number(
+    listing: Listing, words: list[str | None], known: tuple[str, ...], lines: dict[str, int], file: Path
+) -> Listing:
+    composed = [None if word is None else unicodedata.normalize("NFC", word) for word in words]
+    used = {word for word in composed if word is not None}
+    classes = known or number_words(used, str(file))
+    number: dict[str, int] = {unicodedata.normalize("NFC", name): i for i, name in enumerate(classes)}
+    if not used <= set(number) and all(map(is_number, used)):
+        number = {
+            word: int(Decimal(word)) for word in used if Decimal(word) in range(len(classes))
+        }  # into the class list
+    if unknown := sorted(used - set(number)):
+        line = next((f", line {line}" for word, line in lines.items() if word == unknown[0]), "")
         raise UserError(
-            f"{file} has the class {unknown[0]!r}, which is not one of the {len(classes)} classes of --classes-from"
+            f"{file}{line} has the class {unknown[0]!r}, which is not one of the {len(classes)} classes of "
+            "--classes-from"
         )
-    return replace(listing, labels=np.array([number[word] for word in words], np.int32), classes=classes)
+    labels = np.array([-1 if word is None else number[word] for word in composed], np.int32)
+    return replace(listing, labels=labels, classes=tuple(classes))
 
 
 def adopt_classes(listing: Listing, dataset: Path) -> Listing:
@@ -104,31 +99,6 @@ def dataset_classes(dataset: Path) -> tuple[str, ...]:
     if not classes:
         raise UserError(f"--classes-from {dataset}: that dataset has no classes")
     return classes
-
-
-def _devkit_classes(file: Path) -> list[str]:
-    """WordNet ids of the 50,000 validation images, from ILSVRC2012_devkit_t12.tar.gz, read without unpacking it."""
-    truth = synsets = None
-    with tarfile.open(file) as tar:
-        for member in tar:
-            base = PurePosixPath(member.name).name
-            if base in (_TRUTH, "meta.mat") and member.isreg():
-                content = tar.extractfile(member)
-                assert content is not None
-                if base == _TRUTH:
-                    truth = content.read().split()
-                else:
-                    synsets = read_struct_array(content.read(), "synsets")
-    if truth is None or synsets is None:
-        raise UserError(f"{file} is not ImageNet's devkit: it has no {_TRUTH} or no meta.mat")
-    wordnet = {_first(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
-    return [wordnet[int(number)] for number in truth]
-
-
-def _first(value: str | tuple[float, ...] | None) -> int:
-    if not isinstance(value, tuple) or len(value) != 1:
-        raise UserError("ImageNet's devkit is damaged: an ILSVRC2012_ID in meta.mat is not one number")
-    return int(value[0])
 
 
 _SPLITS = {  # words by which folders are recognised as splits, and the kind of each

@@ -16,6 +16,7 @@ from pipeline.common.errors import UserError
 _FORMATS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}  # miINT8 ... miUINT64
 _TEXT = {4: "utf-16-le", 16: "utf-8", 17: "utf-16-le", 18: "utf-32-le"}  # miUINT16, miUTF8, miUTF16, miUTF32
 _MATRIX, _COMPRESSED = 14, 15
+_LARGEST = 64 << 20  # bytes of one element; that of the devkit has 2 MB
 _STRUCT_CLASS, _CHAR_CLASS, _CELL_CLASS = 2, 4, 1
 
 
@@ -29,13 +30,21 @@ def read_struct_array(data: bytes, name: str) -> list[dict[str, str | tuple[floa
             raise ValueError("not a little-endian version 5 file")
         for kind, content in _elements(data[128:]):
             if kind == _COMPRESSED:
-                kind, content = next(_elements(zlib.decompress(content)))
+                kind, content = next(_elements(_inflated(content)))
             parts = list(_elements(content)) if kind == _MATRIX else []
             if parts and parts[0][1][0] == _STRUCT_CLASS and parts[2][1].decode("ascii") == name:
                 return _structs(parts)
-    except (ValueError, IndexError, struct.error, zlib.error, StopIteration) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error, zlib.error, StopIteration) as error:
         raise UserError(f"the MATLAB file with {name!r} is damaged: {error}") from error
     raise UserError(f"the MATLAB file has no struct array {name!r}")
+
+
+def _inflated(content: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    plain = inflater.decompress(content, _LARGEST)
+    if not inflater.eof:
+        raise ValueError("a compressed element is cut off or too large")
+    return plain
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:

@@ -83,7 +83,7 @@ def open_source(
             return open_parquet(root, choose_files(root, files, subtree, split), columns, spool, quiet)
 
         opened = _open_path(path, subtree, labels, spool, open_files, quiet)
-    return _with_labels(opened, source, labels, classes_from)
+    return _with_labels(opened, source, labels, label_column, classes_from)
 
 
 def _open_path(path: Path, subtree: str, labels: str, spool: Path, open_parquet: _OpenParquet, quiet: bool) -> Source:
@@ -178,15 +178,28 @@ def _are_numbered(tars: list[str]) -> bool:
     return first[1] > 1 and numbers == [(*first[:2], first[2] + step) for step in range(len(tars))] and first[2] < 2
 
 
-def _with_labels(opened: Source, source: str, labels: str, classes_from: Path | None) -> Source:
-    """Apply --labels and --classes-from."""
+def _with_labels(
+    opened: Source, source: str, labels: str, label_column: str | None, classes_from: Path | None
+) -> Source:
+    """Apply --labels, --label-column and --classes-from."""
     listing = opened.listing
+    if label_column is not None and (labels == "none" or (labels in ("auto", "folders") and opened.has_folders)):
+        raise UserError(
+            f"--label-column {label_column} names a column of parquet files or of a file of labels, neither of which "
+            "gives the labels here: leave it out, or give --labels FILE"
+        )
     if labels == "none":
         return replace(opened, listing=replace(listing, labels=np.full(len(listing), -1, np.int32), classes=()))
     known = () if classes_from is None else dataset_classes(classes_from)
     if labels not in ("auto", "folders"):
-        labelled = label_by_file(listing, Path(labels), known)
-        return replace(opened, listing=labelled, labels_from=f"the file {Path(labels).name}")
+        notes: list[str] = []
+        labelled = label_by_file(listing, Path(labels), known, label_column, notes)
+        return replace(
+            opened,
+            listing=labelled,
+            labels_from=f"the file {Path(labels).name}",
+            notes=(*opened.notes, *notes),
+        )
     if opened.labels_from is None and opened.has_folders:
         listing = label_by_folder(listing, source, "auto" if labels == "auto" else "folders")
         opened = replace(opened, labels_from="folders" if listing.classes else None)
