@@ -31,6 +31,7 @@ from pipeline.dataset.format import (
     file_sha256,
     read_dataset_file,
 )
+from pipeline.dataset.shard_store import LocalShards
 from pipeline.sources.readers import WDS
 
 GROUPS_LISTED = 1000  # groups of equal images listed in a report; all are counted
@@ -161,7 +162,7 @@ def _open_records(path: Path, info: dict[str, Any]) -> tuple[Records, list[Damag
         found.add("is missing")
     except Exception as error:  # noqa: BLE001  numpy raises anything on a garbled header
         found.add("cannot be read", str(error).splitlines()[0] if str(error) else type(error).__name__)
-    dataset = ShardSet(path, info, samples, verify_checksums=True)
+    dataset = ShardSet(LocalShards(path, info["shards"]), info, samples, verify_checksums=True)
     ends = np.cumsum([0, *(shard.samples for shard in dataset.shards)])
     if len(samples) and len(samples) != ends[-1]:
         found.add("has another number of rows", f"{len(samples):,} instead of {ends[-1]:,}")

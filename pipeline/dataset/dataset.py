@@ -1,15 +1,17 @@
-"""Owns one dataset: reading its images by sample id, from a folder or, through the cache, from a URL."""
+"""One dataset: its images, labels and sizes by sample id, from a folder or from a URL.
+
+dataset = ShardSet.open("DIR")
+data = dataset.read(7)  # the encoded image of sample 7, compared with its checksum
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
 import tarfile
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,81 +25,21 @@ from pipeline.common.locations import Url
 from pipeline.dataset.format import (
     FORMAT_VERSION,
     REPLACE,
-    SAMPLES_FILE,
     Shard,
     Shards,
-    open_rows,
-    read_dataset_file,
     too_large_to_hash,
 )
 from pipeline.dataset.remote_cache import CacheConfig
-from pipeline.dataset.remote_shards import PrefetchPlan, RemoteShards
+from pipeline.dataset.remote_shards import RemoteShards
 from pipeline.dataset.row_check import RowCheck
+from pipeline.dataset.shard_store import LocalShards, PrefetchPlan, ShardStore
 from pipeline.dataset.shard_tar import split_key
-
-MOST = 512  # shards kept open at once, well below the usual limit of 1024 per process
-Opener = Callable[[int, threading.Event], "int | None"]  # (shard, cancelled) -> handle; None: it cannot be had whole
-
-
-class OpenFile:
-    """A file handle that closes when nobody uses it any more: a reader's own reference keeps it open while it reads."""
-
-    def __init__(self, handle: int) -> None:
-        """Takes over ``handle``."""
-        self.handle = handle
-
-    def __del__(self) -> None:
-        """Close it."""
-        os.close(self.handle)
-
-
-class OpenFiles:
-    """The shards read last. Thread-safe."""
-
-    def __init__(self, opener: Opener) -> None:
-        """``opener`` opens a shard when it is asked for; it may take its time, and others go on meanwhile."""
-        self._opener = opener
-        self._files: OrderedDict[int, OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        """Shards that are open."""
-        return len(self._files)
-
-    def get(self, shard: int, cancelled: threading.Event) -> OpenFile | None:
-        """The shard's file, opened if need be. Raises what the opener raises."""
-        with self._lock:
-            file = self._files.get(shard)
-            if file is not None:
-                self._files.move_to_end(shard)
-                return file
-        handle = self._opener(shard, cancelled)
-        if handle is None:
-            return None
-        file = OpenFile(handle)
-        with self._lock:
-            self._files[shard] = file
-            if len(self._files) > MOST:
-                self._files.popitem(last=False)
-        return file
-
-    def drop(self, shard: int) -> None:
-        """Open the shard anew next time."""
-        with self._lock:
-            self._files.pop(shard, None)
-
-    def drop_removed(self) -> None:
-        """Let go of files that were removed from their folder, so that the disk gets their room back."""
-        with self._lock:
-            for shard in [shard for shard, file in self._files.items() if os.fstat(file.handle).st_nlink == 0]:
-                del self._files[shard]
-
 
 _SYSTEM_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class BadSampleError(Exception):
-    """One sample cannot be used. Training replaces it; the fields name it for the report."""
+    """One sample cannot be used. Training replaces it; the fields identify it in the report."""
 
     def __init__(self, sample_id: int, shard: str, key: str, reason: str) -> None:
         """``shard`` is the tar's name, ``key`` the sample's key in it."""
@@ -105,7 +47,7 @@ class BadSampleError(Exception):
         self.sample_id, self.shard, self.key, self.reason = sample_id, shard, key, reason
 
     def __str__(self) -> str:
-        """One line for people."""
+        """One line with sample, key, shard and reason."""
         return f"sample {self.sample_id} (key {self.key} in {self.shard}): {self.reason}"
 
 
@@ -114,21 +56,20 @@ class ShardSet:
 
     def __init__(
         self,
-        path: Path | Url,
+        store: ShardStore,
         info: dict[str, Any],
         samples: np.ndarray,
         verify_checksums: bool,
         row_check: RowCheck | None = None,
-        remote: RemoteShards | None = None,
     ) -> None:
         """Use ``ShardSet.open``."""
-        self.path = path
+        self._store = store
+        self.path = store.path
         self.info = info  # dataset.json
         self.samples = samples
         self._rows = samples.view(np.ndarray)  # the same memory; indexing a memmap object costs several times more
         self.verify_checksums = verify_checksums
-        self._row_check = row_check  # None: nothing is left to be compared
-        self._remote = remote  # None: the shards lie in the folder ``path``
+        self._row_check = row_check  # None: samples.npy was compared when it was opened
         self.shards: Sequence[Shard] = Shards(info["shards"])
         self.classes: tuple[str, ...] = tuple(info["classes"])
         self.num_samples: int = info["num_samples"]
@@ -136,7 +77,6 @@ class ShardSet:
         self.name: str = info["source"]
         self.split: str | None = info["split"]
         self.seed: int = info["seed"]  # of the shuffle when the shards were written
-        self._files = OpenFiles(self._open_shard)
 
     @classmethod
     def open(
@@ -148,29 +88,22 @@ class ShardSet:
     ) -> ShardSet:
         """Open the dataset in folder ``path`` in well under a second: nothing is loaded, samples.npy is mapped.
 
-        A large samples.npy is compared with its sha256 in a thread; what depends on that waits or is told. Of a remote
+        A large samples.npy is compared with its sha256 in a thread; what relies on the result waits for it. Of a remote
         dataset, samples.npy is fetched first, into ``cache``.
 
         Raises UserError if it is missing, half-written, of another version, or its files' sizes disagree with
         dataset.json. ``verify_checksums``: compare each image with its crc32 when it is read.
         """
-        remote = None
-        if isinstance(path, Url):
-            remote = RemoteShards(path, cache)
-            info, file, samples = remote.open_dataset()
-        else:
-            path = Path(path)
-            info, file = read_dataset_file(path), path / SAMPLES_FILE
-            samples = open_rows(file, info, str(file))
+        store: ShardStore = RemoteShards(path, cache) if isinstance(path, Url) else LocalShards(Path(path))
+        info, file, samples = store.open_dataset()
         row_check = None
         if isinstance(samples, np.memmap) and too_large_to_hash(samples):
             row_check = RowCheck(file, samples, info["samples_sha256"], len(info["classes"]), REPLACE)
-        return cls(path, info, samples, verify_checksums, row_check, remote)
+        return cls(store, info, samples, verify_checksums, row_check)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel as the path: the copy maps the same files."""
-        cache = CacheConfig() if self._remote is None else self._remote.config
-        return _reopen, (self.path, self.verify_checksums, cache)
+        """Pickle as the path: the copy maps the same files."""
+        return _reopen, (self.path, self.verify_checksums, self._store.cache)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -182,7 +115,7 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 that identifies the content (images, order, labels), wherever the files lie."""
+        """sha256 that identifies the content (images, order, labels), wherever the files are stored."""
         shards = [[s["samples"], s["bytes"], s["sha256"]] for s in self.info["shards"]]
         parts = [FORMAT_VERSION, self.num_samples, self.classes, self.info["samples_sha256"], shards]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -212,12 +145,12 @@ class ShardSet:
             self._row_check.wait()
 
     def shard_path(self, shard: int) -> Path:
-        """Where the tar of shard ``shard`` of a local dataset lies."""
+        """The path of a local dataset's tar number ``shard``."""
         assert isinstance(self.path, Path)
         return self.path / self.shards[shard].name
 
     def index_path(self, shard: int) -> Path:
-        """Where DALI's index of shard ``shard`` of a local dataset lies."""
+        """The path of DALI's index of a local dataset's tar number ``shard``."""
         assert isinstance(self.path, Path)
         return self.path / self.shards[shard].index
 
@@ -237,15 +170,14 @@ class ShardSet:
                 raise self.bad_sample(sample_id, "samples.npy points beyond the end of the shard")
             if row["height"] == 0 or row["width"] == 0:
                 raise self.bad_sample(sample_id, "samples.npy gives it no pixels")
-            data = self._bytes(shard, offset, length, cancelled)
+            data = self._store.read(shard, offset, length, cancelled)
             flaw = self._flaw(row, data)
-            if flaw is not None and self._remote is not None:  # what was fetched may have rotted in the cache
-                self._remote.discard(shard)
-                self._files.drop(shard)
-                data = self._remote.read_range(shard, offset, length, cancelled)
-                flaw = self._flaw(row, data)
+            if flaw is not None:  # a fetched shard may have been damaged in the cache
+                fresh = self._store.read_from_source(shard, offset, length, cancelled)
+                if fresh is not None:
+                    data, flaw = fresh, self._flaw(row, fresh)
         except OSError as error:
-            if error.errno in _SYSTEM_LIMITS:  # this process' trouble, not the sample's
+            if error.errno in _SYSTEM_LIMITS:  # the process is at its limit; the sample is not at fault
                 raise
             raise self.bad_sample(sample_id, f"cannot be read: {error.strerror}") from error
         except IndexError:
@@ -255,7 +187,7 @@ class ShardSet:
         return data
 
     def _flaw(self, row: np.void, data: bytes) -> str | None:
-        """Why ``data`` is not the image that ``row`` tells of; None if it is."""
+        """Why ``data`` is not the image of ``row``; None if it is."""
         if len(data) != int(row["length"]):
             return f"the shard ends early: {len(data)} of {int(row['length'])} bytes"
         if self.verify_checksums and zlib.crc32(data) != int(row["checksum"]):
@@ -265,11 +197,11 @@ class ShardSet:
     def key(self, sample_id: int) -> str:
         """KEY of the sample, from the tar header before its bytes. Raises OSError or tarfile.TarError."""
         row = self._rows[sample_id]
-        header = self._bytes(int(row["shard"]), int(row["offset"]) - 512, 512, threading.Event())
+        header = self._store.read(int(row["shard"]), int(row["offset"]) - 512, 512, threading.Event())
         return split_key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
 
     def bad_sample(self, sample_id: int, reason: str) -> BadSampleError:
-        """The error that names a sample for the report."""
+        """The error that identifies a sample in the report."""
         shard = int(self._rows[sample_id]["shard"])
         name = self.shards[shard].name if shard < len(self.shards) else f"shard {shard}"
         try:
@@ -280,51 +212,27 @@ class ShardSet:
 
     @contextmanager
     def follow(
-        self, ahead: PrefetchPlan | None, cancelled: threading.Event, max_steps_behind: int, processes: int
+        self, plan: PrefetchPlan | None, cancelled: threading.Event, max_steps_behind: int, processes: int
     ) -> Iterator[Callable[[], None]]:
-        """Have the shards of a remote dataset fetched in the order of ``ahead``; call what is given as a step begins.
+        """Have the store prepare the shards of ``plan`` ahead of use; call the result when a step begins.
 
-        Arguments as in ``RemoteShards.follow``; ``ahead`` None: read image by image. Of a local dataset: nothing.
+        Arguments as in ``ShardStore.follow``; ``plan`` None: read image by image.
         """
-        if self._remote is None or ahead is None:
+        if plan is None:
             yield lambda: None
             return
-        upcoming = (np.unique(self.shards_of(ids)) for ids in ahead.steps)
-        with self._remote.follow(upcoming, ahead.local_rank, cancelled, max_steps_behind, processes) as following:
-
-            def begin() -> None:
-                following.advance()
-                self._files.drop_removed()
-
-            yield begin
+        upcoming = (np.unique(self.shards_of(ids)) for ids in plan.steps)
+        with self._store.follow(upcoming, plan.local_rank, cancelled, max_steps_behind, processes) as steps:
+            yield steps.advance
 
     def worth_fetching_whole(self, ids: ArrayLike) -> bool:
         """Whether whole shards should be fetched for the sake of samples ``ids`` (int64[n])."""
-        if self._remote is None:
-            return False
         rows = self._rows[np.asarray(ids, np.int64)]
-        return self._remote.worth_fetching_whole(np.unique(rows["shard"]), int(rows["length"].sum(dtype=np.int64)))
+        return self._store.worth_fetching_whole(np.unique(rows["shard"]), int(rows["length"].sum(dtype=np.int64)))
 
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
-        """Raise UserError unless the cache of a remote dataset holds so many shards; ``reason`` is what needs them."""
-        if self._remote is not None:
-            self._remote.check_room(shards_at_once, reason, remedy)
-
-    def _open_shard(self, shard: int, cancelled: threading.Event) -> int | None:
-        if self._remote is None:
-            return os.open(self.shard_path(shard), os.O_RDONLY)
-        return self._remote.open(shard, cancelled)
-
-    def _bytes(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
-        file = self._files.get(shard, cancelled)  # this reference keeps it open while other threads open more
-        if file is not None:
-            try:
-                return os.pread(file.handle, length, offset)
-            except OSError:
-                if self._remote is None:
-                    raise  # else the cache's disk fails, and the source need not
-        assert self._remote is not None
-        return self._remote.read_range(shard, offset, length, cancelled)
+        """Raise UserError unless a remote dataset's cache holds so many shards; ``reason`` is what needs them."""
+        self._store.check_room(shards_at_once, reason, remedy)
 
 
 def _reopen(path: Path | Url, verify_checksums: bool, cache: CacheConfig) -> ShardSet:

@@ -1,7 +1,7 @@
-"""Owns the shards of one remote dataset in one process: fetched ahead in the order in which they will be read.
+"""The store of a remote dataset: shards are fetched ahead of use, in the order in which they will be read.
 
-A shard that the known future needs is fetched whole, into the cache. Any other image is read alone, by its range: one
-of a few that are looked at, one that replaces a bad sample, or one for whose shard there is no room.
+A shard that the plan needs is fetched whole, into the cache. Any other image is read alone, by its range: one of a few,
+one that replaces a bad sample, or one for whose shard there is no room. One ``RemoteShards`` serves one process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
 
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url
@@ -35,6 +33,7 @@ from pipeline.dataset.format import (
 from pipeline.dataset.prefetch_window import Upcoming, Window
 from pipeline.dataset.remote_cache import LEASE_S, CacheConfig, RemoteFile, ShardCache
 from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
+from pipeline.dataset.shard_store import OpenFiles
 
 LARGEST_DATASET_FILE = 256 << 20  # bytes of dataset.json: more than a million shards
 _READ_ATTEMPTS = 3  # of a dataset.json that comes damaged
@@ -43,32 +42,24 @@ _EVALUATION_SHARE = 0.25  # of a cache that does not hold everything: for what i
 _WHOLE_SHARE = 0.25  # of the shards' bytes must be wanted, or images are read one by one
 
 
-@dataclass(frozen=True)
-class PrefetchPlan:
-    """What is known of a loader's future."""
-
-    steps: Iterator[Int64[np.ndarray, "_"]]  # the samples of each step  # noqa: F821
-    # Which of its machine's processes this is, where the steps are those of all of them; None: they are this one's own
-    local_rank: int | None
-
-
 class RemoteShards:
-    """Reads the shards of the dataset below one URL. Thread-safe."""
+    """The ShardStore of the dataset below one URL."""
 
     def __init__(self, url: Url, config: CacheConfig) -> None:
         """Raises UserError if the URL's file system or the cache's folder cannot be used."""
-        self.config = config
+        self.path, self.cache = url, config
         self._remote = RemoteFolder(url, config.retry_minutes)
         self._cache = ShardCache(self._remote, config)
+        self._files = OpenFiles(self._open)
         self._entries: Sequence[dict[str, Any]] = ()
         self._samples: RemoteFile | None = None
-        self._followings: list[ShardPrefetcher] = []
+        self._prefetchers: list[ShardPrefetcher] = []
         self._failure: Exception | None = None  # of fetching ahead; the next reader raises it
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
-        """dataset.json, a path of samples.npy that stays good while this process lives, and its rows.
+        """As ShardStore; the path of samples.npy stays valid while this process lives.
 
-        samples.npy is fetched unless the cache has it. Raises UserError if either cannot be had or is damaged.
+        samples.npy is fetched unless the cache has it. Raises UserError also if either cannot be fetched.
         """
         info = self._dataset_file()
         self._entries = info["shards"]
@@ -78,7 +69,7 @@ class RemoteShards:
         except UserError:
             if not self._cache.has(self._samples):
                 raise
-            self._cache.discard(self._samples)  # it may have rotted there
+            self._cache.discard(self._samples)  # it may have been damaged there
             return info, *self._open_samples(info)
 
     def _dataset_file(self) -> dict[str, Any]:
@@ -104,16 +95,32 @@ class RemoteShards:
         handle = self._cache.open(self._samples, self._needed, threading.Event())
         if handle is None:
             raise UserError(
-                f"--cache-size {self.config.cache_size} has no room for {SAMPLES_FILE} of {self._remote.url} "
+                f"--cache-size {self.cache.cache_size} has no room for {SAMPLES_FILE} of {self._remote.url} "
                 f"({self._samples.bytes / 1e9:.3g} GB): take more, or another --cache-dir"
             )
         file = Path(f"/dev/fd/{handle}")
         return file, open_rows(file, info, f"{SAMPLES_FILE} of {self._remote.url}")
 
-    def open(self, shard: int, cancelled: threading.Event) -> int | None:
+    def read(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
+        """As ShardStore: from the cache if the shard is there or expected there, else by its range."""
+        file = self._files.get(shard, cancelled)  # keeps the file open while other threads open more
+        if file is not None:
+            try:
+                return os.pread(file.handle, length, offset)
+            except OSError:  # the cache's disk fails; the source may not
+                pass
+        return self._read_range(shard, offset, length, cancelled)
+
+    def read_from_source(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes | None:
+        """As ShardStore: removes the shard from the cache, and reads the range from the URL."""
+        self._cache.discard(self._file(shard))
+        self._files.drop(shard)
+        return self._read_range(shard, offset, length, cancelled)
+
+    def _open(self, shard: int, cancelled: threading.Event) -> int | None:
         """A handle of the shard's tar, which the caller closes; None if its images should be read by their ranges.
 
-        Waits while it is fetched. Raises UserError if it cannot be had, FetchCancelledError if ``cancelled`` is set.
+        Waits while the shard is fetched. Raises UserError if it cannot be, FetchCancelledError if ``cancelled`` is set.
         """
         if self._failure is not None:
             raise self._failure
@@ -122,13 +129,8 @@ class RemoteShards:
             return None
         return self._cache.open(file, self._needed, cancelled)
 
-    def read_range(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
-        """``length`` bytes from byte ``offset`` of a shard, not through the cache. Raises as ``open``."""
+    def _read_range(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
         return self._remote.read(self._entries[shard]["name"], offset, length, cancelled)
-
-    def discard(self, shard: int) -> None:
-        """Remove a shard from the cache that has turned out to be damaged there."""
-        self._cache.discard(self._file(shard))
 
     @contextmanager
     def follow(
@@ -139,27 +141,23 @@ class RemoteShards:
         max_steps_behind: int,
         processes: int,
     ) -> Iterator[ShardPrefetcher]:
-        """Fetch the shards of ``upcoming`` ahead of use; tell ``advance`` of the returned object when a step begins.
-
-        ``local_rank``: as in ``PrefetchPlan``. ``cancelled`` ends it all. ``max_steps_behind``: steps that some process
-        may still read when a later one begins. ``processes`` of this machine.
-        """
+        """As ShardStore: the first process of a machine fetches, into the cache."""
         if local_rank is None:
             budget = int(self._room * _EVALUATION_SHARE) // processes
         else:
             budget = self.budget
         window = Window(upcoming, self._sizes, budget, max_steps_behind)
-        threads = self.config.fetch_threads if not local_rank else 0
-        following = ShardPrefetcher(self, window, cancelled, knows_machine=local_rank is not None, fetches=threads > 0)
-        self._followings.append(following)
+        threads = self.cache.fetch_threads if not local_rank else 0
+        prefetcher = ShardPrefetcher(self, window, cancelled, knows_machine=local_rank is not None, fetches=threads > 0)
+        self._prefetchers.append(prefetcher)
         with ThreadPoolExecutor(max(threads, 1), "fetch") as pool:
             for _ in range(threads):
-                pool.submit(following.work)
+                pool.submit(prefetcher.work)
             try:
-                yield following
+                yield prefetcher
             finally:
                 cancelled.set()
-                self._followings.remove(following)
+                self._prefetchers.remove(prefetcher)
 
     @cached_property
     def budget(self) -> int:
@@ -172,19 +170,19 @@ class RemoteShards:
         return self._cache.limit - self._samples.bytes
 
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
-        """Raise UserError unless the cache holds so many shards at once; ``reason`` is what needs them."""
+        """As ShardStore: of the cache."""
         assert self._samples is not None
         needed, whole = sum(sorted(self._sizes)[-shards_at_once:]), sum(self._sizes)
         if needed > self.budget:
             least = self._samples.bytes + min(needed / (1 - _EVALUATION_SHARE), whole)
             raise UserError(
-                f"--cache-size {self.config.cache_size} is too small for {self._remote.url}: {reason} reads from "
+                f"--cache-size {self.cache.cache_size} is too small for {self._remote.url}: {reason} reads from "
                 f"{_gb(needed)} of shards at a time, and there is room for {_gb(max(self.budget, 0))}; {remedy}, or a "
                 f"--cache-size of {_gb(least)} at least"
             )
 
     def worth_fetching_whole(self, shards: np.ndarray, wanted_bytes: int) -> bool:
-        """Whether to fetch whole ``shards`` for the sake of ``wanted_bytes`` in them."""
+        """As ShardStore."""
         return wanted_bytes >= _WHOLE_SHARE * sum(self._sizes[shard] for shard in shards.tolist())
 
     def prefetch(self, shard: int, cancelled: threading.Event) -> bool:
@@ -192,15 +190,19 @@ class RemoteShards:
         return self._cache.fetch(self._file(shard), self._needed, cancelled)
 
     def fail(self, error: Exception) -> None:
-        """Let the next reader raise what ended the fetching ahead."""
-        if not isinstance(error, UserError):  # a fault of this program, whatever its class: no reader may take it on
+        """Have the next reader raise what ended the fetching ahead."""
+        if not isinstance(error, UserError):  # a fault of this program: no reader may handle it by its class
             wrapped = RuntimeError(f"fetching ahead failed: {type(error).__name__}: {error}")
             wrapped.__cause__ = error
             error = wrapped
         self._failure = error
 
+    def close_removed(self) -> None:
+        """Close shards that were removed from the cache, so that their disk space is freed."""
+        self._files.drop_removed()
+
     def renew_leases(self, shards: Iterator[int]) -> None:
-        """Keep files of the cache from its other users."""
+        """Keep other users of the cache from removing these shards."""
         assert self._samples is not None
         for file in (self._samples, *map(self._file, shards)):
             self._cache.renew_lease(file)
@@ -218,7 +220,7 @@ class RemoteShards:
         return RemoteFile(entry["name"], entry["bytes"], entry["sha256"])
 
     def _is_awaited(self, shard: int) -> bool:
-        return any(shard in following for following in self._followings)
+        return any(shard in prefetcher for prefetcher in self._prefetchers)
 
     def _needed(self, sha256: str) -> bool | None:
         """Whether a file of the cache must stay; None where this process cannot know."""
@@ -229,11 +231,11 @@ class RemoteShards:
             return None
         if self._is_awaited(shard):
             return True
-        return False if any(following.knows_machine for following in self._followings) else None
+        return False if any(prefetcher.knows_machine for prefetcher in self._prefetchers) else None
 
 
 class ShardPrefetcher:
-    """One known future and the threads that fetch it."""
+    """One plan and the threads that fetch its shards."""
 
     def __init__(
         self, shards: RemoteShards, window: Window, cancelled: threading.Event, *, knows_machine: bool, fetches: bool
@@ -242,7 +244,7 @@ class ShardPrefetcher:
         self._shards, self._window, self._cancelled, self._fetches = shards, window, cancelled, fetches
         self.knows_machine = knows_machine  # so that shards outside the window may go at once
         self._changed = threading.Condition()
-        self._announced_s = time.monotonic()
+        self._renewed_s = time.monotonic()
 
     def __contains__(self, shard: int) -> bool:
         """Whether one of the next steps, as far as the cache holds them, reads the shard."""
@@ -256,6 +258,7 @@ class ShardPrefetcher:
             if not self._fetches:
                 self._window.look_ahead()
             self._changed.notify_all()
+        self._shards.close_removed()
 
     def work(self) -> None:
         """Fetch what comes next, until cancelled or something fails for good; the next reader raises that."""
@@ -263,7 +266,7 @@ class ShardPrefetcher:
             self._work()
         except FetchCancelledError:
             return
-        except Exception as error:  # noqa: BLE001  handed on, whatever it is
+        except Exception as error:  # noqa: BLE001  passed on to the next reader
             self._shards.fail(error)
 
     def _work(self) -> None:
@@ -274,18 +277,18 @@ class ShardPrefetcher:
                     self._changed.wait(_IDLE_S)
             if shard is not None and not self._shards.prefetch(shard, self._cancelled):
                 self._later(shard)
-            self._announce()
+            self._renew_leases()
 
     def _later(self, shard: int) -> None:
         with self._changed:
             self._window.put_back(shard)
             self._changed.wait(_IDLE_S)
 
-    def _announce(self) -> None:
+    def _renew_leases(self) -> None:
         with self._changed:
-            if time.monotonic() - self._announced_s < LEASE_S / 10:
+            if time.monotonic() - self._renewed_s < LEASE_S / 10:
                 return
-            self._announced_s, window = time.monotonic(), iter(self._window)
+            self._renewed_s, window = time.monotonic(), iter(self._window)
         self._shards.renew_leases(window)
 
 

@@ -22,7 +22,7 @@ from typing_extensions import assert_never
 from pipeline.backends.base import ViewBatch
 from pipeline.common.locations import Url
 from pipeline.dataset.dataset import BadSampleError, ShardSet
-from pipeline.dataset.remote_shards import PrefetchPlan
+from pipeline.dataset.shard_store import PrefetchPlan
 from pipeline.loader.bad_samples import BadSamples, print_bad_sample
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.producer import LoaderContext, produce

@@ -19,7 +19,7 @@ from pipeline.backends.reference import decode
 from pipeline.backends.select import open_backend
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
-from pipeline.dataset.remote_shards import PrefetchPlan
+from pipeline.dataset.shard_store import PrefetchPlan
 from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.prefetch_queue import prefetched

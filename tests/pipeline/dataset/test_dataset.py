@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.dataset.dataset
+import pipeline.dataset.shard_store
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import SAMPLE_DTYPE
+from pipeline.dataset.shard_store import LocalShards
 from pipeline.dataset.shard_tar import split_key
 from tests.helpers.photos import CLASSES, PER_CLASS
 
@@ -54,13 +55,13 @@ def test_sizes_and_labels_are_vectors(photo_dataset: ShardSet) -> None:
 
 
 def test_threads_share_a_small_cache_of_open_files(photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.dataset.dataset, "MOST", 1)
+    monkeypatch.setattr(pipeline.dataset.shard_store, "MAX_OPEN_SHARDS", 1)
     dataset = ShardSet.open(photo_dataset_path)
     expected = [dataset.read(i) for i in range(len(dataset))]
     ids = np.random.default_rng(0).integers(0, len(dataset), 2000).tolist()
     with ThreadPoolExecutor(8) as pool:
         assert all(data == expected[i] for i, data in zip(ids, pool.map(dataset.read, ids), strict=True))
-    assert len(dataset._files) == 1
+    assert len(dataset._store.open_files) == 1
 
 
 def test_a_pickled_copy_reads_the_same(photo_dataset: ShardSet) -> None:
@@ -115,7 +116,7 @@ def test_too_many_open_files_is_not_the_samples_fault(
     def full(*_: object) -> int:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(pipeline.dataset.dataset.os, "open", full)
+    monkeypatch.setattr(pipeline.dataset.shard_store.os, "open", full)
     with pytest.raises(OSError, match="Too many"):
         dataset.read(0)
 
@@ -217,7 +218,7 @@ def test_rows_that_are_too_many_to_be_hashed_at_the_start_are_checked_one_by_one
     junk = data.draw(st.one_of(st.binary(min_size=1, max_size=width), st.sampled_from([bytes(width), b"\xff" * width])))
     junk = junk[: width - start]
     spoilt[sample_id, start : start + len(junk)] = np.frombuffer(junk, np.uint8)
-    dataset = ShardSet(photo_dataset_path, whole.info, rows, verify_checksums=True)
+    dataset = ShardSet(LocalShards(photo_dataset_path, whole.info["shards"]), whole.info, rows, verify_checksums=True)
     with contextlib.suppress(BadSampleError):
         assert dataset.read(sample_id) == whole.read(sample_id)
 

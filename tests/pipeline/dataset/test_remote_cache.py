@@ -102,7 +102,7 @@ def test_the_longest_unused_goes_first(proxy: FaultProxy, tmp_path: Path) -> Non
     for number in range(3):
         assert cache.fetch(FILES[number], lambda _: None, NEVER)
         os.utime(tmp_path / name(number), (0, number))
-    cache.announce(FILES[0])
+    cache.renew_lease(FILES[0])
     assert cache.fetch(FILES[3], lambda _: None, NEVER)
     assert set(held(tmp_path)) == {name(0), name(2), name(3)}
 

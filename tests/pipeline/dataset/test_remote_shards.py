@@ -18,7 +18,7 @@ from pipeline.common.locations import Url
 from pipeline.dataset import remote_files as remote
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.remote_cache import CacheConfig
-from pipeline.dataset.remote_shards import PrefetchPlan
+from pipeline.dataset.shard_store import PrefetchPlan
 from tests.helpers.fault_proxy import FaultProxy, Faults
 from tests.helpers.servers import Nginx, nginx
 
@@ -89,9 +89,8 @@ def test_only_what_the_future_needs_is_fetched(proxy: FaultProxy, photo_dataset:
 def test_every_process_of_a_machine_knows_what_must_stay(local_rank: int, proxy: FaultProxy, tmp_path: Path) -> None:
     """Also those that leave the fetching to the first: making room, they must not take what is needed next."""
     dataset = opened(proxy, tmp_path)
-    assert dataset._remote is not None
     upcoming = iter([np.array([shard]) for shard in (0, 1, 2, 0)])
-    with dataset._remote.follow(upcoming, local_rank, threading.Event(), 0, 2) as following:
+    with dataset._store.follow(upcoming, local_rank, threading.Event(), 0, 2) as following:
         following.advance()
         if local_rank == 0:
             wait_until_there(tmp_path, 3)
@@ -154,7 +153,7 @@ def test_a_disk_that_fails_under_the_cache(
     def fail(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("pipeline.dataset.dataset.os.pread", fail)
+    monkeypatch.setattr("pipeline.dataset.remote_shards.os.pread", fail)
     assert dataset.read(7) == expected
 
 
