@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torchvision import models
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipeline.common.errors import UserError
 
@@ -109,6 +110,22 @@ def check_backbone(name: str, stem: Stem = "default") -> None:
     stems = BACKBONES[name].stems
     if stem not in ("default", *stems):
         raise UserError(f"--stem {stem}: {name} has {', '.join(stems)}")
+
+
+def has_batch_norm(name: str) -> bool:
+    """Whether a backbone has batch norm, which then depends on how a batch is divided."""
+    with torch.device("meta"):
+        backbone, _ = build_backbone(name)
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
+
+
+def start_blocks_at_one(backbone: nn.Module) -> None:
+    """Undo the zero start of the last BN scale in every residual block of a ResNet: MoCo keeps torchvision's 1."""
+    for module in backbone.modules():
+        if isinstance(module, Bottleneck):
+            nn.init.ones_(module.bn3.weight)
+        elif isinstance(module, BasicBlock):
+            nn.init.ones_(module.bn2.weight)
 
 
 def has_imagenet_stem(backbone: nn.Module) -> bool:

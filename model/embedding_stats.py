@@ -1,4 +1,7 @@
-"""How widely embeddings spread: z_std and effective rank, the two signs of collapse (Chen & He 2020, figure 2)."""
+"""Embeddings as unit vectors, and how widely they spread: z_std and effective rank, the signs of collapse.
+
+z_std: Chen & He 2020, figure 2; effective rank: Roy & Vetterli 2007.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is where that is float64: what losses and statistics are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows of length 1, float32 or float64."""
+    return F.normalize(wide(x), dim=1)
 
 
 @torch.no_grad()
@@ -35,7 +48,7 @@ RANK_ROWS = 256  # samples of z that the rank is computed from; takes millisecon
 def effective_rank(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """In how many directions z spreads: exp(entropy of the singular values) of l2-normalised, centred z.
 
-    Roy & Vetterli 2007. Between 1 (a line, or one point) and min(n - 1, d), computed from the first RANK_ROWS samples,
+    Between 1 (a line, or one point) and min(n - 1, d), computed from the first RANK_ROWS samples,
     on z's device. nan if z is not finite.
     """
     z = z[:RANK_ROWS].float()

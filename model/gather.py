@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def world_size() -> int:
-    """How many ranks there are; 1 outside of a process group."""
-    return td.get_world_size() if td.is_initialized() else 1
+def rank_and_world() -> tuple[int, int]:
+    """This rank, and how many there are; 0 and 1 outside of a process group."""
+    return (td.get_rank(), td.get_world_size()) if td.is_initialized() else (0, 1)
 
 
 @torch.compiler.disable  # a graph break costs less than what the compiler makes of the collective
@@ -27,12 +27,12 @@ def gather_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "all d"]:
 
     The gradient flows back to the rank that a row came from, summed over the ranks.
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows)
+    return rows if rank_and_world()[1] == 1 else _GatherRows.apply(rows)
 
 
 def sum_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """``values`` added up over the ranks, in place and without gradient. A collective."""
-    if world_size() > 1:
+    if rank_and_world()[1] > 1:
         td.all_reduce(values)
     return values
 

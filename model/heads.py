@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from model.embedding_stats import wide
 
 BatchNormPlaces = Literal["none", "hidden", "all"]
 
@@ -47,6 +54,44 @@ class Predictor(nn.Sequential):
         if batch_norm == "all":
             modules.append(nn.BatchNorm1d(dim))  # unstable: Chen & He 2020, table 3 (d)
         super().__init__(*modules)
+
+
+def mlp(widths: Sequence[int], batch_norm: bool, hidden_bias: bool, out_bias: bool) -> nn.Sequential:
+    """``[n, widths[0]]`` -> ``[n, widths[-1]]``: linear layers with ReLU, and BN where asked, between them.
+
+    The methods' papers differ in which layers have a bias.
+    """
+    modules: list[nn.Module] = []
+    for in_dim, out_dim in itertools.pairwise(widths[:-1]):
+        modules.append(nn.Linear(in_dim, out_dim, bias=hidden_bias))
+        modules += [nn.BatchNorm1d(out_dim)] if batch_norm else []
+        modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules, nn.Linear(widths[-2], widths[-1], bias=out_bias))
+
+
+class Prototypes(nn.Module):
+    """``[n, dim]`` -> scores ``[n, count]``: a linear layer without bias, in float32 whatever the precision.
+
+    ``weight`` holds a prototype a row. ``normalised``: each row is divided by its length in the forward pass, which is
+    DINO's weight-normalised layer with its scale fixed at 1; otherwise the caller keeps the rows at length 1 (SwAV).
+    """
+
+    def __init__(self, dim: int, count: int, normalised: bool) -> None:
+        """Rows start as nn.Linear's do, at length 1."""
+        super().__init__()
+        bound = dim**-0.5
+        self.weight = nn.Parameter(F.normalize(torch.empty(count, dim).uniform_(-bound, bound), dim=1))
+        self._normalised = normalised
+
+    def forward(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "n count"]:
+        """The scores, float32."""
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(wide(z), F.normalize(self.weight, dim=1) if self._normalised else self.weight)
+
+    @torch.no_grad()
+    def normalise(self, applied: Shaped[Tensor, ""]) -> None:
+        """Bring the rows back to length 1, unless ``applied`` is 0."""
+        self.weight.copy_(torch.where(applied.bool(), F.normalize(self.weight, dim=1), self.weight))
 
 
 def _hidden_layer(in_dim: int, out_dim: int, batch_norm: bool) -> list[nn.Module]:

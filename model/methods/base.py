@@ -7,16 +7,19 @@ folder holds a method's configuration and module; docs/adding-a-method.md walks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from model.backbone import Stem, check_backbone
-from model.embedding_stats import z_std
+from model.embedding_stats import wide, z_std
+from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.sampling.views import ViewRecipe
 
 
@@ -26,6 +29,7 @@ class StepInfo(NamedTuple):
     step: int  # optimizer steps done, from 0
     total_steps: int  # of the whole schedule, also where --max-steps ends earlier
     steps_per_epoch: int
+    global_batch: int  # source images of a step, over all ranks
     rank: int = 0
     ids: Int64[Tensor, " n"] | None = None  # the samples of this pass
     memory: Float[Tensor, "n d"] | None = None  # their rows of the sample memory, for a method with a memory_dim
@@ -48,11 +52,26 @@ class BatchShape:
     micro_batch: int  # of them in one pass on one rank
     world_size: int
     sync_bn: bool = True  # whether batch statistics are taken over all ranks
+    memory_bytes: int | None = None  # of the device that a rank computes on; None: unknown
 
     @property
     def pass_batch(self) -> int:
         """Source images of one pass over all ranks."""
         return self.micro_batch * self.world_size
+
+    @property
+    def parts(self) -> str:
+        """How many passes share a step's images, for messages."""
+        passes = self.global_batch // self.pass_batch
+        return f"{self.world_size} ranks" + (f" x --accumulate {passes}" if passes > 1 else "")
+
+    def check_memory(self, flag: str, value: int, numbers: int) -> None:
+        """Raise UserError if ``value`` of ``flag`` needs ``numbers`` float32 numbers, and the device has no room."""
+        if self.memory_bytes is not None and 4 * numbers > self.memory_bytes:
+            raise UserError(
+                f"{flag} {value} takes at least {4 * numbers / 2**30:.1f} GiB, and a process has "
+                f"{self.memory_bytes / 2**30:.1f} GiB: take at most {int(value * self.memory_bytes / (4 * numbers))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,10 @@ class Method(nn.Module):
     def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
         """Called after the optimizer's step. ``applied`` is 0 if it was skipped: change nothing then."""
 
+    def schedules(self, info: StepInfo) -> dict[str, float]:
+        """Numbers of a step that follow from the configuration (teacher momentum, queue age), for metrics.jsonl."""
+        return {}
+
     def collapse(self, batch: BatchShape) -> CollapseProfile:
         """What the guard should look for."""
         raise NotImplementedError
@@ -153,14 +176,31 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def weights_apart(module: nn.Module) -> list[ParamGroup]:
+def weights_apart(module: nn.Module, name: str = "all", lr_scale: float = 1.0) -> list[ParamGroup]:
     """Two groups: weights; and biases with the parameters of norms, neither decayed nor adapted by LARS."""
     parameters = trained(module)
+    weights, rest = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     groups = [
-        ParamGroup("weights", [p for p in parameters if p.ndim > 1]),
-        ParamGroup("biases and norms", [p for p in parameters if p.ndim <= 1], decay=False, adapt=False),
+        ParamGroup(f"{name}: weights", weights, lr_scale=lr_scale),
+        ParamGroup(f"{name}: biases and norms", rest, lr_scale=lr_scale, decay=False, adapt=False),
     ]
     return [group for group in groups if group.params]
+
+
+def check_counts(config: MethodConfig, *names: str) -> None:
+    """Raise UserError unless each of these fields is at least 1."""
+    for name in names:
+        check_at_least_1(f"--{name.replace('_', '-')}", getattr(config, name))
+
+
+def check_momentum(flag: str, momentum: float) -> None:
+    """Raise UserError for a momentum that is none."""
+    require(flag, momentum, 0 <= momentum <= 1, "it must lie in 0 (a copy of the student) .. 1 (never moves)")
+
+
+def check_temperature(flag: str, temperature: float) -> None:
+    """Raise UserError for a temperature that no softmax can take."""
+    require(flag, temperature, 0 < temperature < math.inf, "it must be above 0 and finite")
 
 
 def encode(module: nn.Module, views: list[Tensor]) -> list[Tensor]:
@@ -180,6 +220,13 @@ def encode_jointly(module: nn.Module, views: list[Tensor]) -> list[Tensor]:
             embeddings += module(torch.cat(views[start:end])).chunk(end - start)
             start = end
     return embeddings
+
+
+@torch.no_grad()
+def distribution_entropy(logits: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+    """Entropy of the mean of the rows' softmax: ln k where all k prototypes are used alike, 0 where one is."""
+    mean = F.softmax(wide(logits), dim=1).mean(dim=0)
+    return -torch.special.xlogy(mean, mean).sum()
 
 
 def mean_z_std(embeddings: list[Float[Tensor, "n d"]]) -> Float[Tensor, ""]:

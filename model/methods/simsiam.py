@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_never
 
 from model.backbone import build_backbone
-from model.embedding_stats import least_share
+from model.embedding_stats import least_share, wide
 from model.heads import BatchNormPlaces, Predictor, Projector
 from model.methods.base import (
     BatchShape,
@@ -234,7 +234,7 @@ def averaged_targets(
     remembered.
     """
     momentum = config.target_momentum * past.ne(0).any(dim=1, keepdim=True)
-    target1, target2 = (momentum * past + (1 - momentum) * z.detach().float() for z in (z1, z2))
+    target1, target2 = (momentum * past + (1 - momentum) * wide(z.detach()) for z in (z1, z2))
     eta = (target1 + target2) / 2 if config.symmetric else target2
     return target1, target2, torch.where(eta.isfinite().all(dim=1, keepdim=True), eta, past)
 
@@ -252,10 +252,10 @@ def simsiam_loss(
     Gradients flow through z as well; ``SimSiam`` detaches it.
     """
     with torch.autocast(p1.device.type, enabled=False):
-        loss = negative_similarity(p1.float(), z2.float(), similarity)
+        loss = negative_similarity(wide(p1), wide(z2), similarity)
         if not symmetric:
             return loss
-        return loss / 2 + negative_similarity(p2.float(), z1.float(), similarity) / 2
+        return loss / 2 + negative_similarity(wide(p2), wide(z1), similarity) / 2
 
 
 def negative_similarity(

@@ -156,7 +156,7 @@ def test_the_predictors_bottleneck_is_a_quarter_of_the_output(dim: int) -> None:
     ]
 
 
-INFO = StepInfo(step=0, total_steps=10, steps_per_epoch=5)
+INFO = StepInfo(step=0, total_steps=10, steps_per_epoch=5, global_batch=8)
 
 
 def as_a_method(model: SimSiam, x1: Tensor, x2: Tensor, **info: object) -> MethodOutput:
