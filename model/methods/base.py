@@ -105,6 +105,7 @@ class MethodConfig:
     name: ClassVar[str]  # of --method
     # Apply batch norm by the method's own rule, which --sync-bn would break
     own_batch_norm: ClassVar[bool] = False
+    most_views: ClassVar[int | None] = 2  # of an image; None: any number from 2 up
 
     # Backbone; resnet_tiny suits 32 px on a CPU. Default: Chen & He 2020, section 3, "Baseline settings"
     backbone: str = "resnet50"
@@ -134,7 +135,11 @@ class MethodConfig:
         return ViewRecipe()
 
     def check(self, batch: BatchShape, views: ViewRecipe) -> None:
-        """Raise UserError for a run whose batches or views the method cannot take."""
+        """Raise UserError for a run whose batches or views the method cannot take; subclasses add their own rules."""
+        count = len(views.per_view)
+        rule = f"--method {self.name} takes " + ("2 views or more" if self.most_views is None else "exactly 2 views")
+        remedy = f"{rule} of each image: change --views or --more-views"
+        require("views of each image:", count, count >= 2 and count <= (self.most_views or count), remedy)
 
 
 class Method(nn.Module):

@@ -34,6 +34,7 @@ from model.methods.base import (
 )
 from model.momentum import Teacher, cosine_momentum
 from pipeline.common.errors import require
+from pipeline.sampling.views import ViewGroup, ViewRecipe
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,18 @@ class BYOLConfig(MethodConfig):
         check_momentum("--teacher-momentum", self.teacher_momentum)
         scale = self.predictor_lr_scale
         require("--predictor-lr-scale", scale, 0 < scale < math.inf, "it must be above 0 and finite")
+
+    @classmethod
+    def default_views(cls) -> ViewRecipe:
+        """Two unlike views: augmentations.py, dataset.py."""
+        return ViewRecipe(
+            count=1,
+            crop_scale=(0.08, 1.0),
+            interpolation="bicubic",
+            saturation=0.2,
+            blur_prob=1.0,
+            more_views=(ViewGroup(blur_prob=0.1, solarize_prob=0.2),),
+        )
 
     def build(self) -> BYOL:
         """The method."""

@@ -40,7 +40,7 @@ from model.methods.base import (
 )
 from model.momentum import Teacher, cosine_momentum
 from pipeline.common.errors import require
-from pipeline.sampling.views import ViewRecipe
+from pipeline.sampling.views import ViewGroup, ViewRecipe
 
 TEACHER_VIEWS = 2
 
@@ -50,6 +50,7 @@ class DINOConfig(MethodConfig):
     """DINO's head and schedules. The defaults are main_dino.py's."""
 
     name: ClassVar[str] = "dino"
+    most_views: ClassVar[int | None] = None
 
     prototypes: int = 65536  # width of the distributions: --out_dim
     head_hidden: int = 2048  # width of the head's hidden layers: DINOHead
@@ -79,6 +80,18 @@ class DINOConfig(MethodConfig):
         frozen = self.freeze_prototypes
         if isinstance(frozen, int):
             require("--freeze-prototypes", frozen, frozen >= 0, "it must be a number of steps, or epoch")
+
+    @classmethod
+    def default_views(cls) -> ViewRecipe:
+        """The two global views of DataAugmentationDINO, with the crop scale that main_dino.py recommends for these."""
+        return ViewRecipe(
+            count=1,
+            crop_scale=(0.14, 1.0),
+            interpolation="bicubic",
+            saturation=0.2,
+            blur_prob=1.0,
+            more_views=(ViewGroup(blur_prob=0.1, solarize_prob=0.2),),
+        )
 
     def build(self) -> DINO:
         """The method."""

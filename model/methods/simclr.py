@@ -34,6 +34,7 @@ from model.methods.base import (
     mean_z_std,
     weights_apart,
 )
+from pipeline.sampling.views import ViewRecipe
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class SimCLRConfig(MethodConfig):
         super().__post_init__()
         check_counts(self, "dim", "projector_layers", "projector_hidden")
         check_temperature("--temperature", self.temperature)
+
+    @classmethod
+    def default_views(cls) -> ViewRecipe:
+        """data_util.py at colour strength 1; README."""
+        return ViewRecipe(
+            crop_scale=(0.08, 1.0), interpolation="bicubic", brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2
+        )
 
     def build(self) -> SimCLR:
         """The method."""

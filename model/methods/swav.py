@@ -46,6 +46,7 @@ class SwAVConfig(MethodConfig):
     """SwAV's architecture and loss. The defaults are its scripts', with the projector of SimSiam's comparison."""
 
     name: ClassVar[str] = "swav"
+    most_views: ClassVar[int | None] = None
 
     dim: int = 128  # width of z: --feat_dim
     projector_layers: int = 3  # SimSiam, appendix C; the original has 2 (src/resnet50.py)
@@ -76,6 +77,11 @@ class SwAVConfig(MethodConfig):
         frozen = self.freeze_prototypes
         if isinstance(frozen, int):
             require("--freeze-prototypes", frozen, frozen >= 0, "it must be a number of steps, or epoch")
+
+    @classmethod
+    def default_views(cls) -> ViewRecipe:
+        """Two views: scripts/swav_400ep_2x224_pretrain.sh, src/multicropdataset.py."""
+        return ViewRecipe(crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 
     def build(self) -> SwAV:
         """The method."""
