@@ -1,6 +1,19 @@
-"""Owns the package's metadata and its dependencies. Settings of the development tools are in pyproject.toml."""
+"""The package's metadata and dependencies. Settings of the development tools are in pyproject.toml.
+
+A wheel holds one package, `siamstream`, and the four others inside it, with their imports rewritten: site-packages gets
+nothing named model or tools. An editable install leaves the files where they are (siamstream/naming.py).
+"""
+
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).parent))  # pip builds without it
+
+from siamstream import __version__
+from siamstream.naming import LONG, PACKAGES, rewritten
 
 RUNTIME = [
     "torch>=2.11",
@@ -35,14 +48,54 @@ TEST = [
     "ruff>=0.12",
     "mypy>=1.13",
     "import-linter>=2.1",
+    "build>=1.2",  # the tests of the wheel
+    "setuptools>=77",
 ]
+
+EDITABLE = bool({"editable_wheel", "develop"} & set(sys.argv))
+OUR_FOLDERS = find_packages(include=["siamstream", *(f"{name}{rest}" for name in PACKAGES for rest in ("", ".*"))])
+
+
+class BuildRewritten(build_py):
+    """Copies the files as build_py does, and gives the inner packages' imports their long names."""
+
+    def build_module(self, module, module_file, package):
+        written, copied = super().build_module(module, module_file, package)
+        if copied and (package != "siamstream" or module == "__init__"):
+            path = Path(written)
+            path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+        return written, copied
+
 
 setup(
     name="siamstream",
-    version="0.1.0",
-    description="SimSiam pretraining whose loop is bound by the GPU, not by the data",
+    version=__version__,
+    description="Self-supervised pretraining of image encoders, bound by the GPU and not by the data",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="the siamstream authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["self-supervised learning", "SimSiam", "pretraining", "DALI", "WebDataset"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=find_packages(include=["pipeline*", "model*", "train*", "tools*"]),
+    packages=OUR_FOLDERS if EDITABLE else [name if name == "siamstream" else LONG + name for name in OUR_FOLDERS],
+    package_dir={} if EDITABLE else {LONG + name: name for name in PACKAGES},
+    package_data={"siamstream": ["py.typed"]},
+    cmdclass={"build_py": BuildRewritten},
+    entry_points={"console_scripts": ["siamstream = siamstream.cli:main"]},
     install_requires=RUNTIME,
     extras_require={"parquet": PARQUET, "faiss": FAISS, "umap": UMAP, "s3": S3, "gcs": GCS, "hf": HF, "test": TEST},
 )

@@ -7,7 +7,6 @@ can be used on a real job. About 600 steps of 128 images, some minutes on 2 CPU 
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -23,8 +22,9 @@ from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.locations import LocalPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sources.readers import WDS
+from tools.common.own_commands import after_python
 
-ROOT = Path(__file__).resolve().parents[1]
+MAKE_SHARDS = "python tools/make_shards.py"
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 TEST_IMAGES = 1024  # of the synthetic source; at 50 % accuracy its standard error is 1.6 points
 TEST_LIMIT = 2000  # images taken from the user's test set
@@ -80,7 +80,7 @@ def main() -> None:
     has_test = make_datasets(config)
     preview(config)
     pretrain(config, has_test)
-    run_tool("plot_run.py", str(config.out / "run"), str(config.out / "plot.png"))
+    run_command("python tools/plot_run.py", str(config.out / "run"), str(config.out / "plot.png"))
     print(report(config, has_test, time.perf_counter() - start))
 
 
@@ -130,19 +130,19 @@ def make_datasets(config: DemoConfig) -> bool:
     train, test = str(config.out / "train"), str(config.out / "test")
     if not config.images:
         heading("Shards: synthetic textures of twelve classes, and a test set of other ones")
-        run_tool("make_shards.py", f"synthetic:{config.num_images}", train, "--overwrite")
+        run_command(MAKE_SHARDS, f"synthetic:{config.num_images}", train, "--overwrite")
         seed = ("--seed", str(TEST_SEED))
-        run_tool("make_shards.py", f"synthetic:{min(TEST_IMAGES, config.num_images)}", test, *seed, "--overwrite")
+        run_command(MAKE_SHARDS, f"synthetic:{min(TEST_IMAGES, config.num_images)}", test, *seed, "--overwrite")
         return True
     heading(f"Shards: at most {config.limit:,} images of {config.images}, none larger than the demo needs")
     shared = ("--shorter-side", str(2 * config.image_size), "--labels", config.labels, "--overwrite")
     tree = ("--subtree", config.subtree) if config.subtree else ()
-    run_tool("make_shards.py", config.images, train, *tree, "--limit", str(config.limit), *shared)
+    run_command(MAKE_SHARDS, config.images, train, *tree, "--limit", str(config.limit), *shared)
     if not config.test_subtree:
         return False
     test_tree = ("--subtree", config.test_subtree, "--limit", str(min(TEST_LIMIT, config.limit)))
     same_classes = ("--classes-from", train) if dataset_of(config).has_labels else ()
-    run_tool("make_shards.py", config.images, test, *test_tree, *same_classes, *shared)
+    run_command(MAKE_SHARDS, config.images, test, *test_tree, *same_classes, *shared)
     return True
 
 
@@ -152,7 +152,9 @@ def preview(config: DemoConfig) -> None:
     out = str(config.out / "preview.png")
     samples = str(min(8, dataset_of(config).num_samples))
     size = ("--image-size", str(config.image_size))
-    run_tool("preview_views.py", str(config.out / "train"), out, "--samples", samples, *size, "--blur-prob", "0")
+    run_command(
+        "python tools/preview_views.py", str(config.out / "train"), out, "--samples", samples, *size, "--blur-prob", "0"
+    )
 
 
 def pretrain(config: DemoConfig, has_test: bool) -> None:
@@ -170,7 +172,7 @@ def pretrain(config: DemoConfig, has_test: bool) -> None:
     arguments += ["--method", config.method] if config.method else []
     if has_test and dataset.has_labels:
         arguments += ["--knn-data", str(config.out / "test")]
-    run_script(ROOT / "train" / "pretrain.py", arguments)
+    run_command("python train/pretrain.py", *arguments)
 
 
 def plan(images: int, steps: int) -> Schedule:
@@ -241,16 +243,11 @@ def heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def run_tool(name: str, *arguments: str) -> None:
-    """Run a script of tools/."""
-    run_script(ROOT / "tools" / name, list(arguments))
-
-
-def run_script(script: Path, arguments: list[str]) -> None:
+def run_command(command: str, *arguments: str) -> None:
     """Print a command and run it. If it fails, its message stands, and the demo exits with its code."""
-    shown = shlex.join(["python", os.path.relpath(script), *arguments])
-    print(f"$ {shown}", flush=True)
-    code = subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
+    words = [*after_python(command), *arguments]
+    print(f"$ {shlex.join(['python', *words])}", flush=True)
+    code = subprocess.run([sys.executable, *words], check=False).returncode
     if code:
         print(
             f"the demo stops: the command above failed with exit code {code}\n"

@@ -55,7 +55,7 @@ class ExportConfig:
 
 def main() -> None:
     """The command."""
-    config = tyro.cli(ExportConfig, description=__doc__, prog="export_backbone.py")
+    config = tyro.cli(ExportConfig, description=__doc__)
     check_out(config)
     weights = read_weights(config.checkpoint, config.backbone, config.stem)
     if weights.stem == "default" and config.format in ("detectron2", "official"):

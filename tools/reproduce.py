@@ -87,7 +87,7 @@ def command_of(config: ReproduceConfig) -> str:
     given = [config.table, "--data", str(config.data), "--val-data", str(config.val_data)]
     more = ["--device", config.device] if config.device != "auto" else []
     more += ["--seeds", str(config.seeds)] if config.seeds > 1 else []
-    return shlex.join(["python", "tools/reproduce.py", *given, "--budget", f"{config.budget:g}", *more])
+    return "python tools/reproduce.py " + shlex.join([*given, "--budget", f"{config.budget:g}", *more])
 
 
 def _interrupt(_: int, __: FrameType | None) -> None:

@@ -61,7 +61,7 @@ class KnnEvalConfig:
 
 def main() -> None:
     """The script."""
-    config = tyro.cli(KnnEvalConfig, prog="knn.py")
+    config = tyro.cli(KnnEvalConfig)
     with exit_once(), distributed(config.device) as dist:
         evaluate(config, dist)
 

@@ -93,7 +93,7 @@ class LinearConfig:
 
 def main() -> None:
     """The script."""
-    config = tyro.cli(LinearConfig, prog="linear.py")
+    config = tyro.cli(LinearConfig)
     with exit_once(), distributed(config.device) as dist:
         evaluate(config, dist)
 

@@ -16,13 +16,15 @@ import train.openmp  # noqa: F401  # before torch
 # isort: split
 import sys
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from pipeline.common.errors import exit_on_user_error
 from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.loader import open_views
 from pipeline.loader.timing import ReadCosts, Stalls
 from pipeline.sampling.sampler import BatchSampler
-from train.config.recipes import parse_config
+from train.config.recipes import config_of, parse_config
 from train.config.run_config import PretrainConfig
 from train.distributed.process_group import DistContext, distributed, exit_once
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
@@ -37,19 +39,31 @@ COLLECTIVE_TIMEOUT = timedelta(days=1)  # of torch, which does not say who is to
 
 def main() -> None:
     """The script."""
-    config = parse_config()
+    if not train_here(parse_config()):
+        sys.exit(EXIT_PREEMPTED)
+
+
+def pretrain(data: str | Path, run_dir: str | Path, **flags: Any) -> bool:
+    """Train as the command does; ``flags`` are its flags as keywords: ``epochs=10, backbone="resnet18"``.
+
+    A flag with a dot is given by ``**{"dali.prefetch": 3}``. Under torchrun every process calls it. Returns False if a
+    signal stopped the run, which ``resume=True`` continues. Raises UserError for mistakes.
+    """
+    return train_here(config_of(data=str(data), run_dir=str(run_dir), **flags))
+
+
+def train_here(config: PretrainConfig) -> bool:
+    """Train in this process and those that torchrun started with it. Returns False if a signal stopped the run."""
     with (
         exit_once(),
         stop_signals() as stop,
         distributed(config.device, COLLECTIVE_TIMEOUT) as dist,
         hangs_watched(dist, config.hang_timeout, stop, config.longest_fetch_s),
     ):
-        finished = pretrain(config, dist, stop)
-    if not finished:
-        sys.exit(EXIT_PREEMPTED)
+        return run_to_the_end(config, dist, stop)
 
 
-def pretrain(config: PretrainConfig, dist: DistContext, stop: StopRequest) -> bool:
+def run_to_the_end(config: PretrainConfig, dist: DistContext, stop: StopRequest) -> bool:
     """Train to the end, or until a signal: then False. Raises UserError for mistakes."""
     run = prepare(config, dist)
     check_run_dir(run)

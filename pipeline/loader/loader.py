@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from pipeline.backends.base import ViewBatch
-from pipeline.common.locations import Url
+from pipeline.common.locations import Url, location
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.shard_store import PrefetchPlan
 from pipeline.loader.bad_samples import BadSamples, print_bad_sample
@@ -32,9 +32,10 @@ from pipeline.sampling.sampler import BatchIds, BatchSampler, World
 from pipeline.sampling.views import PAIR_EPOCHS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
 
 
-def open_dataset(path: Path | Url, config: LoaderConfig) -> ShardSet:
+def open_dataset(path: str | Path | Url, config: LoaderConfig = LoaderConfig()) -> ShardSet:  # noqa: B008  # frozen
     """The dataset in a folder or below a URL. Raises UserError as ``ShardSet.open``."""
-    return ShardSet.open(path, verify_checksums=config.verify_checksums, cache=config.cache)
+    place = location(path) if isinstance(path, str) else path
+    return ShardSet.open(place, verify_checksums=config.verify_checksums, cache=config.cache)
 
 
 def check_cache(

@@ -61,7 +61,8 @@ def launched(tiny: None, monkeypatch: pytest.MonkeyPatch) -> Launched:
     """The scripts run in this process, as importing torch anew for each takes seconds."""
     calls: Launched = []
 
-    def launch(_: Sweep, script: Path, arguments: list[str]) -> None:
+    def launch(_: Sweep, command: str, arguments: list[str]) -> None:
+        script = Path(command.split()[1])
         calls.append((script.stem, Path(arguments[arguments.index("--run-dir") + 1]), arguments))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [script.name, *arguments])
@@ -182,12 +183,12 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     arguments = flags(photo_dataset_path, tmp_path / "out")
     launch = Sweep._launch
 
-    def stop_in_the_last_run(sweep: Sweep, script: Path, more: list[str]) -> None:
+    def stop_in_the_last_run(sweep: Sweep, command: str, more: list[str]) -> None:
         last = tmp_path / "out" / "without"
-        if script.stem == "pretrain" and str(last) in more:
-            launch(sweep, script, [*more, "--max-steps", "3"])  # as after a signal: a checkpoint, and not finished
+        if command.endswith("pretrain.py") and str(last) in more:
+            launch(sweep, command, [*more, "--max-steps", "3"])  # as after a signal: a checkpoint, and not finished
             raise KeyboardInterrupt
-        launch(sweep, script, more)
+        launch(sweep, command, more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "_launch", stop_in_the_last_run)
@@ -359,7 +360,7 @@ def sweep(photo_dataset: ShardSet, tmp_path: Path) -> Sweep:
 def test_a_stop_waits_until_the_run_has_saved_itself(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "child.py").write_text(CHILD)
     with pytest.raises(KeyboardInterrupt):
-        sweep._launch(tmp_path / "child.py", [str(tmp_path / "saved")])
+        sweep._launch(f"python {tmp_path / 'child.py'}", [str(tmp_path / "saved")])
     assert (tmp_path / "saved").read_text() == "checkpoint"
 
 
@@ -367,7 +368,7 @@ def test_a_stop_waits_until_the_run_has_saved_itself(sweep: Sweep, tmp_path: Pat
 def test_a_run_that_fails_ends_the_sweep(sweep: Sweep, tmp_path: Path, code: int, end: type[BaseException]) -> None:
     (tmp_path / "child.py").write_text(f"import sys; sys.exit({code})")
     with pytest.raises(end) as raised:
-        sweep._launch(tmp_path / "child.py", [])
+        sweep._launch(f"python {tmp_path / 'child.py'}", [])
     if end is SystemExit:
         assert raised.value.code == code
 

@@ -6,7 +6,6 @@ All state is in files (scale.json, pilot.json, the run folders), so the same com
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -24,6 +23,7 @@ from pipeline.common.errors import UserError, require
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.locations import LocalPath
 from pipeline.dataset.dataset import ShardSet
+from tools.common.own_commands import after_python
 from tools.reproduction.paper_tables import PaperTable, Variant
 from tools.reproduction.scale import (
     LINEAR_RATES,
@@ -37,8 +37,7 @@ from tools.reproduction.scale import (
 )
 from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, read_lines
 
-ROOT = Path(__file__).resolve().parents[2]
-PRETRAIN, LINEAR = ROOT / "train" / "pretrain.py", ROOT / "train" / "linear.py"
+PRETRAIN, LINEAR = "python train/pretrain.py", "python train/linear.py"
 SCALE_FILE, PILOT_FILE = "scale.json", "pilot.json"
 PILOT_LOG_EVERY = 4  # steps; the first lines are left out, as everything warms up
 EXIT_STOPPED = 75  # as train/pretrain.py: the same command continues
@@ -168,14 +167,12 @@ class Sweep:
         more = ["--run-dir", str(folder / "linear"), "--resume", "--device", self._device]
         return [*places, *more, "--lr-sweep", LINEAR_RATES, *self._recipe.linear]
 
-    def _launch(self, script: Path, arguments: list[str]) -> None:
-        """Run a script on all processes. If it fails, its message stands, and the sweep exits with its code."""
-        launcher = [sys.executable]
-        if self._processes > 1:
-            several = f"--nproc-per-node={self._processes}"
-            launcher += ["-m", "torch.distributed.run", "--standalone", several]
-        print("$ " + shlex.join(["python", *launcher[1:], os.path.relpath(script), *arguments]), flush=True)
-        child = subprocess.Popen([*launcher, str(script), *arguments])
+    def _launch(self, command: str, arguments: list[str]) -> None:
+        """Run a command on all processes. If it fails, its message stands, and the sweep exits with its code."""
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self._processes}"]
+        words = [*(several if self._processes > 1 else []), *after_python(command), *arguments]
+        print(f"$ {shlex.join(['python', *words])}", flush=True)
+        child = subprocess.Popen([sys.executable, *words])
         try:
             code = child.wait()
         except KeyboardInterrupt:

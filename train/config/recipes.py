@@ -7,11 +7,15 @@ the configuration's own defaults, which are the paper's for ImageNet (Chen & He 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 from dataclasses import replace
+from typing import Any
 
 import tyro
 
 from model.methods.simsiam import SimSiamConfig
+from pipeline.common.errors import UserError
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.views import ViewRecipe
 from train.config.loader_tuning import check_agreement, load_tuning
@@ -29,15 +33,38 @@ def parse_config(arguments: list[str] | None = None) -> PretrainConfig:
 
     recipe = recipe_in(arguments)
     default = tyro.MISSING_NONPROP if recipe is None else recipe
-    config = tyro.cli(PretrainConfig, args=arguments, default=default, prog="pretrain.py")
+    config = tyro.cli(PretrainConfig, args=arguments, default=default)
     path = config.loader_tuning
     if path is None:
         return config
     tuning = load_tuning(path)
     tuned = replace(config, loader=tuning.fill(LoaderConfig()))
-    config = tyro.cli(PretrainConfig, args=arguments, default=tuned, prog="pretrain.py")
+    config = tyro.cli(PretrainConfig, args=arguments, default=tuned)
     check_agreement(path, tuning, config.loader)
     return config
+
+
+def config_of(**flags: Any) -> PretrainConfig:
+    """The configuration that the command line makes of the same flags. Raises UserError for what it would refuse."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return parse_config([word for name, value in flags.items() for word in _words(name, value)])
+    except SystemExit:
+        raise UserError(f"these are no settings of a run:\n{printed.getvalue()}") from None
+
+
+def _words(name: str, value: Any) -> list[str]:
+    group, dot, last = name.replace("_", "-").rpartition(".")
+    match value:
+        case True:
+            return [f"--{group}{dot}{last}"]
+        case False:
+            return [f"--{group}{dot}no-{last}"]
+        case list() | tuple():
+            return [f"--{group}{dot}{last}", *map(str, value)]
+        case _:
+            return [f"--{group}{dot}{last}", str(value)]
 
 
 RECIPES: dict[RecipeName, PretrainConfig] = {

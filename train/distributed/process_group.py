@@ -114,7 +114,7 @@ def distributed(
     )
     try:
         dist = DistContext(
-            rank, world_size, local_rank, local_world_size, _device(device, local_rank, local_world_size)
+            rank, world_size, local_rank, local_world_size, choose_device(device, local_rank, local_world_size)
         )
     except UserError as error:
         raise SharedError(str(error), speaks=rank == 0) from None
@@ -156,7 +156,10 @@ def _fresh_store() -> td.Store:
     return td.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}", store)
 
 
-def _device(choice: str, local_rank: int, local_world_size: int) -> torch.device:
+def choose_device(
+    choice: Literal["auto", "cuda", "cpu"], local_rank: int = 0, local_world_size: int = 1
+) -> torch.device:
+    """The device of one of a machine's ranks. Raises UserError if it cannot be had."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if choice == "cpu" or (choice == "auto" and gpus == 0):
         return torch.device("cpu")
