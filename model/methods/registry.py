@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from pathlib import Path
 
-import model.methods
 from model.methods.base import MethodConfig
 from pipeline.common.errors import UserError
 
@@ -14,9 +14,9 @@ DEFAULT_METHOD = "simsiam"
 
 
 def _find() -> dict[str, type[MethodConfig]]:
-    for file in pkgutil.iter_modules(model.methods.__path__):
+    for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if file.name != "registry":
-            importlib.import_module(f"model.methods.{file.name}")
+            importlib.import_module(f"{__package__}.{file.name}")
     found = {config.name: config for config in MethodConfig.__subclasses__()}
     return {DEFAULT_METHOD: found.pop(DEFAULT_METHOD), **dict(sorted(found.items()))}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,13 @@ def test_no_file_imports_or_uses_a_plain_name_once_it_is_rewritten(path: Path) -
     # `import train.x` binds `siamstream` then, and no longer `train`, so nothing may be looked up as `train.x`
     plain = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     written = {name.removeprefix("siamstream.") for name in plain if name.startswith("siamstream.")}
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) in written]
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert attributes & written == set()
+    # a module imported by a string is named after __package__
+    calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [
+        call for call in calls if re.match(rf".*(import_module|__import__)\(f?['\"]({'|'.join(PACKAGES)})", call)
+    ]
 
 
 @pytest.fixture(scope="module")
