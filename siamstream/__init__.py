@@ -22,10 +22,11 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from model.methods.simsiam import SimSiam, SimSiamConfig
+    from pipeline.backends.base import ViewBatch
     from pipeline.common.errors import UserError
     from pipeline.dataset.dataset import ShardSet
     from pipeline.loader.config import LoaderConfig
-    from pipeline.loader.loader import ViewBatch, open_dataset, open_views
+    from pipeline.loader.loader import open_dataset, open_views
     from pipeline.sampling.sampler import BatchSampler, World
     from pipeline.sampling.views import ViewRecipe
     from pipeline.sharding.make_dataset import make_dataset
@@ -55,10 +56,11 @@ __all__ = [
 # Where each public name is defined; the imports above say the same to type checkers.
 _MODULES = {
     "model.methods.simsiam": ("SimSiam", "SimSiamConfig"),
+    "pipeline.backends.base": ("ViewBatch",),
     "pipeline.common.errors": ("UserError",),
     "pipeline.dataset.dataset": ("ShardSet",),
     "pipeline.loader.config": ("LoaderConfig",),
-    "pipeline.loader.loader": ("ViewBatch", "open_dataset", "open_views"),
+    "pipeline.loader.loader": ("open_dataset", "open_views"),
     "pipeline.sampling.sampler": ("BatchSampler", "World"),
     "pipeline.sampling.views": ("ViewRecipe",),
     "pipeline.sharding.make_dataset": ("make_dataset",),

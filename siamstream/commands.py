@@ -19,6 +19,8 @@ COMMANDS = {
     "pretrain": Command("train.pretrain", "train an encoder without labels"),
     "linear": Command("train.linear", "accuracy of a linear classifier on the frozen encoder"),
     "knn": Command("train.knn", "accuracy of the nearest neighbours in the encoder's features"),
+    "finetune": Command("train.finetune", "train the whole network with a classifier, from a pretrained encoder"),
+    "predict": Command("tools.predict", "classify image files with a fine-tuned model"),
     "embed": Command("tools.embed", "write the features of every image of a dataset"),
     "neighbours": Command("tools.neighbours", "find similar images, near-duplicates and leaks between datasets"),
     "report": Command("tools.report", "one HTML page about a run, or several side by side"),
