@@ -151,10 +151,8 @@ def preview(config: DemoConfig) -> None:
     heading("Views: what the encoder will see")
     out = str(config.out / "preview.png")
     samples = str(min(8, dataset_of(config).num_samples))
-    size = ("--image-size", str(config.image_size))
-    run_command(
-        "python tools/preview_views.py", str(config.out / "train"), out, "--samples", samples, *size, "--blur-prob", "0"
-    )
+    words = ("--samples", samples, *recipe_of(config))
+    run_command("python tools/preview_views.py", str(config.out / "train"), out, *words)
 
 
 def pretrain(config: DemoConfig, has_test: bool) -> None:
@@ -166,13 +164,18 @@ def pretrain(config: DemoConfig, has_test: bool) -> None:
         if not (run_dir / "config.json").is_file():
             raise UserError(f"{run_dir} exists and is no run folder: choose another --out")
         shutil.rmtree(run_dir)
-    arguments = ["--data", str(dataset.path), "--run-dir", str(run_dir), "--image-size", str(config.image_size)]
+    arguments = ["--data", str(dataset.path), "--run-dir", str(run_dir), *recipe_of(config)]
     arguments += ["--epochs", str(schedule.epochs), "--global-batch", str(schedule.batch)]
-    arguments += ["--recipe", "demo", "--knn-every", str(schedule.knn_every)]
-    arguments += ["--method", config.method] if config.method else []
+    arguments += ["--knn-every", str(schedule.knn_every)]
     if has_test and dataset.has_labels:
         arguments += ["--knn-data", str(config.out / "test")]
     run_command("python train/pretrain.py", *arguments)
+
+
+def recipe_of(config: DemoConfig) -> list[str]:
+    """Flags of the recipe, which train/pretrain.py and tools/preview_views.py share."""
+    method = ["--method", config.method] if config.method else []
+    return ["--recipe", "demo", *method, "--image-size", str(config.image_size)]
 
 
 def plan(images: int, steps: int) -> Schedule:
