@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.common.secrets import conceal_arguments, scrub
+
 
 class UserError(Exception):
     """A user's mistake. The message names the value, the rule and the remedy; no traceback is shown."""
@@ -33,12 +35,13 @@ def check_one_copy(script: Path, imported: Path) -> None:
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2."""
+    conceal_arguments()
     try:
         if (script := getattr(sys.modules["__main__"], "__file__", None)) is not None:
             check_one_copy(Path(script), Path(__file__).parents[2])
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {scrub(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

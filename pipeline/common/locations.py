@@ -11,8 +11,10 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import tyro
 
 from pipeline.common.errors import UserError
+from pipeline.common.secrets import reveal
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+_LIKE_A_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+(?:::|:\s*/)")
 
 
 class Url:
@@ -59,13 +61,23 @@ class Url:
 
 def location(text: str) -> Path | Url:
     """What ``text`` names. Raises UserError for a URL of no folder."""
-    match = _SCHEME.match(text)
-    if match is None:
+    if _SCHEME.match(text) is None:
+        _check_no_url(text)
         return Path(text)
+    shown, text = text, reveal(text)
     _check_secret(text)
     if not urlsplit(text).netloc:
-        raise UserError(f"{text} names no host or bucket: write it as s3://BUCKET/FOLDER or https://HOST/FOLDER")
+        raise UserError(f"{shown} names no host or bucket: write it as s3://BUCKET/FOLDER or https://HOST/FOLDER")
     return Url(text)
+
+
+def _check_no_url(text: str) -> None:
+    """Raise UserError for what looks like a URL and is none, unless a file of that name is there."""
+    if _LIKE_A_URL.match(text) and not Path(text).exists():
+        raise UserError(
+            f"{text} is written like a URL, but not as one: a scheme in small letters, a colon and two slashes come "
+            "first, as in s3://BUCKET/FOLDER or https://HOST/FOLDER"
+        )
 
 
 def _check_secret(text: str) -> None:
@@ -85,7 +97,7 @@ def _check_secret(text: str) -> None:
 
 def local_path(text: str) -> Path:
     """What ``text`` names, for results. Raises UserError for a URL, of which Path would make a folder ``s3:``."""
-    if _SCHEME.match(text):
+    if _SCHEME.match(text) or (_LIKE_A_URL.match(text) and not Path(text).exists()):
         raise UserError(f"{text}: results are written to a folder or file of this machine, or one that it has mounted")
     return Path(text)
 
