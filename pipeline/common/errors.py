@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.common.secrets import conceal_arguments, scrub
+from pipeline.common.text import printable
 
 
 class UserError(Exception):
@@ -41,7 +42,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             check_one_copy(Path(script), Path(__file__).parents[2])
         main()
     except UserError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
+        print(f"error: {printable(scrub(str(error)))}", file=sys.stderr)
         sys.exit(2)
 
 

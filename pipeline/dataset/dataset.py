@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pipeline.common.locations import Url
+from pipeline.common.text import printable
 from pipeline.dataset.format import (
     FORMAT_VERSION,
     REPLACE,
@@ -48,7 +49,7 @@ class BadSampleError(Exception):
 
     def __str__(self) -> str:
         """One line with sample, key, shard and reason."""
-        return f"sample {self.sample_id} (key {self.key} in {self.shard}): {self.reason}"
+        return printable(f"sample {self.sample_id} (key {self.key} in {self.shard}): {self.reason}")
 
 
 class ShardSet:

@@ -205,9 +205,15 @@ def test_a_folder_of_something_else_is_left_alone(
     assert "normalised: there False, now True" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"), [("a b/ü.jpg", "a b/ü.jpg"), ("a\nb", "a\\nb"), ("\x1b[2J", "\\x1b[2J"), ("\udcff", "\\udcff")]
-)
+SHOWN = {
+    "a b/ü.jpg": "a b/ü.jpg",
+    "a\nb": "a\\nb",
+    "\x1b[2J": "\\x1b[2J",
+    "\udcff": "\\udcff",
+}
+
+
+@pytest.mark.parametrize(("name", "shown"), SHOWN.items())
 def test_names_stand_on_one_line_and_move_no_cursor(name: str, shown: str) -> None:
     assert escaped(name) == shown
 

@@ -28,6 +28,7 @@ from typing_extensions import assert_never
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors, write_json
+from pipeline.common.text import printable
 
 RECORD, MATRIX, NAMES, UNFINISHED = "_embeddings.json", "embeddings.npy", "names.txt", ".partial"
 BLOCK = 1 << 14  # samples; a multiple of the images of a pass, so that passes are the same whoever computes a block
@@ -140,9 +141,8 @@ class EmbeddingWriter:
 
 
 def escaped(name: str) -> str:
-    """A name on one line, printable anywhere: control characters, backslashes and lone surrogates as escapes."""
-    plain = all(c.isprintable() and c != "\\" for c in name)
-    return name if plain else name.encode("unicode_escape", "surrogatepass").decode("ascii")
+    """A name on one line, printable anywhere: control characters and lone surrogates as escapes."""
+    return printable(name).replace("\n", "\\n")
 
 
 def _write_parquet(block: Block, vectors: np.ndarray, file: Any) -> None:

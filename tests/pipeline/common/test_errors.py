@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.common.errors import UserError, check_one_copy
+from pipeline.common.errors import UserError, check_one_copy, exit_on_user_error
+from pipeline.dataset.dataset import BadSampleError
 
 
 def checkout(folder: Path, *, whole: bool = True) -> Path:
@@ -35,3 +36,16 @@ def test_everything_else_is_not(tmp_path: Path) -> None:
         (Path("script.py"), one),
     ):
         check_one_copy(script, imported)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J\x1b[31mred", "bell\a", "\u202egpj.exe", "lone \udcff byte", "back\rwards"])
+def test_an_error_with_a_name_from_a_file_moves_no_cursor(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError(f"cannot read {name}")
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(fail)
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: cannot read ")
+    assert shown.rstrip("\n").isprintable()
+    assert str(BadSampleError(3, "shard-000000.tar", name, "gone")).isprintable()
