@@ -1,1 +1,1 @@
-"""Backends."""
+"""Back ends: decode images, cut and colour their views."""

@@ -38,17 +38,17 @@ from pipeline.common.buffers import HeldUntilRead
 from pipeline.sampling.views import CentreCrops, Interpolation, ViewParams, ViewRecipe
 
 _END = object()
-GRAPH_SEED = 0  # DALI wants one; nothing in the graph draws
-# In an error of DALI's: no image caused it, and to look for one would only hide it.
+GRAPH_SEED = 0  # DALI needs one; nothing in the graph draws
+# Errors of DALI with these texts are not caused by an image; searching for one would hide them.
 _GPU_AT_FAULT = re.compile(r"CUDA (runtime|driver) API error|CUDA allocation failed|cudaError|CUDA_ERROR_")
 
 
 class _Inputs:
-    """What DALI pulls. Apart from the pipeline, so that no cycle keeps that alive: a forked child would abort on it.
+    """The batches that DALI pulls. A separate object, so that no reference cycle keeps the pipeline alive.
 
-    DALI 2.4 ends the process (a segmentation fault, in batches of 32 and more) when its decoder cannot read an
-    image's header. So every header is read here first, by the parser that the decoder has, and a batch with one that
-    it cannot read is not given to DALI.
+    A pipeline that a forked child inherits aborts the child. DALI 2.4 ends the process (a segmentation fault, in
+    batches of 32 and more) when its decoder cannot read an image's header. Therefore every header is parsed here first,
+    by the decoder's own parser, and a batch with an unreadable one is not given to DALI.
     """
 
     def __init__(self, batches: Iterator[Batch], encoded: bool) -> None:
@@ -56,12 +56,14 @@ class _Inputs:
         self._batches = batches
         self._encoded = encoded
         self._next = next(batches, None)
-        self.windows = self._next.windows if self._next is not None else None  # of the first batch, as of all
-        self.pulled: deque[tuple[Batch, str | None]] = deque()  # in order; why DALI was not given the batch
-        self.failed = False  # whether those who make the batches did; DALI's own errors look alike
+        self.windows = self._next.windows if self._next is not None else None  # of the first batch; all are of one kind
+        self.pulled: deque[tuple[Batch, str | None]] = (
+            deque()
+        )  # in order, with the reason if DALI was not given the batch
+        self.failed = False  # whether the batches' own iterator failed; DALI's errors are of the same class
 
     def pull(self) -> list[list[NDArray]]:
-        """One batch's inputs, as DALI asks for them; StopIteration at the end."""
+        """One batch's inputs, in the order of the graph; StopIteration at the end."""
         while True:
             batch, self._next = (self._read() if self._next is None else self._next), None
             refusal = _unreadable_header(batch) if self._encoded else None
@@ -84,16 +86,16 @@ class _Inputs:
 
 
 class DaliImages:
-    """An iterator over batches and their decoded images, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, none."""
+    """An iterator over batches and their decoded images, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, no images."""
 
-    _encoded = True  # what comes in
+    _encoded = True  # whether the batches hold encoded images
 
     def __init__(
         self, batches: Iterator[Batch], max_batch: int, threads: int, device: torch.device, config: DaliConfig
     ) -> None:
         """``batches`` is pulled ``config.prefetch`` ahead; all its batches hold views, or all hold centre crops."""
         self._inputs = _Inputs(batches, self._encoded)
-        self._made: Any = None  # what DALI made of the next batch that it was given: its outputs, or how it ended
+        self._made: Any = None  # DALI's outputs for the next batch that it was given, or its error
         self._device = device
         self._config = config
         self._pipeline = Pipeline(
@@ -113,10 +115,10 @@ class DaliImages:
         return self
 
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "*shape 3"]]]:
-        """The next batch and what the graph makes of it.
+        """The next batch and the outputs of the graph.
 
-        Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU is to blame; and
-        what the batches' own iterator raises.
+        Raises UndecodableBatchError, after which the iteration may go on; RuntimeError if the GPU failed; and whatever
+        the batches' own iterator raises.
         """
         if self._made is None:
             self._made = self._run()
@@ -131,9 +133,9 @@ class DaliImages:
         return batch, self._tensors(made)
 
     def _run(self) -> Any:
-        """Outputs; or the error that the next batch has caused; or _END, when there is no batch any more.
+        """Outputs; or the error that the next batch has caused; or _END when there is no further batch.
 
-        An error without its traceback, which holds the frames and with them the pipeline: see _Inputs.
+        The error comes without its traceback, whose frames would keep the pipeline alive: see _Inputs.
         """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
@@ -150,7 +152,7 @@ class DaliImages:
         return [self._decode(fn.external_source(source=lambda: inputs.pull()[0], batch=True))]
 
     def _tensors(self, outputs: Any) -> list[Tensor]:
-        if self._device.type == "cuda":  # they are decoded to be measured
+        if self._device.type == "cuda":  # decoded for profiling only
             return []
         return [torch.from_dlpack(image) for image in outputs[0]]
 
@@ -160,7 +162,7 @@ class DaliImages:
             "hw_decoder_load": self._config.hw_decoder_load,
             "preallocate_width_hint": self._config.preallocate_side,
             "preallocate_height_hint": self._config.preallocate_side,
-            "jpeg_fancy_upsampling": self._config.smooth_chroma,  # what PIL and DALI's CPU decoder do
+            "jpeg_fancy_upsampling": self._config.smooth_chroma,  # as PIL and DALI's CPU decoder do
         }
         decoded = fn.decoders.image(
             encoded,
@@ -197,7 +199,7 @@ class DaliSquares(DaliImages):
                 return self._centre_squares()
             case ViewParams(views=views):
                 return self._view_squares(views)
-            case None:  # nothing will come
+            case None:  # there is no batch
                 return self._view_squares(len(self._recipe.per_view))
 
     def _view_squares(self, views: int) -> list[DataNode]:
@@ -218,12 +220,12 @@ class DaliSquares(DaliImages):
 
 
 class DaliCrops(DaliSquares):
-    """The crops alone, for measuring; in place of encoded images batches hold decoded ``[h, w, 3]`` on ``device``."""
+    """The crops alone, for profiling; in place of encoded images batches hold decoded ``[h, w, 3]`` on ``device``."""
 
     _encoded = False
 
     def _graph(self) -> list[DataNode]:
-        """Images may lie on the GPU and windows never do, so each has a source of its own."""
+        """Images may be on the GPU, windows never are, so each has a source of its own."""
         inputs = self._inputs
         waiting: tuple[deque, deque] = (deque(), deque())
 
@@ -234,8 +236,8 @@ class DaliCrops(DaliSquares):
                 waiting[1].append(windows)
             return waiting[half].popleft()
 
-        place = "gpu" if self._device.type == "cuda" else "cpu"
-        images = fn.external_source(source=lambda: pull(0), device=place, layout="HWC", batch=True)
+        processor = "gpu" if self._device.type == "cuda" else "cpu"
+        images = fn.external_source(source=lambda: pull(0), device=processor, layout="HWC", batch=True)
         windows = fn.external_source(source=lambda: pull(1), num_outputs=2 * len(self._recipe.per_view), batch=True)
         return self._cut(images, list(windows))
 
@@ -254,14 +256,14 @@ def _unreadable_header(batch: Batch) -> str | None:
     """Why DALI's decoder would not take one of the images; None if it would take them all."""
     for image in batch.encoded:
         try:
-            _ = nvimgcodec.CodeStream(image).height  # the constructor alone does not look
+            _ = nvimgcodec.CodeStream(image).height  # the constructor alone does not read it
         except RuntimeError as error:
             return f"DALI: its decoder cannot read the header: {' '.join(str(error).split())}"
     return None
 
 
 def _reason(error: RuntimeError) -> str:
-    """DALI's message in one line, without the trace of the graph's making that comes before it."""
+    """DALI's message in one line, without the trace of the graph's construction before it."""
     message = str(error).rpartition("encountered:")[2]
     lines = (line.strip() for line in message.splitlines())
     return "DALI: " + " ".join(
@@ -283,7 +285,7 @@ class DaliBackend:
                 held.keep(squares)
             return ViewBatch.of(batch, views)
 
-        return map(finish, cut_squares(context, batches))  # no generator, which an error would end
+        return map(finish, cut_squares(context, batches))  # not a generator, which would end at the first error
 
     def stages(self, context: BackendContext) -> BackendStages:
         """The stages as ``views`` sets them up."""

@@ -1,8 +1,8 @@
-"""Owns the photometric stage on the CPU: colour, gray, blur, solarize, normalise, flip; compiled, an image at a time.
+"""The photometric stage on the CPU: colour, gray, blur, solarize, normalise, flip; compiled, one image at a time.
 
 DALI's own colour operators miss torchvision's contrast and hue, and hue in DALI arithmetic costs more than all the rest
-of the loader. Numba compiles the loops below to vector code; a call holds no interpreter lock, so threads run side by
-side. pipeline/backends/reference.py does the same through torchvision, slowly; tests compare the two. Every operation
+of the loader. Numba compiles the loops below to vector code and releases the GIL, so threads run in parallel.
+pipeline/backends/reference.py does the same through torchvision, slowly; tests compare the two. Every operation
 rounds to whole bytes as torchvision's does on byte images.
 """
 
@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
-BLUR_REACH = 4.0  # sigmas; what lies beyond adds less than 0.02 of 255
+BLUR_REACH = 4.0  # sigmas; the weights beyond add less than 0.02 of 255
 GRAY_R, GRAY_G, GRAY_B = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's rgb_to_grayscale
 ZERO, HALF, ONE, FOUR, SIX, TOP = (np.float32(value) for value in (0, 0.5, 1, 4, 6, 255))
 HUE_TO_BYTE = np.float32(255.999 / 255)  # torchvision turns 0..1 into bytes by truncating 255.999 times it

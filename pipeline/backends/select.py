@@ -1,7 +1,4 @@
-"""Owns the choice of back end, and what happens when one of them meets an image that it cannot decode.
-
-This is the one place that knows which back end runs.
-"""
+"""The choice of the back end. The rest of the code does not know which one runs."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[B
             return "dali", "asked for"
         case "dali":
             raise UserError(
-                "backend dali: NVIDIA DALI is not installed. It exists for Linux (pip install nvidia-dali-cuda130); "
+                "backend dali: NVIDIA DALI is not installed. On Linux install it (pip install nvidia-dali-cuda130); "
                 "elsewhere use --backend torchvision"
             )
         case "auto" if installed:

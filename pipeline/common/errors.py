@@ -1,4 +1,7 @@
-"""Owns the one exception that means 'the user can fix this': scripts print its message and exit with code 2."""
+"""The exception for what a user can fix: scripts print its message and exit with code 2, without a traceback.
+
+A configuration is checked in ``__post_init__`` of its dataclass, with ``require`` and the functions below it.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ def require(flag: str, value: object, holds: bool, rule: str) -> None:
 def check_one_copy(script: Path, imported: Path) -> None:
     """Raise UserError if ``script`` lies in one checkout of this project, and Python imports from another one.
 
-    As with one environment for two worktrees. A copy that was installed whole is as its installer wanted it.
+    This happens with one environment for two worktrees. An installed copy (no checkout) is never refused.
     """
     own = script.resolve().parent.parent
     checkouts = all((folder / "setup.py").is_file() for folder in (own, imported))
     if checkouts and own != imported.resolve() and (own / "pipeline" / "common" / "errors.py").is_file():
         raise UserError(
-            f"{script} is not of the copy of siamstream that is installed, which is {imported}: run that one's script, "
+            f"{script} is not of the installed copy of siamstream, which is {imported}: run that one's script, "
             f"or install this one with `pip install -e {own}`"
         )
 
@@ -50,12 +53,12 @@ SEEDS = 1 << 64  # torch's generators and ours take 64 bits
 
 
 def check_at_least_1(flag: str, count: int) -> None:
-    """Of what is counted: steps, images, passes."""
+    """Raise UserError unless ``count``, of steps, images or passes, is at least 1."""
     require(flag, count, count >= 1, "it must be at least 1")
 
 
 def check_divisible(global_batch: int, parts: int, by: str) -> None:
-    """Of a batch that ``parts`` share, which ``by`` describes."""
+    """Raise UserError unless ``parts``, which ``by`` describes, divide the batch."""
     if global_batch % parts:
         below = max(global_batch // parts, 1) * parts
         raise UserError(
@@ -65,5 +68,5 @@ def check_divisible(global_batch: int, parts: int, by: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Of weights, order and views."""
+    """Raise UserError unless ``seed``, of weights, order and views, has at most 64 bits."""
     require("--seed", seed, 0 <= seed < SEEDS, "it must lie in 0 .. 2**64 - 1")

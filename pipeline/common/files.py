@@ -1,4 +1,4 @@
-"""Owns how files reach the disk: whole or not at all, and what a full disk or a missing permission means to a user."""
+"""Writing files: complete or not at all, locked where needed; a full disk or a missing permission is a UserError."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _REMEDY = {
     errno.EDQUOT: "your quota is used up: free some space or choose another disk",
     errno.EFBIG: "a file grew over the limit of this file system or of `ulimit -f`: make smaller shards or lift it",
     errno.EROFS: "the disk is mounted read-only: choose another folder",
-    errno.EACCES: "see to the permissions, or choose another folder",
-    errno.EPERM: "see to the permissions, or choose another folder",
+    errno.EACCES: "check the permissions, or choose another folder",
+    errno.EPERM: "check the permissions, or choose another folder",
 }
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
@@ -44,23 +44,23 @@ def disk_error(error: OSError, doing: str) -> UserError | None:
 
 @contextmanager
 def disk_errors(doing: str, failed: str | None = None, remedy: str = "") -> Iterator[None]:
-    """Let a full disk, a quota or a missing permission met in ``doing`` be a UserError.
+    """Turn a full disk, a quota or a missing permission into a UserError that names what was being done, ``doing``.
 
     Any other OSError stays as it is, or becomes "``failed``: its reason; ``remedy``", a UserError too.
     """
     try:
         yield
     except OSError as error:
-        mended = disk_error(error, doing)
-        if mended is None and failed is not None:
-            mended = UserError("; ".join(filter(None, (f"{failed}: {error.strerror}", remedy))))
-        if mended is None:
+        user_error = disk_error(error, doing)
+        if user_error is None and failed is not None:
+            user_error = UserError("; ".join(filter(None, (f"{failed}: {error.strerror}", remedy))))
+        if user_error is None:
             raise
-        raise mended from error
+        raise user_error from error
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Raise UserError unless a file can be written at ``path``: before the work whose results it is to hold."""
+    """Raise UserError unless a file can be written at ``path``. Call it before the work whose results it will hold."""
     there = path.exists()
     try:
         with open(path, "ab"):
@@ -75,8 +75,8 @@ def check_writable(flag: str, path: Path) -> None:
 def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a file that appears under ``path`` only when the block ends without an error, synced to disk.
 
-    It grows in folder ``workshop`` (same file system; default: beside ``path``) under a name that no other process of
-    any host uses; what a killed process leaves matches ``*.tmp-*``. Raises OSError as the disk does.
+    It is written in folder ``workshop`` (same file system; default: beside ``path``) under a name that no other process
+    of any host uses; a killed process leaves files that match ``*.tmp-*``. Raises OSError as the disk does.
     """
     temporary = (workshop or path.parent) / f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}"
     try:
@@ -92,9 +92,9 @@ def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]
 
 
 def start_writing_back(file: IO[bytes], start: int, length: int) -> None:
-    """Let the kernel begin to bring this part of a growing file to the disk, so that syncing it at the end waits less.
+    """Ask the kernel to start writing this part of a growing file to the disk, so that the final fsync waits less.
 
-    A hint: what the disk has to say, fsync says. Nothing happens where the system has no such call.
+    A hint: errors of the disk are reported by fsync. Nothing happens on systems without this call.
     """
     if _SYNC_FILE_RANGE is not None:
         file.flush()
@@ -117,7 +117,7 @@ def write_json(path: Path, value: Any, workshop: Path | None = None) -> None:
 
 
 def strict_json(value: Any) -> Any:
-    """``value`` with null in place of nan and inf, which JSON has no words for; Python's own are refused elsewhere."""
+    """``value`` with null in place of nan and inf, which JSON lacks: other readers refuse Python's NaN and Infinity."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -133,14 +133,14 @@ def strict_json(value: Any) -> Any:
 def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
     """Hold ``path`` locked (flock, released by the system when the process dies).
 
-    ``shared`` lets others hold it shared as well. Raises UserError, which names the program that holds it: the file
-    says so. A file system without locks is announced, and the work goes on.
+    ``shared`` lets others hold it shared as well. Raises UserError with the name of the program that holds it, which is
+    the file's content. On a file system without locks a note is printed, and the work goes on.
     """
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = path.read_text(encoding="utf-8") or "another process"  # one that has written nothing yet
+            holder = path.read_text(encoding="utf-8") or "another process"  # it has not written its name yet
             raise UserError(
                 f"{holder} is writing to {path.parent.parent}: wait for it, or end it, then try again"
             ) from None
@@ -148,7 +148,7 @@ def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
             if error.errno not in _NO_LOCKS:
                 raise
             print(
-                f"note: no file locks at {path.parent} ({error.strerror}): let one process at a time write there",
+                f"note: no file locks at {path.parent} ({error.strerror}): run one process at a time that writes there",
                 file=sys.stderr,
             )
         file.truncate(0)
@@ -158,7 +158,7 @@ def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
 
 
 def make_exclusive(lock: IO[bytes]) -> None:
-    """Wait until a shared lock is exclusive; at once where the file system has none."""
+    """Wait until a shared lock is exclusive; returns at once on a file system without locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Owns how a user names a dataset: a folder, or a URL whose secrets are never printed."""
+"""What a user names as a dataset: a folder, or a URL whose secrets are never printed."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _LIKE_A_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+(?:::|:\s*/)")
 
 
 class Url:
-    """The folder of a remote dataset. Printed, it shows neither password nor query, which may be a signature.
+    """The folder of a remote dataset. ``str`` leaves out the password and the query, which may be a signature.
 
-    It is no dataclass, so that ``asdict`` of a configuration does not unfold it.
+    Not a dataclass, so that ``asdict`` of a configuration keeps it as it is.
     """
 
     def __init__(self, secret: str) -> None:
-        """``secret``: the whole of it."""
+        """``secret``: the complete URL."""
         self.secret = secret  # only for the file system that reads it
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are the same place."""
+        """Whether both URLs are the same, secrets included."""
         return isinstance(other, Url) and self.secret == other.secret
 
     def __hash__(self) -> int:
-        """Of the whole."""
+        """Hash of the complete URL."""
         return hash(self.secret)
 
     def __str__(self) -> str:
-        """Scheme, host and path."""
+        """Scheme, host and path, without secrets."""
         parts = urlsplit(self.secret)
         host = "***@" + parts.netloc.rpartition("@")[2] if "@" in parts.netloc else parts.netloc
         return urlunsplit((parts.scheme, host, parts.path, "***" if parts.query else "", ""))
 
     def __repr__(self) -> str:
-        """As ``str``."""
+        """``str``, marked as a Url."""
         return f"Url({str(self)!r})"
 
     @property
@@ -60,7 +60,7 @@ class Url:
 
 
 def location(text: str) -> Path | Url:
-    """What ``text`` names. Raises UserError for a URL of no folder."""
+    """The folder or URL that ``text`` names. Raises UserError for a URL without a host or bucket."""
     if _SCHEME.match(text) is None:
         _check_no_url(text)
         return Path(text)
@@ -81,10 +81,10 @@ def _check_no_url(text: str) -> None:
 
 
 def _check_secret(text: str) -> None:
-    """Raise UserError, which does not show it, for a URL whose password would be taken for another part of it."""
+    """Raise UserError, without the URL, if a character in its password would be parsed as another part of the URL."""
     try:
         parts = urlsplit(text)
-        _ = parts.port  # raises for what is no number
+        _ = parts.port  # raises if it is not a number
         cut = ":" in parts.netloc and "@" not in parts.netloc and "@" in text
     except ValueError:
         cut = True
@@ -96,14 +96,14 @@ def _check_secret(text: str) -> None:
 
 
 def local_path(text: str) -> Path:
-    """What ``text`` names, for results. Raises UserError for a URL, of which Path would make a folder ``s3:``."""
+    """The path that ``text`` names, for results. Raises UserError for a URL; Path would turn it into folder ``s3:``."""
     if _SCHEME.match(text) or (_LIKE_A_URL.match(text) and not Path(text).exists()):
         raise UserError(f"{text}: results are written to a folder or file of this machine, or one that it has mounted")
     return Path(text)
 
 
 def _named_by(parse: Callable[[str], Any], metavar: str, kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """How tyro reads and shows a field that is one word."""
+    """How tyro reads and prints a field that is one word."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -113,7 +113,7 @@ def _named_by(parse: Callable[[str], Any], metavar: str, kind: Any) -> tyro.cons
     )
 
 
-# Fields of a command's configuration: a dataset to read, and a place to write to.
+# Types of fields in configurations: a dataset to read, and a path to write.
 Location: TypeAlias = Annotated[Path | Url, _named_by(location, "DIR|URL", Path | Url)]
 
 

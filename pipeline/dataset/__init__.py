@@ -1,1 +1,1 @@
-"""Dataset."""
+"""A dataset on a disk or behind a URL: format, reading, fetching."""

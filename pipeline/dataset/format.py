@@ -1,6 +1,6 @@
-"""Owns the format of a dataset on disk: dataset.json, the rows of samples.npy, and whether they fit each other.
+"""The format of a dataset on disk: dataset.json and the rows of samples.npy, read and compared with each other.
 
-DIR/dataset.json       written last: without it the folder is no dataset
+DIR/dataset.json       written last: a folder without it is not a dataset
 DIR/shard-000000.tar   plain WebDataset: KEY.cls (if labelled) and KEY.jpg (or png, webp, bmp, tiff, ppm)
 DIR/shard-000000.idx   DALI's wds2idx v1.2 index of that tar
 DIR/samples.npy        SAMPLE_DTYPE[num_samples]; the sample id is the row
@@ -42,7 +42,7 @@ REPLACE = "copy it again from where the dataset came from, or write the dataset 
 
 
 class DamagedError(UserError):
-    """dataset.json is not what was written."""
+    """dataset.json is not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Shard:
 
 
 class Shards(Sequence[Shard]):
-    """The entries of dataset.json, made into objects when asked for: a million of them would take seconds."""
+    """The shards of dataset.json, each made into an object when it is read: a million of them would take seconds."""
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
         """``entries``: ``shards`` of dataset.json."""
@@ -75,7 +75,7 @@ class Shards(Sequence[Shard]):
 
 
 def read_dataset_file(path: Path, *, check_files: bool = True) -> dict[str, Any]:
-    """dataset.json of folder ``path``, checked. Raises UserError naming what is wrong and what to do.
+    """dataset.json of folder ``path``, checked. Raises UserError that names the fault and the remedy.
 
     ``check_files``: compare its counts and the sizes of the tars as well.
     """
@@ -98,7 +98,7 @@ def read_dataset_file(path: Path, *, check_files: bool = True) -> dict[str, Any]
 
 
 def parse_dataset_file(data: bytes, name: str) -> dict[str, Any]:
-    """dataset.json from its bytes, checked by itself; ``name`` is for messages. Raises DamagedError or UserError."""
+    """dataset.json from its bytes, checked alone; ``name`` is for messages. Raises DamagedError or UserError."""
     damaged = DamagedError(f"{name} is damaged: tools/check_shards.py --repair makes it again from the tars")
     try:
         info = json.loads(data)
@@ -151,7 +151,7 @@ def _is_file_name(name: str) -> bool:
 def _check_files(path: Path, info: dict[str, Any]) -> None:
     check_counts(info, str(path / DATASET_FILE))
     for shard in info["shards"]:
-        file = os.path.join(path, shard["name"])  # a Path for each of a million shards would take as long as the look
+        file = os.path.join(path, shard["name"])  # a million Path objects would take as long as the stat calls
         try:
             size = os.stat(file).st_size
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -163,7 +163,7 @@ def _check_files(path: Path, info: dict[str, Any]) -> None:
 def open_rows(file: Path, info: dict[str, Any], name: str) -> np.ndarray:
     """Map samples.npy, ``file``: SAMPLE_DTYPE[num_samples]. Raises UserError, with ``name``, if ``info`` differs.
 
-    If it is ``too_large_to_hash``, row_check.py does so beside the work.
+    If it is ``too_large_to_hash``, row_check.py compares it in a thread.
     """
     broken = UserError(f"{name} is missing, damaged or belongs to another dataset: {REPLACE}")
     try:
@@ -175,7 +175,7 @@ def open_rows(file: Path, info: dict[str, Any], name: str) -> np.ndarray:
     if samples.dtype != SAMPLE_DTYPE or samples.shape != (info["num_samples"],):
         raise broken
     if too_large_to_hash(samples) and hasattr(mmap, "MADV_RANDOM"):
-        # Rows are read here and there: 4 KB from the disk for each instead of the 128 KB that the kernel reads ahead.
+        # Rows are read at random: 4 KB from the disk for each instead of the 128 KB that the kernel reads ahead.
         samples._mmap.madvise(mmap.MADV_RANDOM)
     if not too_large_to_hash(samples) and samples["label"].max(initial=-1) >= len(info["classes"]):
         raise UserError(f"{name} has labels that are no class of {DATASET_FILE}, so one is damaged: {REPLACE}")

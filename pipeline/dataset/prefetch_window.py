@@ -1,7 +1,7 @@
-"""Owns the known future of a loader, shard by shard: what is to be fetched, what must stay, what may go.
+"""The shards that a loader reads next: which to fetch, which to keep in the cache, which may be removed.
 
-Batches are pure functions of integers, so the shards of every later step are known now. The window holds those of the
-next steps, as many as fit the cache. Pure: no files, no threads.
+Batches are pure functions of integers, so the shards of every later step are known in advance. The window holds those
+of the next steps, as many as fit into the cache. Pure: no files, no threads.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 Upcoming = Iterator[Int64[ndarray, "_"]]  # the shards that each step reads, step by step  # noqa: F821
-_MAX_USES = 1 << 20  # entries remembered, about 100 MB; more steps are not looked at ahead
-_LOOK = 16  # steps looked at in one call, so that none takes long
+_MAX_USES = 1 << 20  # entries kept, about 100 MB; steps beyond are not looked at in advance
+_LOOK = 16  # steps looked at in one call, so that each call is short
 
 
 class Window:
     """Shards of the steps from ``max_steps_behind`` ago on, as far ahead as ``budget`` bytes go. Not thread-safe."""
 
     def __init__(self, upcoming: Upcoming, sizes: Sequence[int], budget: int, max_steps_behind: int) -> None:
-        """``sizes``: bytes of each shard; ``max_steps_behind``: steps still read after a later one was begun."""
+        """``sizes``: bytes of each shard; ``max_steps_behind``: steps still read after a later one has begun."""
         self._upcoming, self._sizes, self._budget, self._max_steps_behind = upcoming, sizes, budget, max_steps_behind
         self._laid: deque[list[int]] = deque()  # the shards of steps now - max_steps_behind .. the last one looked at
         self._uses: dict[int, int] = {}  # shard -> steps in _laid that read it
@@ -39,7 +39,7 @@ class Window:
         return iter(list(self._uses))
 
     def advance(self) -> None:
-        """The next step begins: what was read longer than ``max_steps_behind`` ago leaves the window."""
+        """The next step begins: steps from more than ``max_steps_behind`` ago leave the window."""
         self._now += 1
         while self._ahead < self._now and self._extend(force=True):
             pass
@@ -52,29 +52,29 @@ class Window:
                     self._bytes -= self._sizes[shard]
 
     def take(self) -> int | None:
-        """The next shard to fetch, in the order of first use; None if there is none now, but perhaps later."""
+        """The next shard to fetch, in the order of first use; None if there is none at present."""
         for _ in range(_LOOK):
             while self._wanted:
                 shard = self._wanted.popleft()
-                if self._last.get(shard, -1) >= self._now:  # else it is over
+                if self._last.get(shard, -1) >= self._now:  # else its last step is over
                     return shard
             if not self._look_further():
                 break
         return None
 
     def look_ahead(self) -> None:
-        """Take in more steps for one who fetches nothing, and only wants to know what must stay."""
+        """Take in more steps without fetching, for a process that only needs to know which shards must stay."""
         self._wanted.clear()
         for _ in range(_LOOK):
             if not self._look_further():
                 break
 
     def put_back(self, shard: int) -> None:
-        """Let ``take`` give the shard again; it could not be fetched now."""
+        """Have ``take`` return the shard again; it could not be fetched now."""
         self._wanted.appendleft(shard)
 
     def _look_further(self) -> bool:
-        """Take one more step into the window if that could bring a shard that fits."""
+        """Take one more step into the window unless it holds all shards already."""
         return len(self._uses) < len(self._sizes) and self._extend(force=False)
 
     def _extend(self, *, force: bool) -> bool:

@@ -1,8 +1,9 @@
-"""Owns the local cache of remote shards: files that are whole or absent, in bounded room, shared by processes.
+"""The local cache of remote shards: complete files, limited in total size, shared by processes.
 
-A file is named by its sha256, so any process may use what another fetched, and no stale one can be taken for another's.
-The process that holds NAME.part locked fetches it, the others wait; a lock dies with its process. The cache's size is
-kept under a lock of the whole folder: a file's full size is reserved before its first byte is fetched.
+A file is named by its sha256, so any process may use a file that another fetched, and no outdated file is mistaken for
+a current one. The process that holds the lock of NAME.part fetches it, the others wait; the system releases the locks
+of a dead process. Room is managed under one lock of the folder: a file's full size is reserved before its first byte is
+fetched.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from pipeline.common.files import disk_errors
 from pipeline.common.locations import LocalPath
 from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
 
-LEASE_S = 600.0  # how long a file that somebody used or announced is kept from those who do not know its future
+LEASE_S = (
+    600.0  # a file that was used or renewed so recently is not removed by processes that do not know its future use
+)
 _BUSY_POLL_S = 0.05  # while another process or thread fetches the same file
 _WRONG_ATTEMPTS = 3  # whole downloads with another checksum before the source counts as wrong
 
@@ -36,24 +39,24 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class _Claim(Enum):
-    BUSY = "another fetches the file"
-    FULL = "there is no room for it"
+    BUSY = "another process or thread fetches the file"
+    FULL = "there is no room for the file"
 
 
-IsNeeded = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (False), or not ours to say (None)
+IsNeeded = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (False), unknown (None)
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The local cache of remote datasets; local ones have no use for it."""
+    """The local cache of remote datasets."""
 
-    cache_dir: LocalPath | None = None  # on a disk of this machine; None: siamstream in the user's cache folder
-    cache_size: str = "200GB"  # never more than this on the disk; 500MB, 1.5TB
+    cache_dir: LocalPath | None = None  # on a disk of this machine; default: siamstream in the user's cache folder
+    cache_size: str = "200GB"  # limit of the cache on the disk, such as 500MB or 1.5TB
     fetch_threads: int = 8  # shards fetched at a time by one machine
-    retry_minutes: float = 30.0  # of failures in a row before a run gives up
+    retry_minutes: float = 30.0  # of consecutive failures before a run ends
 
     def __post_init__(self) -> None:
-        """Raise UserError for what is no size, no number of threads, or no time."""
+        """Raise UserError for values that are not a size, a number of threads, or a time."""
         _ = self.limit
         require("--fetch-threads", self.fetch_threads, self.fetch_threads >= 1, "at least 1 shard is fetched at a time")
         require("--retry-minutes", self.retry_minutes, self.retry_minutes >= 0, "it is 0 minutes or more")
@@ -69,21 +72,21 @@ class CacheConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
+        """The folder of the files."""
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return self.cache_dir or base / "siamstream"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a remote folder, and what it must turn out to be."""
+    """One file of a remote folder, with its expected size and checksum."""
 
     name: str
     bytes: int
     sha256: str
 
     def __post_init__(self) -> None:
-        """Raise UserError unless the checksum is one: it becomes a file's name."""
+        """Raise UserError unless ``sha256`` is a checksum: it becomes a file's name."""
         if not _SHA256.fullmatch(self.sha256):
             raise UserError(f"dataset.json gives {self.name} no sha256: write the dataset again with --overwrite")
 
@@ -104,10 +107,10 @@ class ShardCache:
             ) from error
 
     def open(self, file: RemoteFile, needed: IsNeeded, cancelled: threading.Event) -> int | None:
-        """A handle for reading ``file``, which is fetched if it is not there; the caller closes it. None: no room.
+        """A handle for reading ``file``, fetched if it is absent; the caller closes it. None: no room.
 
-        ``needed`` says what must not go. Raises UserError if the file cannot be had, FetchCancelledError if
-        ``cancelled`` is set meanwhile.
+        Files that are ``needed`` are not removed. Raises UserError if the file cannot be fetched, FetchCancelledError
+        if ``cancelled`` is set meanwhile.
         """
         with self._disk_trouble():
             while True:
@@ -123,7 +126,7 @@ class ShardCache:
                     raise FetchCancelledError(file.name)
 
     def fetch(self, file: RemoteFile, needed: IsNeeded, cancelled: threading.Event) -> bool:
-        """See that ``file`` is there or that another fetches it; False if there is no room now. Raises as ``open``."""
+        """Fetch ``file`` unless it is there or being fetched; False if there is no room now. Raises as ``open``."""
         with self._disk_trouble():
             if self.has(file):
                 self.renew_lease(file)
@@ -138,12 +141,12 @@ class ShardCache:
         return self._path(file).exists()
 
     def discard(self, file: RemoteFile) -> None:
-        """Remove a file that has turned out to be damaged."""
+        """Remove a damaged file."""
         self._path(file).unlink(missing_ok=True)
 
     def renew_lease(self, file: RemoteFile) -> None:
-        """Keep the file, if it is there, from those who do not know that it will be needed."""
-        with suppress(FileNotFoundError):  # gone, or not there yet: then it is fetched when it is needed
+        """Protect the file, if it is there, from processes that do not know that it will be needed."""
+        with suppress(FileNotFoundError):  # removed or not there yet: it is fetched when it is needed
             os.utime(self._path(file))
 
     def _path(self, file: RemoteFile) -> Path:
@@ -161,14 +164,14 @@ class ShardCache:
         return None
 
     def _claim(self, file: RemoteFile, needed: IsNeeded) -> int | _Claim:
-        """The handle of NAME.part, locked and with room reserved for the whole, or why it cannot be had."""
+        """The handle of NAME.part, locked and with room reserved for all of it, or why that is impossible."""
         path = self.folder / f"{file.sha256}-{file.bytes}.part"
         with self._room_locked():
             part = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             outcome = None
             if not _try_lock(part):
                 outcome = _Claim.BUSY
-            elif self._path(file).exists():  # it has just been finished, perhaps under this very handle
+            elif self._path(file).exists():  # it was finished a moment ago, perhaps under this handle
                 outcome = _Claim.BUSY
                 path.unlink(missing_ok=True)
             elif not self._make_room(needed, keep=path.name):
@@ -180,7 +183,7 @@ class ShardCache:
         return part
 
     def _fill(self, part: int, file: RemoteFile, cancelled: threading.Event) -> int:
-        """Fetch into ``part``, check, put in place; returns its handle. Goes on with what a dead process has left."""
+        """Fetch into ``part``, check it, rename it; returns its handle. Continues the part of a dead process."""
         path = self.folder / f"{file.sha256}-{file.bytes}.part"
         try:
             for _ in range(_WRONG_ATTEMPTS):
@@ -199,12 +202,12 @@ class ShardCache:
         )
 
     def _put_in_place(self, part: int, path: Path, file: RemoteFile) -> None:
-        with self._room_locked():  # who measures the folder sees one name or the other
+        with self._room_locked():  # a process that measures the folder sees one of both names
             path.rename(self._path(file))
         fcntl.flock(part, fcntl.LOCK_UN)
 
     def _fetch(self, part: int, file: RemoteFile, cancelled: threading.Event) -> str:
-        """Append what is missing; returns the sha256 of the whole."""
+        """Append the missing bytes; returns the sha256 of the complete file."""
         digest, offset = hashlib.sha256(), 0
         while piece := os.pread(part, 1 << 20, offset):
             digest.update(piece)
@@ -218,9 +221,9 @@ class ShardCache:
         return digest.hexdigest()
 
     def _make_room(self, needed: IsNeeded, keep: str) -> bool:
-        """Remove what may go, the longest unused first, until the folder is within the limit, or say that it cannot be.
+        """Remove files, the longest unused first, until the folder is within the limit; False if that is impossible.
 
-        Only files that other users of the cache have not announced lately, or of which ``needed`` knows better.
+        A file stays if it is ``needed``, or if that is unknown and its lease has not ended.
         """
         entries, used = [], 0
         for entry in os.scandir(self.folder):
@@ -239,10 +242,10 @@ class ShardCache:
         return used <= self.limit
 
     def _disk_trouble(self) -> AbstractContextManager[None]:
-        """What the cache's disk does is no fault of an image, which an OSError would be taken for."""
+        """Turn errors of the cache's disk into UserError: an OSError would count as a bad sample."""
         doing = f"using --cache-dir {self.folder}"
         again = "then run the same command again (pretrain.py with --resume)"
-        return disk_errors(doing, f"{doing} failed", f"see to the disk or name another folder, {again}")
+        return disk_errors(doing, f"{doing} failed", f"check the disk or name another folder, {again}")
 
     @contextmanager
     def _room_locked(self) -> Iterator[None]:
@@ -255,17 +258,17 @@ class ShardCache:
 
 
 def _size(entry: os.DirEntry[str]) -> tuple[int, float]:
-    """What a file of the cache takes or has reserved, and when it was last used or announced."""
+    """The size that a file of the cache has or reserves, and when it was last used or renewed."""
     try:
         found = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
-        return 0, 0.0  # renamed or removed while we looked
+        return 0, 0.0  # renamed or removed meanwhile
     part = _PART.fullmatch(entry.name)
     return int(part[1]) if part else found.st_size, found.st_mtime
 
 
 def _remove(entry: os.DirEntry[str]) -> bool:
-    """Remove a file of the cache, unless it is none or is being fetched."""
+    """Remove a file of the cache unless it is not one or is being fetched."""
     if not _SHA256.match(entry.name):
         return False
     try:

@@ -1,7 +1,7 @@
-"""Owns reading the files of a remote folder through fsspec: byte ranges, tried again until they come.
+"""Reads the files of a remote folder through fsspec, in byte ranges, with retries.
 
-Only ranges are asked for, so that a connection that is cut costs one piece of a file and not the whole. What comes is
-checked for its length here, and for its contents by those who asked.
+Files are requested in ranges, so that a broken connection costs one piece of a file and not all of it. The length of
+each answer is checked here, its content by the caller.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fsspec.asyn import AsyncFileSystem
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url
 
-PIECE = 8 << 20  # bytes asked for at a time
+PIECE = 8 << 20  # bytes per request
 PIECE_TIMEOUT_S = 120.0  # for one piece; slower than 70 KB/s counts as a dead connection
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0  # between attempts: doubled each time, shortened at random by up to a half
-HOPELESS_ATTEMPTS = 4  # where waiting seldom helps: no such file, no permission, too short an object
-_READS = 6  # of a file without a checksum, until two in a row are alike
-_SPOKEN_ATTEMPT = 3  # from this attempt on a person is told
-_POLL_S = 0.2  # how soon a waiting thread hears that nobody needs its piece any more
+HOPELESS_ATTEMPTS = 4  # of errors that waiting seldom cures: no such file, no permission, too short an object
+_READS = 6  # of a file without a checksum, at most, until two in a row are equal
+_REPORTED_ATTEMPT = 3  # failures are printed from this attempt on
+_POLL_S = 0.2  # how soon a waiting thread notices ``cancelled``
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 
 
@@ -39,15 +39,15 @@ _OURS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedErr
 
 
 class FetchCancelledError(Exception):
-    """Nobody needs what was to be fetched any more."""
+    """The fetch was cancelled."""
 
 
 class _ShortError(Exception):
-    """The object ends before the range that was asked for."""
+    """The object ends before the requested range does."""
 
 
 class _LongError(Exception):
-    """More came than the range that was asked for."""
+    """The answer is longer than the requested range."""
 
 
 class _LargeError(Exception):
@@ -72,7 +72,11 @@ class RemoteFolder:
             self._fs = fsspec.filesystem(url.scheme, skip_instance_cache=True, use_listings_cache=False, **options)
         except ImportError as error:
             extra = _EXTRAS.get(url.scheme)
-            remedy = f"pip install -e .[{extra}]" if extra else f"pip install what provides {error.name or url.scheme}"
+            remedy = (
+                f"pip install -e .[{extra}]"
+                if extra
+                else f"pip install the package that provides {error.name or url.scheme}"
+            )
             raise UserError(f"{url} needs a package that is not installed: {remedy}") from None
         except TypeError:
             raise UserError(
@@ -80,7 +84,7 @@ class RemoteFolder:
             ) from None
         except ValueError:
             raise UserError(
-                f"{url}: nothing is known of {url.scheme}://; s3, gs, https, http and hf are, and what fsspec knows"
+                f"{url}: nothing is known of {url.scheme}://; s3, gs, https, http and hf are, and the schemes of fsspec"
             ) from None
 
     def read(self, name: str, start: int, length: int, cancelled: threading.Event) -> bytes:
@@ -88,7 +92,7 @@ class RemoteFolder:
 
         Raises UserError after --retry-minutes of failures, FetchCancelledError if ``cancelled`` is set meanwhile.
         """
-        return self._persist(name, (start, start + length), length, cancelled)
+        return self._read_with_retries(name, (start, start + length), length, cancelled)
 
     def read_whole(self, name: str, limit: int) -> bytes:
         """Read a whole file that has no checksum; retry until two consecutive reads are equal.
@@ -97,19 +101,23 @@ class RemoteFolder:
         """
         former: bytes | None = None
         for _ in range(_READS):
-            data = self._persist(name, None, limit, threading.Event())
+            data = self._read_with_retries(name, None, limit, threading.Event())
             if data == former:
                 return data
             former = data
-        raise UserError(f"{name} of {self.url} comes differently each time: wait until it is final, then start again")
+        raise UserError(
+            f"{name} of {self.url} differs at each read: wait until its upload is complete, then start again"
+        )
 
     def pieces(self, name: str, size: int, start: int, cancelled: threading.Event) -> Iterator[bytes]:
         """Bytes ``start`` to ``size`` of a file, PIECE at a time. Raises as ``read`` does."""
         for offset in range(start, size, PIECE):
             yield self.read(name, offset, min(PIECE, size - offset), cancelled)
 
-    def _persist(self, name: str, span: tuple[int, int] | None, limit: int, cancelled: threading.Event) -> bytes:
-        begun, attempt, hopeless, arrived = time.monotonic(), 0, 0, self._arrived
+    def _read_with_retries(
+        self, name: str, span: tuple[int, int] | None, limit: int, cancelled: threading.Event
+    ) -> bytes:
+        started, attempt, hopeless, arrived = time.monotonic(), 0, 0, self._arrived
         while True:
             try:
                 return self._attempt(self.url.file(name), span, limit, cancelled)
@@ -124,18 +132,18 @@ class RemoteFolder:
                 else:
                     hopeless += is_hopeless(error)
                 reason = describe(error)
-            waited = time.monotonic() - begun
+            waited = time.monotonic() - started
             if hopeless >= HOPELESS_ATTEMPTS or waited >= self._retry_s:
                 raise UserError(
-                    f"cannot fetch {name} of {self.url}: {reason}, {attempt} times in {waited:.0f} s; see to the URL, "
+                    f"cannot fetch {name} of {self.url}: {reason}, {attempt} times in {waited:.0f} s; check the URL, "
                     "the permissions and the network, then run the same command again (pretrain.py with --resume)"
                 )
             self._wait(name, reason, attempt, cancelled)
 
     def _wait(self, name: str, reason: str, attempt: int, cancelled: threading.Event) -> None:
         longest = min(FIRST_DELAY_S * 2 ** min(attempt - 1, 32), LONGEST_DELAY_S)
-        delay = longest * random.uniform(0.5, 1.0)  # so that many processes do not come back all at once
-        if attempt >= _SPOKEN_ATTEMPT:
+        delay = longest * random.uniform(0.5, 1.0)  # so that processes do not all retry at the same moment
+        if attempt >= _REPORTED_ATTEMPT:
             text = f"fetching {name} of {self.url} failed, attempt {attempt}: {reason}; again in {delay:.1f} s"
             print(text, file=sys.stderr, flush=True)
         if cancelled.wait(delay):
@@ -205,7 +213,7 @@ async def _collect(stream: Any, limit: int) -> bytes:
 
 
 def _result(future: Future[bytes], cancelled: threading.Event) -> bytes:
-    """What the file system's own thread gives, unless nobody waits for it any more."""
+    """The result of the file system's own thread; ends early if ``cancelled``."""
     while not cancelled.is_set():
         try:
             return future.result(_POLL_S)
@@ -219,7 +227,7 @@ def _result(future: Future[bytes], cancelled: threading.Event) -> bytes:
 
 
 def is_hopeless(error: Exception) -> bool:
-    """Whether waiting seldom helps against this failure of a request."""
+    """Whether waiting seldom cures this failure of a request."""
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in _TRANSIENT_4XX
@@ -228,7 +236,7 @@ def is_hopeless(error: Exception) -> bool:
 
 
 def _is_one_of(error: BaseException, names: frozenset[str]) -> bool:
-    """Whether it, or what it came from, is of a class with one of these names: of packages that need not be there."""
+    """Whether the error or a cause of it is of a class with one of these names, from packages that may be missing."""
     while True:
         if names & {base.__name__ for base in type(error).__mro__}:
             return True
@@ -247,7 +255,7 @@ def describe(error: Exception) -> str:
         case _ShortError():
             return f"the object ends early ({error})"
         case _LongError():
-            return "the server ignores range requests, which fetching is made of"
+            return "the server ignores range requests, which fetching needs"
         case _LargeError(args=(limit,)):
             return f"the file is larger than {limit:,} bytes, which no such file of a dataset is"
         case _EncodedError(args=(encoding,)):
@@ -255,7 +263,7 @@ def describe(error: Exception) -> str:
         case TimeoutError() | asyncio.TimeoutError() | NotYetError():
             return "time-out"
     if _is_one_of(error, _CERTIFICATES):
-        return "its certificate is not trusted here (SSL_CERT_FILE, or AWS_CA_BUNDLE for s3, names those that are)"
+        return "its certificate is not trusted here (SSL_CERT_FILE, or AWS_CA_BUNDLE for s3, names the trusted ones)"
     status = _status(error)
     return f"HTTP status {status}" if status is not None else type(error).__name__
 

@@ -36,9 +36,9 @@ from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
 from pipeline.dataset.shard_store import OpenFiles
 
 LARGEST_DATASET_FILE = 256 << 20  # bytes of dataset.json: more than a million shards
-_READ_ATTEMPTS = 3  # of a dataset.json that comes damaged
+_READ_ATTEMPTS = 3  # of a dataset.json that arrives damaged
 _IDLE_S = 0.2  # between looks for more to fetch
-_EVALUATION_SHARE = 0.25  # of a cache that does not hold everything: for what is read beside training
+_EVALUATION_SHARE = 0.25  # of a cache that does not hold all shards: for evaluation during training
 _WHOLE_SHARE = 0.25  # of the shards' bytes must be wanted, or images are read one by one
 
 

@@ -1,8 +1,8 @@
-"""Owns the comparison of a large samples.npy with what dataset.json records of it, beside the work that uses it.
+"""Compares a large samples.npy with its sha256 in dataset.json, in a thread while the dataset is already in use.
 
-Where an image lies and its checksum are compared with its bytes at every read, so a wrong row of that kind is a bad
-sample. A wrong label or size would be noticed by nothing, and hashing 28 GB takes half a minute: so it is done in a
-thread, and whoever is about to rely on the result waits for it.
+A wrong offset, length or checksum shows at the read of the image, as a bad sample. A wrong label or size would go
+unnoticed, and hashing 28 GB takes half a minute. So the file is hashed in a thread, and code that relies on labels
+waits for the result.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from pipeline.common.errors import UserError
 
-ROWS_AT_ONCE = 1 << 16  # 1.8 MB: long enough that the interpreter's lock is free nearly all the time
+ROWS_AT_ONCE = 1 << 16  # 1.8 MB: enough work without the GIL in each call
 
 
 class RowCheck:
-    """One comparison, running in a thread of this process that ends with it."""
+    """One comparison, in a daemon thread."""
 
     def __init__(self, file: Path, rows: np.memmap, sha256: str, classes: int, remedy: str) -> None:
         """Start hashing ``file``, which ``rows`` (SAMPLE_DTYPE[num_samples]) maps; labels must be below ``classes``.
@@ -35,18 +35,18 @@ class RowCheck:
     def _run(self, file: Path, header: int, dtype: np.dtype, sha256: str, classes: int, remedy: str) -> None:
         try:
             compare_rows(file, header, dtype, sha256, classes, remedy)
-        except BaseException as error:  # noqa: BLE001  handed on to those who wait, whatever it is
+        except BaseException as error:  # noqa: BLE001  passed on to the callers of wait
             self._verdict.set_exception(error)
         else:
             self._verdict.set_result(None)
 
     def raise_if_wrong(self) -> None:
-        """Raise UserError if the file has turned out to be wrong so far; does not wait."""
+        """Raise UserError if the file is already known to be wrong; does not wait."""
         if self._verdict.done():
             self._verdict.result()
 
     def wait(self) -> None:
-        """Wait until the whole file is compared. Raises UserError if it is wrong or cannot be read."""
+        """Wait until the file is compared. Raises UserError if it is wrong or cannot be read."""
         self._verdict.result()
 
 
@@ -67,7 +67,7 @@ def compare_rows(file: Path, header: int, dtype: np.dtype, sha256: str, classes:
     if digest.hexdigest() != sha256:
         raise UserError(
             f"{file} is damaged or belongs to another dataset (hashed since the start; no checkpoint and no accuracy "
-            f"rests on it): {remedy}"
+            f"is based on it): {remedy}"
         )
     if highest >= classes:
         raise UserError(f"{file} has label {highest}, but dataset.json names {classes} classes: {remedy}")

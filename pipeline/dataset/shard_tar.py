@@ -1,7 +1,7 @@
-"""Owns the bytes of a shard's tar: those that webdataset's TarWriter would write, at a sixth of its cost.
+"""Writes a shard's tar: the bytes of webdataset's TarWriter, at a sixth of its cost.
 
-Every header is a copy of one that TarWriter made, with another name, length and checksum; contents go to the file in
-one piece, hashed on the way. TarWriter itself makes a Python object for each member and cuts contents into 10 KB.
+Every header is a copy of one that TarWriter made, with another name, length and checksum; contents are written and
+hashed in one piece. TarWriter itself makes a Python object for each member and writes pieces of 10 KB.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def index_bytes(samples: Iterable[list[Component]]) -> bytes:
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("utf-8", "surrogateescape")
 
 
-BLOCK = 512  # bytes of a tar header, and what contents are padded to
-_RECORD = 20 * BLOCK  # what a whole tar is padded to
+BLOCK = 512  # bytes of a tar header; contents are padded to a multiple
+_RECORD = 20 * BLOCK  # a tar is padded to a multiple of this
 _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a ustar header: POSIX.1-1988
 _WRITE_BACK = 8 << 20  # bytes between two hints to the kernel
 
@@ -49,14 +49,14 @@ class ShardTar:
     """A tar that grows by samples; ``size`` is its length so far."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        """``file`` is open for writing, and empty."""
+        """``file`` is empty and open for writing."""
         self._file = file
         self._digest = hashlib.sha256()
-        self._sent = 0  # bytes on their way to the disk
+        self._sent = 0  # bytes whose write-back has been requested
         self.size = 0  # bytes
 
     def add(self, key: str, members: dict[str, bytes]) -> list[Component]:
-        """Append one sample: ``members`` by extension. Tells where each lies. Raises OSError as the disk does."""
+        """Append one sample: ``members`` by extension. Returns the offset of each. Raises OSError as the disk does."""
         components = []
         for extension in sorted(members):
             data, name = members[extension], f"{key}.{extension}"
@@ -70,7 +70,7 @@ class ShardTar:
         return components
 
     def end(self) -> str:
-        """Write what ends a tar; gives its sha256. Raises OSError as the disk does."""
+        """Write the end of the tar; returns its sha256. Raises OSError as the disk does."""
         self._put(bytes(2 * BLOCK))
         self._put(bytes(-self.size % _RECORD))
         return self._digest.hexdigest()
@@ -87,7 +87,7 @@ def _header(name: str, length: int) -> bytes:
     assert len(plain) <= 100, name
     header[_NAME] = plain.ljust(100, b"\0")
     header[_SIZE] = b"%011o\0" % length
-    header[_CHECKSUM] = b" " * 8  # what it counts as in the sum
+    header[_CHECKSUM] = b" " * 8  # as it counts in the sum
     header[_CHECKSUM] = b"%06o\0 " % sum(header)
     return bytes(header)
 
@@ -95,7 +95,9 @@ def _header(name: str, length: int) -> bytes:
 @cache
 def _model_header() -> bytes:
     """A header as webdataset's TarWriter makes it: user, mode, modification time."""
-    from webdataset import TarWriter  # here, since it imports torch where that is not kept out: see writer.py
+    from webdataset import (
+        TarWriter,
+    )  # imported late: it imports torch unless that is prevented, see sharding/workers.py
 
     tar = io.BytesIO()
     with TarWriter(tar, encoder=False, compress=False, mtime=0) as writer:

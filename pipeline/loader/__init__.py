@@ -1,1 +1,1 @@
-"""Loader."""
+"""Batches of views, made ahead of use."""

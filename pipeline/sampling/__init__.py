@@ -1,1 +1,1 @@
-"""Sampling."""
+"""Every random decision as a pure function: order, batches, views, augmentations."""

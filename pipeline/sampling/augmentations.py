@@ -1,15 +1,15 @@
-"""Owns augmentations beyond the paper's recipe: applied after it, to finished views, alike on every back end.
+"""Augmentations beyond the paper's recipe: applied to finished views, after all else, alike on every back end.
 
-All are off by default. To add one, write a class like those below, give it a field in ``Augmentations`` (at the end:
-the place decides which random numbers it gets), and compare it with something known in tests/test_augmentations.py. The
-command line, resuming, the CPU, the GPU and the reference follow by themselves.
+All are off by default. To add one, write a class like those below, add a field of the same name to the end of
+``Augmentations`` (its position decides which random numbers it gets), and compare it with a known implementation in
+tests/pipeline/sampling/test_augmentations.py. The command line, resuming and all back ends need no change.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from pipeline.common.buffers import on_device
-from pipeline.common.errors import UserError
+from pipeline.common.errors import require
 
 DRAWS = 8  # uniform numbers that each augmentation gets for a view; the first decides whether it is applied
 Finished = Float[Tensor, "n 3 s s"]  # normalised, so that 0 is the mean colour
@@ -31,18 +31,22 @@ class Augmentation:
 
     prob: float = 0.0  # of each view
 
+    def __post_init__(self) -> None:
+        """Raise UserError for options that cannot be."""
+        require(self.flag("prob"), self.prob, 0 <= self.prob <= 1, "a probability lies in 0 .. 1")
+
+    def flag(self, name: str) -> str:
+        """The command line's name of a field: ``--vertical-flip.prob``."""
+        return "--" + re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower() + f".{name}"
+
     def apply(self, views: Finished, uniforms: Uniforms) -> Finished:
         """The chosen views, changed: a function of them and of ``uniforms``, numbers strictly between 0 and 1."""
         raise NotImplementedError
 
-    def mistake(self) -> str | None:
-        """Which option has a value that cannot be, and the rule; None if all are well."""
-        return None if 0 <= self.prob <= 1 else f"prob {self.prob}: a probability lies in 0 .. 1"
-
 
 @dataclass(frozen=True)
 class VerticalFlip(Augmentation):
-    """Top to bottom; for images without an up, as of microscopes, satellites and skin. torchvision: vertical_flip."""
+    """Top to bottom; for images without an upright side (microscopes, satellites). torchvision: vertical_flip."""
 
     def apply(self, views: Finished, uniforms: Uniforms) -> Finished:
         """Rows in reverse."""
@@ -69,6 +73,14 @@ class Erasing(Augmentation):
     area: tuple[float, float] = (0.02, 0.33)  # share of the view
     ratio: tuple[float, float] = (0.3, 3.3)  # height / width, log-uniform
 
+    def __post_init__(self) -> None:
+        """Raise UserError for options that cannot be."""
+        super().__post_init__()
+        rule = "it takes two numbers, 0 < low <= high <= 1"
+        require(self.flag("area"), self.area, 0 < self.area[0] <= self.area[1] <= 1, rule)
+        rule = "it takes two numbers, 0 < low <= high"
+        require(self.flag("ratio"), self.ratio, 0 < self.ratio[0] <= self.ratio[1] < math.inf, rule)
+
     def apply(self, views: Finished, uniforms: Uniforms) -> Finished:
         """The rectangle is cut to the view where it is longer; torchvision draws again instead."""
         side = views.shape[-1]
@@ -82,37 +94,21 @@ class Erasing(Augmentation):
         inside = (at >= first[..., None]) & (at < end[..., None])  # [n, 2, s]: rows, columns
         return views.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.0)
 
-    def mistake(self) -> str | None:
-        """As of Augmentation."""
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            return f"area {self.area}: it takes two numbers, 0 < low <= high <= 1"
-        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            return f"ratio {self.ratio}: it takes two numbers, 0 < low <= high"
-        return super().mistake()
-
 
 @dataclass(frozen=True)
 class Augmentations:
-    """Those that there are, in the order in which they are applied. SimSiam does without."""
+    """All of them, in the order in which they are applied. SimSiam uses none."""
 
     vertical_flip: VerticalFlip = field(default_factory=VerticalFlip)
     quarter_turns: QuarterTurns = field(default_factory=QuarterTurns)
     erasing: Erasing = field(default_factory=Erasing)
 
-    def __post_init__(self) -> None:
-        """Raise UserError for options that cannot be."""
-        for name, (_, augmentation) in self._all():
-            mistake = augmentation.mistake()
-            if mistake is not None:
-                raise UserError(f"--{name.replace('_', '-')}.{mistake}")
-
     def active(self) -> dict[str, tuple[int, Augmentation]]:
-        """Name -> (place, augmentation) of those that are ever applied."""
-        return {name: (place, one) for name, (place, one) in self._all() if one.prob > 0}
-
-    def _all(self) -> Iterator[tuple[str, tuple[int, Augmentation]]]:
-        for place, option in enumerate(dataclasses.fields(self)):
-            yield option.name, (place, getattr(self, option.name))
+        """Name -> (index, augmentation) of those that are ever applied."""
+        each = (
+            (option.name, (index, getattr(self, option.name))) for index, option in enumerate(dataclasses.fields(self))
+        )
+        return {name: (index, one) for name, (index, one) in each if one.prob > 0}
 
 
 def augment(
@@ -121,8 +117,8 @@ def augment(
     augmentations: Augmentations,
 ) -> Finished:
     """Apply all that are active, in place where that is possible; ``uniforms`` is a view's part of ViewParams.extra."""
-    for place, augmentation in augmentations.active().values():
-        chosen = np.flatnonzero(uniforms[:, place, 0] < augmentation.prob)
+    for index, augmentation in augmentations.active().values():
+        chosen = np.flatnonzero(uniforms[:, index, 0] < augmentation.prob)
         rows = on_device(chosen, views.device)
-        views[rows] = augmentation.apply(views[rows], uniforms[chosen, place, 1:])
+        views[rows] = augmentation.apply(views[rows], uniforms[chosen, index, 1:])
     return views

@@ -1,4 +1,4 @@
-"""Owns random numbers that are functions of a counter, so that any draw can be made alone, in any order, anywhere.
+"""Random numbers as functions of a counter: any draw can be made alone, in any order, on any machine.
 
 Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", vectorised over counters; and the
 SplitMix64 finaliser of Steele et al. 2014 where a cheap 64-bit mix is enough.

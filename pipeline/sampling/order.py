@@ -1,14 +1,13 @@
-"""Owns the epoch order: which samples make up a batch, as a pure function of small integers.
+"""The epoch order: which samples make up a batch, as a pure function of small integers.
 
-The order is a keyed permutation that answers for any position in constant time and memory, so a billion samples cost
-a rank no more than a thousand. It is a Feistel network over pairs (Black & Rogaway 2002, "Ciphers with arbitrary
+The order is a keyed permutation, computed for any position in constant time and memory, so a billion samples cost a
+rank no more than a thousand. It is a Feistel network over pairs (Black & Rogaway 2002, "Ciphers with arbitrary
 finite domains"): a sample number is written as left * columns + right, and each round adds to one half a hash of the
 other. The few values that land outside the data set are permuted again until they land inside ("cycle walking").
 
-For storage that hates random reads there is a second order, by blocks: the shards are permuted, and samples are
-shuffled only within groups of a few shards. It remembers a few numbers for each shard, none for a sample. Its epoch can
-be cut into streams that run side by side, each through shards of its own, so that a machine reads its streams' shards
-and no others.
+For storage with slow random reads there is a second order, by blocks: the shards are permuted, and samples are shuffled
+only within groups of a few shards. It keeps a few numbers for each shard, none for a sample. Its epoch can be divided
+into parallel streams, each through shards of its own, so that a machine reads its streams' shards and no others.
 """
 
 from __future__ import annotations
@@ -38,14 +37,16 @@ Order = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]  # (epoch, positio
 class OrderConfig:
     """In which order an epoch visits the samples."""
 
-    epoch_order: Literal["random", "blocks"] = "random"  # blocks: few shards at a time, where random reads are slow
-    block_shards: int = 16  # shards whose samples are shuffled together; with 2048 ImageNet images each, 3.6 GB
-    # With blocks: equal parts of a batch, each from shards of its own. Where the number of machines divides it, each
-    # machine reads only its part of the shards; a batch then holds samples of so many groups
+    epoch_order: Literal["random", "blocks"] = (
+        "random"  # blocks: a few shards at a time, for storage with slow random reads
+    )
+    block_shards: int = 16  # shards whose samples are shuffled together; at 2048 ImageNet images each, 3.6 GB
+    # With blocks: equal parts of a batch, each from shards of its own. If the number of machines divides it, each
+    # machine reads only its part of the shards; a batch then holds samples of that many groups
     block_streams: int = 1
 
     def __post_init__(self) -> None:
-        """Raise UserError for a group without shards, and for streams that do not exist."""
+        """Raise UserError for a group without shards, and for streams without blocks."""
         require("--block-shards", self.block_shards, self.block_shards >= 1, "a group has at least 1 shard")
         require("--block-streams", self.block_streams, self.block_streams >= 1, "a batch has at least 1 part")
         if self.block_streams > 1 and self.epoch_order != "blocks":
@@ -66,7 +67,7 @@ class OrderConfig:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides the order, and so the run's numbers."""
+        """The fields that decide the order, and so a run's numbers."""
         match self.epoch_order:
             case "random":
                 return {"epoch_order": self.epoch_order}
@@ -80,8 +81,8 @@ class OrderConfig:
 def choose_order(config: OrderConfig, seed: int, shard_samples: NDArray[np.int64], global_batch: int) -> Order:
     """The order of a dataset whose shard ``s`` holds ``shard_samples[s]`` samples, numbered on from shard to shard.
 
-    Only with several streams does it depend on ``global_batch``, and then it answers for full batches alone. Raises
-    UserError if they cannot divide it.
+    It depends on ``global_batch`` only with several streams, and then covers full batches only. Raises UserError if the
+    streams do not divide the batch.
     """
     config.check(global_batch)
     num_samples = int(shard_samples.sum())
@@ -109,7 +110,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: NDArray[np.i
 class BlockOrder:
     """``(epoch, positions) -> sample ids``: shards permuted, samples shuffled within groups of ``group`` shards.
 
-    Remembers a few numbers a shard, of the epoch asked for last. Thread-safe.
+    Keeps a few numbers for each shard, of the last epoch asked for. Thread-safe.
     """
 
     def __init__(self, shard_samples: NDArray[np.int64], group: int, seed: int) -> None:
@@ -118,7 +119,7 @@ class BlockOrder:
         self._first = np.cumsum(shard_samples) - shard_samples
         self._group = group
         self._seed = seed
-        self._newest = (-1, (self._first, self._first))  # of no epoch yet
+        self._newest = (-1, (self._first, self._first))  # no epoch yet
 
     def __call__(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sample ids at ``positions`` of ``epoch``: int64 ``[n]`` both; over all positions a permutation."""
@@ -132,12 +133,12 @@ class BlockOrder:
         begin = starts[numbers * self._group]
         sizes = starts[np.minimum((numbers + 1) * self._group, len(shards))] - begin
         keys = _round_keys(self._seed, epoch, BLOCK_STREAM, numbers)
-        places = begin[which] + _permute(sizes, keys, positions - begin[which], which)
-        at = np.searchsorted(starts, places, side="right") - 1
-        return self._first[shards[at]] + places - starts[at]
+        permuted = begin[which] + _permute(sizes, keys, positions - begin[which], which)
+        at = np.searchsorted(starts, permuted, side="right") - 1
+        return self._first[shards[at]] + permuted - starts[at]
 
     def _lay_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards in the order of an epoch, without empty ones, and where each starts; the end of the last too."""
+        """The shards in the order of an epoch, without empty ones, and where each starts and the last ends."""
         keys = _round_keys(self._seed, epoch, SHARD_STREAM)
         shards = _permute_one(len(self._samples), keys, np.arange(len(self._samples)))
         shards = shards[self._samples[shards] > 0]
@@ -147,17 +148,17 @@ class BlockOrder:
 def stream_positions(
     positions: NDArray[np.int64], num_samples: int, global_batch: int, streams: int
 ) -> NDArray[np.int64]:
-    """Where the epoch's ``positions`` lie when part ``j`` of every batch is taken from stretch ``j`` of the epoch.
+    """The ``positions`` of an epoch, mapped so that part ``j`` of every batch comes from stretch ``j`` of the epoch.
 
-    The stretches are ``streams`` equal ones, ``num_samples // streams`` long; each is walked from its start, a part of
-    a batch at a step. int64 ``[n]`` both; different positions of full batches give different places.
+    There are ``streams`` stretches of ``num_samples // streams`` positions; each step takes the next part of a batch
+    from each. int64 ``[n]`` both; different positions of full batches are mapped to different ones.
     """
     assert global_batch % streams == 0
     assert positions.size == 0 or positions.max() < num_samples // global_batch * global_batch
     part = global_batch // streams
     steps, offsets = np.divmod(positions, global_batch)
-    numbers, places = np.divmod(offsets, part)
-    return numbers * (num_samples // streams) + steps * part + places
+    stretches, within = np.divmod(offsets, part)
+    return stretches * (num_samples // streams) + steps * part + within
 
 
 def _permute(
