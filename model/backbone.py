@@ -101,12 +101,12 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
     return backbone, entry.features
 
 
-def check_backbone(name: str, stem: Stem = "default") -> None:
-    """Raise UserError unless there is such a backbone with such first layers."""
+def check_backbone(name: str, stem: Stem = "default", flag: str = "--backbone ") -> None:
+    """Raise UserError unless there is such a backbone with such first layers; ``flag`` is how it was given."""
     if name not in BACKBONES:
         near = difflib.get_close_matches(name, BACKBONES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--backbone {name} is unknown; known are {', '.join(BACKBONES)}{hint}")
+        raise UserError(f"{flag}{name} is unknown; known are {', '.join(BACKBONES)}{hint}")
     stems = BACKBONES[name].stems
     if stem not in ("default", *stems):
         raise UserError(f"--stem {stem}: {name} has {', '.join(stems)}")

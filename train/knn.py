@@ -28,9 +28,10 @@ from pipeline.common.files import disk_errors, write_json
 from pipeline.common.locations import LocalPath, Location
 from pipeline.loader.config import LoaderConfig
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
-from train.distributed.process_group import DistContext, distributed, exit_once
+from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.evaluation.features import (
     EncoderConfig,
+    FrozenEncoder,
     ImageSource,
     Samples,
     check_same_classes,
@@ -38,7 +39,7 @@ from train.evaluation.features import (
     open_labelled,
 )
 from train.evaluation.knn_monitor import Score, bank_ids, check_temperature, score_neighbours
-from train.optimization.precision import PrecisionName, choose_precision
+from train.optimization.precision import Precision, PrecisionName, choose_precision
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,33 @@ class KnnEvalConfig:
     precision: PrecisionName = "auto"
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers that make no evaluation."""
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.k):
+            raise UserError(f"--k {self.k}: write whole numbers from 1 up, separated by commas, as in 10,20,200")
+        check_temperature("--temperature", self.temperature)
+        if self.bank_size is not None:
+            check_at_least_1("--bank-size", self.bank_size)
+
+    @property
+    def ks(self) -> list[int]:
+        """The numbers of neighbours, each once, rising."""
+        return sorted({int(k) for k in self.k.split(",")})
+
 
 def main() -> None:
-    """The script."""
-    config = tyro.cli(KnnEvalConfig)
-    with exit_once(), distributed(config.device) as dist:
+    """Run the command."""
+    launch = read_launch()
+    with exit_once(), found_by_every_rank(launch):
+        config = tyro.cli(KnnEvalConfig, console_outputs=launch.is_main)
+    with exit_once(), distributed(config.device, launch=launch) as dist:
         evaluate(config, dist)
 
 
 def evaluate(config: KnnEvalConfig, dist: DistContext) -> dict[int, Score]:
     """Print the accuracies and write them. Raises UserError for mistakes. A collective."""
-    ks = on_all_ranks(dist, lambda: _check(config))
-    bank, queries = on_all_ranks(dist, lambda: _open(config))
-    encoder = on_all_ranks(dist, lambda: open_frozen(config.encoder, dist.device))
-    precision = on_all_ranks(dist, lambda: choose_precision(config.precision, dist.device))
+    bank, queries, encoder, precision = on_all_ranks(dist, lambda: _open(config, dist.device))
+    ks = config.ks
     source = ImageSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
     print0(
         dist, f"encoder      {encoder.weights.describe()}, images of {encoder.pixels.image_size} px, {precision.name}"
@@ -92,24 +106,16 @@ def evaluate(config: KnnEvalConfig, dist: DistContext) -> dict[int, Score]:
     return scores
 
 
-def _check(config: KnnEvalConfig) -> list[int]:
-    """The numbers of neighbours. Raises UserError for values that make no sense."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.k):
-        raise UserError(f"--k {config.k}: write whole numbers from 1 up, separated by commas, as in 10,20,200")
-    check_temperature("--temperature", config.temperature)
-    if config.bank_size is not None:
-        check_at_least_1("--bank-size", config.bank_size)
-    return sorted({int(k) for k in config.k.split(",")})
-
-
-def _open(config: KnnEvalConfig) -> tuple[Samples, Samples]:
+def _open(config: KnnEvalConfig, device: torch.device) -> tuple[Samples, Samples, FrozenEncoder, Precision]:
+    """Bank, queries, encoder and number format, found out by one rank alone. Raises UserError."""
     train = open_labelled(config.data, "--data", config.loader)
     val = open_labelled(config.val_data, "--val-data", config.loader)
     check_same_classes("--val-data", val, train)
     bank = Samples.all_of(train)
     if config.bank_size is not None:
         bank = Samples.sorted(train, bank_ids(train.num_samples, config.bank_size))
-    return bank, Samples.all_of(val)
+    encoder, precision = open_frozen(config.encoder, device), choose_precision(config.precision, device)
+    return bank, Samples.all_of(val), encoder, precision
 
 
 def _write(config: KnnEvalConfig, path: Path | None, scores: dict[int, Score]) -> None:

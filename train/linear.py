@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.buffers import on_device
-from pipeline.common.errors import UserError, check_at_least_1, check_divisible, exit_on_user_error
+from pipeline.common.errors import UserError, check_divisible, exit_on_user_error, require
 from pipeline.common.locations import LocalPath, Location
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
@@ -38,7 +38,7 @@ from pipeline.loader.loader import open_crops
 from pipeline.sampling.order import epoch_order
 from pipeline.sampling.sampler import BatchSampler, batch_positions, steps_per_epoch
 from train.distributed.collectives import mean_over_ranks, on_all_ranks, print0, sum_over_ranks
-from train.distributed.process_group import DistContext, distributed, exit_once
+from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.evaluation.features import (
     IMAGES_PER_PASS,
     EncoderConfig,
@@ -62,7 +62,6 @@ from train.evaluation.linear_probe import (
     stratified,
 )
 from train.evaluation.linear_results import LinearRun, Outcome
-from train.optimization.optimizer import check_sgd
 from train.optimization.precision import PrecisionName, choose_precision
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, which the official code uses as it is
@@ -90,11 +89,19 @@ class LinearConfig:
     probe: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for flags that do not go together."""
+        require("--fraction", self.fraction, 0 < self.fraction <= 1, "it must be above 0 and at most 1")
+        if self.resume and self.run_dir is None:
+            raise UserError("--resume: say with --run-dir which evaluation is to go on")
+
 
 def main() -> None:
-    """The script."""
-    config = tyro.cli(LinearConfig)
-    with exit_once(), distributed(config.device) as dist:
+    """Run the command."""
+    launch = read_launch()
+    with exit_once(), found_by_every_rank(launch):
+        config = tyro.cli(LinearConfig, console_outputs=launch.is_main)
+    with exit_once(), distributed(config.device, launch=launch) as dist:
         evaluate(config, dist)
 
 
@@ -106,6 +113,7 @@ class ProbeSetup:
     dist: DistContext
     encoder: FrozenEncoder
     source: ImageSource
+    precision: str  # of the encoder's forward pass
     train: Samples
     val: ShardSet
     steps: int  # of an epoch
@@ -157,21 +165,29 @@ def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
 
 def prepare(config: LinearConfig, dist: DistContext) -> ProbeSetup:
     """Check everything that can be checked, read the encoder, print the plan. A collective."""
-    encoder = on_all_ranks(dist, lambda: open_frozen(config.encoder, dist.device))
-    precision = on_all_ranks(dist, lambda: choose_precision(config.precision, dist.device))
-    train, val = on_all_ranks(dist, lambda: open_datasets(config))
-    steps = on_all_ranks(dist, lambda: check_numbers(config, len(train.ids), dist.world_size))
-    source = ImageSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
-    probe = config.probe
+    setup = on_all_ranks(dist, lambda: _set_up(config, dist))
+    probe, train, pixels = config.probe, setup.train, setup.encoder.pixels
     rates = ", ".join(f"{rate:g} (peak {rate * probe.global_batch / 256:g})" for rate in probe.base_lrs())
     views = "centre crops, features made once" if config.features_cache else "a new crop and flip in each epoch"
+    steps = f"{probe.epochs} epochs x {setup.steps:,} of {probe.global_batch:,}"
     print0(
-        dist, f"encoder      {encoder.weights.describe()}, images of {encoder.pixels.image_size} px, {precision.name}"
+        dist,
+        f"encoder      {setup.encoder.weights.describe()}, images of {pixels.image_size} px, {setup.precision}\n"
+        f"training     {len(train.ids):,} samples of {len(train.dataset.classes):,} classes; {views}\n"
+        f"steps        {probe.epochs * setup.steps:,} = {steps}\n"
+        f"LARS         base lr {rates}; cosine",
     )
-    print0(dist, f"training     {len(train.ids):,} samples of {len(train.dataset.classes):,} classes; {views}")
-    print0(dist, f"steps        {probe.epochs * steps:,} = {probe.epochs} epochs x {steps:,} of {probe.global_batch:,}")
-    print0(dist, f"LARS         base lr {rates}; cosine")
-    return ProbeSetup(config, dist, encoder, source, train, val, steps)
+    return setup
+
+
+def _set_up(config: LinearConfig, dist: DistContext) -> ProbeSetup:
+    """What one rank can find out alone. Raises UserError."""
+    encoder = open_frozen(config.encoder, dist.device)
+    precision = choose_precision(config.precision, dist.device)
+    train, val = open_datasets(config)
+    steps = check_batch(config.probe, len(train.ids), dist.world_size)
+    source = ImageSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
+    return ProbeSetup(config, dist, encoder, source, precision.name, train, val, steps)
 
 
 def open_datasets(config: LinearConfig) -> tuple[Samples, ShardSet]:
@@ -184,21 +200,14 @@ def open_datasets(config: LinearConfig) -> tuple[Samples, ShardSet]:
     return Samples(train, ids), val
 
 
-def check_numbers(config: LinearConfig, samples: int, world_size: int) -> int:
-    """Steps of an epoch. Raises UserError for numbers that do not fit together."""
-    probe = config.probe
-    probe.base_lrs()
-    check_at_least_1("--epochs", probe.epochs)
-    check_at_least_1("--global-batch", probe.global_batch)
-    check_sgd(probe.momentum, probe.weight_decay)
+def check_batch(probe: ProbeConfig, samples: int, world_size: int) -> int:
+    """Steps of an epoch. Raises UserError for a batch that the ranks cannot share or the samples cannot fill."""
     check_divisible(probe.global_batch, world_size, f"{world_size} processes")
     if probe.global_batch > samples:
         raise UserError(
             f"--global-batch {probe.global_batch} is more than the {samples} samples to train on: take at most "
             f"{max(samples // world_size, 1) * world_size}; 256 suits some thousand samples"
         )
-    if config.resume and config.run_dir is None:
-        raise UserError("--resume: say with --run-dir which evaluation is to go on")
     return steps_per_epoch(samples, probe.global_batch)
 
 

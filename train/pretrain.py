@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node=8 train/pretrain.py --data DIR --run-dir DIR
     python train/pretrain.py --data DIR --run-dir DIR --backbone resnet_tiny --image-size 32     (one process)
 
-Owns the order of things: parse, build, resume, loop. The run folder holds config.json, plan.json, metrics.jsonl,
+The order of things is parse, build, resume, loop. The run folder holds config.json, plan.json, metrics.jsonl,
 tensorboard/, checkpoints/, bad_samples.jsonl if there are any and, at the end, summary.json.
 Exit codes: 0 done; 2 a user's mistake, a full disk, a collapse with --on-collapse stop; 75 stopped by a signal, go on
 with --resume; 70 no rank has gone on for --hang-timeout; 1 anything else.
@@ -26,20 +26,24 @@ from pipeline.loader.timing import ReadCosts, Stalls
 from pipeline.sampling.sampler import BatchSampler
 from train.config.recipes import config_of, parse_config
 from train.config.run_config import PretrainConfig
-from train.distributed.process_group import DistContext, distributed, exit_once
+from train.distributed.collectives import print0
+from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
 from train.distributed.watchdog import hangs_watched
-from train.engine.build import prepare
+from train.engine.build import describe, prepare
 from train.engine.loop import loop
-from train.engine.run import check_run_dir, claim_run_dir, open_knn, resume
+from train.engine.run import check_run_dir, resume, write_run_files
 from train.monitoring.reporter import Reporter
 
-COLLECTIVE_TIMEOUT = timedelta(days=1)  # of torch, which does not say who is to blame: --hang-timeout comes before
+COLLECTIVE_TIMEOUT = timedelta(days=1)  # torch's, which does not name the rank at fault: --hang-timeout is earlier
 
 
 def main() -> None:
-    """The script."""
-    if not train_here(parse_config()):
+    """Run the command."""
+    launch = read_launch()
+    with exit_once(), found_by_every_rank(launch):
+        config = parse_config(prints=launch.is_main)
+    if not train_here(config):
         sys.exit(EXIT_PREEMPTED)
 
 
@@ -64,13 +68,15 @@ def train_here(config: PretrainConfig) -> bool:
 
 
 def run_to_the_end(config: PretrainConfig, dist: DistContext, stop: StopRequest) -> bool:
-    """Train to the end, or until a signal: then False. Raises UserError for mistakes."""
+    """Train to the end: True; or until a signal: False. Raises UserError for mistakes."""
     run = prepare(config, dist)
     check_run_dir(run)
     if config.resume:
         resume(run)
-    knn, costs, stalls = open_knn(run, lambda: bool(stop)), ReadCosts(len(run.dataset.shards)), Stalls()
-    claim_run_dir(run)
+    for line in describe(run):
+        print0(dist, line)
+    write_run_files(run)
+    costs, stalls = ReadCosts(len(run.dataset.shards)), Stalls()
     epoch, step = divmod(run.step, run.plan.steps_per_epoch)
     with (
         Reporter(dist, config, run.plan, run.step, stalls) as reporter,
@@ -91,7 +97,7 @@ def run_to_the_end(config: PretrainConfig, dist: DistContext, stop: StopRequest)
         run.writer,
     ):
         stop.starting = False
-        finished = loop(run, batches, reporter, knn, stop)
+        finished = loop(run, batches, reporter, stop)
         reporter.say_what_cost_most(run.dataset, costs)
         return finished
 

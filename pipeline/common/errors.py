@@ -14,7 +14,10 @@ from pipeline.common.text import printable
 
 
 class UserError(Exception):
-    """A user's mistake. The message names the value, the rule and the remedy; no traceback is shown."""
+    """A user's mistake. The message names the value, the rule and the remedy; no traceback is shown.
+
+    No ValueError: tyro would take one out of a dataclass's ``__post_init__`` for its own, and print it in a box.
+    """
 
 
 def require(flag: str, value: object, holds: bool, rule: str) -> None:

@@ -112,14 +112,14 @@ class FakeBoard:
 def watch(
     now: list[float], board: FakeBoard, rank: int, stop: StopRequest, said: list[tuple[str, bool]]
 ) -> tuple[HangWatch, RankStatus]:
-    activity = RankStatus(clock=lambda: now[0])
-    dist = DistContext(rank, 2, rank, 2, torch.device("cpu"), activity=activity)
-    return HangWatch(dist, board, 60.0, stop, lambda *told: said.append(told)), activity
+    status = RankStatus(clock=lambda: now[0])
+    dist = DistContext(rank, 2, rank, 2, torch.device("cpu"), status=status)
+    return HangWatch(dist, board, 60.0, stop, lambda *told: said.append(told)), status
 
 
 def test_a_watch_leaves_only_when_nobody_goes_on() -> None:
     now, board, said = [0.0], FakeBoard(), list[tuple[str, bool]]()
-    first, activity = watch(now, board, 0, StopRequest(), said)
+    first, status = watch(now, board, 0, StopRequest(), said)
     second, other = watch(now, board, 1, StopRequest(), said)
 
     def look_until(seconds: float) -> None:
@@ -128,7 +128,7 @@ def test_a_watch_leaves_only_when_nobody_goes_on() -> None:
             second.look()
             first.look()
 
-    activity.wait("gradients")
+    status.wait("gradients")
     now[0] = 30.0
     other.work("loader, next batch")
     look_until(61.0)

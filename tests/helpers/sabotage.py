@@ -105,7 +105,7 @@ PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
     "a checkpoint named, old ones still there": lambda strike: after(pipeline.common.files, "sync_folder", strike),
     "an old checkpoint deleted": lambda strike: after(Path, "unlink", strike),
     "kNN evaluation": lambda strike: before(train.evaluation.knn_monitor.OnlineKnn, "evaluate", strike),
-    "opening the run": lambda strike: before(pretrain, "claim_run_dir", strike),
+    "opening the run": lambda strike: before(pretrain, "write_run_files", strike),
 }
 
 

@@ -33,7 +33,7 @@ from train import linear, pretrain
 from train.config.recipes import parse_config
 from train.engine import loop as loop_module
 from train.engine.build import prepare
-from train.engine.run import claim_run_dir
+from train.engine.run import write_run_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Recipe(
@@ -125,7 +125,7 @@ def test_every_variant_trains_a_step_of_its_own(table: str, photo_dataset_path: 
     ends = []
     for variant in TABLES[table].variants:
         run = prepare(parse_config([*places, "--global-batch", "12", *TINY.pretrain, *variant.flags]), alone())
-        claim_run_dir(run)
+        write_run_files(run)
         run.model.train()
         losses = []
         for run.step in (0, 4, 10, 100):  # there targets are renewed, and the predictor's rate has decayed
@@ -141,7 +141,7 @@ def test_the_switches_say_what_the_tables_mean() -> None:
         return parse_config(["--data", "x", "--run-dir", "x", *variant.flags]).model
 
     paper = SimSiamConfig()
-    assert model("stop-gradient", "without") == replace(paper, stop_gradient=False)
+    assert model("stop-gradient", "without") == replace(paper, stop_gradient=False, predictor_lr="cosine")
     assert model("predictor", "fixed-random") == replace(paper, predictor="fixed-random")
     assert model("bn", "none") == replace(paper, projector_bn="none", predictor_bn="none")
     assert model("symmetrisation", "asymmetric-2x") == replace(paper, symmetric=False, pairs=2)

@@ -25,8 +25,9 @@ from tools.throughput.report import Setting
 from tools.throughput.stages import Bench, StageName
 from train.config.run_config import PretrainConfig
 from train.distributed.process_group import DistContext
-from train.engine.build import prepare
+from train.engine.build import describe, prepare
 from train.engine.run import Run
+from train.evaluation.knn_monitor import KnnConfig
 from train.optimization.optimizer import OptimConfig
 from train.optimization.precision import PrecisionName
 
@@ -138,8 +139,12 @@ def build(config: ProfileConfig, dataset: ShardSet, dist: DistContext) -> tuple[
         order=config.order,
         loader=config.loader,
         optim=config.optim,
+        knn=KnnConfig(every=0),
     )
-    run = prepare(pretrain, dist, announce=lambda _, line: print(line) if line.startswith("  ") else None)
+    run = prepare(pretrain, dist)
+    for line in describe(run):
+        if line.startswith("  "):
+            print(line)
     run.model.train()
     bench = Bench(
         dataset=dataset,

@@ -1,4 +1,4 @@
-"""Owns the recipes of --recipe NAME: whole configurations, each number with its source. Any flag overrides a value.
+"""The recipes of --recipe NAME: whole configurations, each number with its source. Any flag overrides a value.
 
 ``train/pretrain.py --recipe NAME --help`` shows a recipe's values as the defaults. What a recipe does not name is as in
 the configuration's own defaults, which are the paper's for ImageNet (Chen & He 2020, arXiv:2011.10566).
@@ -9,39 +9,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-from dataclasses import replace
 from typing import Any
 
 import tyro
 
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError
-from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.views import ViewRecipe
-from train.config.loader_tuning import check_agreement, load_tuning
 from train.config.run_config import PretrainConfig, RecipeName
 from train.evaluation.knn_monitor import KnnConfig
 from train.optimization.optimizer import OptimConfig
 
 
-def parse_config(arguments: list[str] | None = None) -> PretrainConfig:
-    """Read the command line. tyro prints mistakes and exits with code 2.
+def parse_config(arguments: list[str] | None = None, prints: bool = True) -> PretrainConfig:
+    """Read the command line; a recipe takes the place of defaults.
 
-    A recipe, and a tuning file for the loader, take the place of defaults. Raises UserError where a flag disagrees with
-    the tuning file.
+    Unknown flags end the process with code 2; ``prints``: with a message. Raises UserError for values that cannot be.
     """
-
     recipe = recipe_in(arguments)
     default = tyro.MISSING_NONPROP if recipe is None else recipe
-    config = tyro.cli(PretrainConfig, args=arguments, default=default)
-    path = config.loader_tuning
-    if path is None:
-        return config
-    tuning = load_tuning(path)
-    tuned = replace(config, loader=tuning.fill(LoaderConfig()))
-    config = tyro.cli(PretrainConfig, args=arguments, default=tuned)
-    check_agreement(path, tuning, config.loader)
-    return config
+    return tyro.cli(PretrainConfig, args=arguments, default=default, console_outputs=prints)
 
 
 def config_of(**flags: Any) -> PretrainConfig:

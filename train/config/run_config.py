@@ -9,13 +9,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from model.methods.simsiam import SimSiamConfig
+from pipeline.common.errors import check_at_least_1, check_seed, require
 from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.order import OrderConfig
 from pipeline.sampling.views import ViewRecipe
+from train.distributed.watchdog import parse_hang_timeout
 from train.evaluation.knn_monitor import KnnConfig
 from train.optimization.optimizer import OptimConfig
 from train.optimization.precision import PrecisionName
+from train.storage.checkpoints import parse_interval
 
 # Those of train/config/recipes.py; the tests compare them
 RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"]
@@ -52,7 +55,6 @@ class PretrainConfig:
     # remote dataset at least 5 minutes more than --retry-minutes
     hang_timeout: str = "10m"
     log_every: int = 10  # steps between lines of metrics.jsonl
-    loader_tuning: Path | None = None  # file of profile_throughput.py --tune: sets the loader where no flag does
     record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
     # Nested fields are flags of their own name, without their component's; --dali.* and the augmentations beyond the
     # paper's (--erasing.* and so on) keep a prefix.
@@ -62,6 +64,20 @@ class PretrainConfig:
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     knn: Annotated[KnnConfig, tyro.conf.arg(name="")] = field(default_factory=KnnConfig)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what no run can do, whatever its dataset and the number of processes."""
+        for name in ("epochs", "global_batch", "accumulate", "max_bad_steps", "keep_checkpoints", "log_every"):
+            check_at_least_1(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.max_steps is not None:
+            check_at_least_1("--max-steps", self.max_steps)
+        check_seed(self.seed)
+        parse_interval(self.checkpoint_every)
+        parse_hang_timeout(self.hang_timeout)
+        self.order.check(self.global_batch)
+        warmup = self.optim.warmup_epochs
+        rule = f"it must be at least 0 and below --epochs {self.epochs}"
+        require("--warmup-epochs", warmup, warmup is None or warmup < self.epochs, rule)
 
     @property
     def longest_fetch_s(self) -> float:

@@ -1,9 +1,13 @@
-"""Owns how the ranks agree between steps, on whether to stop for instance, without the host waiting for the device."""
+"""Collectives for people's errors, flags and small sums; on GPUs without the host waiting for the device where it can.
+
+Raise a user's mistake inside ``on_all_ranks`` or ``on_rank0``: every rank then raises it, and one prints it.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as td
@@ -13,18 +17,19 @@ from torch import Tensor, nn
 from pipeline.common.errors import UserError
 from train.distributed.process_group import DistContext, SharedError, T
 
-GPU_LAG = 2  # steps; the host prepares about as many while the device computes, so that these votes are counted already
+GPU_LAG = 2  # steps; about as far as the host runs ahead of the device, so the votes are counted when they are read
 
 
 class FlagConsensus:
-    """Flags that any rank may raise, and that all ranks hear of at the same step.
+    """Flags that any rank may raise, and that all ranks read at the same step.
 
-    On GPUs the votes of each step are summed behind its work and read ``lag`` steps later, on every rank alike: the
-    host waits for a step that the device has most likely done, and never lets it run dry. On CPUs there is no lag.
+    On GPUs the flags of each step are summed after its work and read ``lag`` steps later, on every rank alike: by then
+    the device has most likely done that step, so the host rarely waits and the device's queue stays full. On CPUs there
+    is no lag.
     """
 
     def __init__(self, dist: DistContext, lag: int | None = None) -> None:
-        """``lag`` in steps; None: as the device needs it."""
+        """``lag`` in steps; None: GPU_LAG on a GPU, 0 on a CPU."""
         self._dist = dist
         self._lag = lag if lag is not None else GPU_LAG if dist.device.type == "cuda" else 0
         self._counts: deque[Callable[[], tuple[bool, ...]]] = deque()
@@ -32,21 +37,21 @@ class FlagConsensus:
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it was raised on any rank ``lag`` steps ago. To be called every step; a collective.
 
-        A flag that is heard is heard once: the votes of the steps since are forgotten, on every rank.
+        When a flag is reported, pending votes are discarded on every rank, so it is reported once.
         """
         if self._dist.world_size == 1:
             return flags
         self._counts.append(self._vote(flags))
         if len(self._counts) <= self._lag:
             return (False,) * len(flags)
-        with self._dist.activity.waiting("agreeing on whether to stop"):
-            heard = self._counts.popleft()()
-        if any(heard):
+        with self._dist.status.waiting("agreeing on whether to stop"):
+            flags = self._counts.popleft()()
+        if any(flags):
             self._counts.clear()
-        return heard
+        return flags
 
     def _vote(self, flags: tuple[bool, ...]) -> Callable[[], tuple[bool, ...]]:
-        """Sum the votes; returns what waits for the sum."""
+        """Start summing the votes; the function returned waits for the sum."""
         device = self._dist.device
         votes = torch.zeros(len(flags), dtype=torch.int32, device=device)
         for index, flag in enumerate(flags):
@@ -75,24 +80,38 @@ def print0(dist: DistContext, message: str) -> None:
         print(message, flush=True)
 
 
-def on_all_ranks(dist: DistContext, action: Callable[[], T]) -> T:
+@dataclass(frozen=True)
+class Mark:
+    """What must be equal on all ranks, and the message for the user of a rank where it is not."""
+
+    value: str
+    if_other: str
+
+
+def on_all_ranks(dist: DistContext, action: Callable[[], T], mark: Callable[[T], Mark] | None = None) -> T:
     """Run ``action`` on every rank; a UserError on any is a SharedError on all, so that none waits for another.
 
-    ``action`` must contain no collective of its own.
+    ``mark`` names what must be as on rank 0 in the results; where it is not, that is such an error too. ``action`` must
+    contain no collective of its own.
     """
     error: UserError | None = None
+    own: Mark | None = None
     try:
         result = action()
+        own = mark(result) if mark is not None else None
     except UserError as raised:
         error = raised
     if dist.world_size == 1:
         if error is not None:
             raise error
         return result
-    messages: list[str | None] = [None] * dist.world_size
-    with dist.activity.waiting("hearing whether every rank could do the same"):
-        td.all_gather_object(messages, None if error is None else str(error))
-    for rank, message in enumerate(messages):
+    reports: list[tuple[str | None, Mark | None]] = [(None, None)] * dist.world_size
+    with dist.status.waiting("collecting the errors of all ranks"):
+        td.all_gather_object(reports, (None if error is None else str(error), own))
+    reference = reports[0][1]
+    for rank, (message, their) in enumerate(reports):
+        if message is None and their is not None and reference is not None and their.value != reference.value:
+            message = their.if_other
         if message is not None:
             where = f" (on rank {rank})" if rank > 0 else ""
             raise SharedError(message + where, dist.is_main) from error
@@ -105,7 +124,7 @@ def on_rank0(dist: DistContext, action: Callable[[], T]) -> T:
     if dist.world_size == 1:
         return result  # type: ignore[return-value]
     box = [result]
-    with dist.activity.waiting("hearing what rank 0 found"):
+    with dist.status.waiting("receiving the result of rank 0"):
         td.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
 
@@ -115,7 +134,7 @@ def any_rank(dist: DistContext, *flags: bool) -> tuple[bool, ...]:
     if dist.world_size == 1:
         return flags
     votes = torch.tensor(flags, dtype=torch.int32, device=dist.device)
-    with dist.activity.waiting("asking all ranks"):
+    with dist.status.waiting("collecting the flags of all ranks"):
         td.all_reduce(votes, op=td.ReduceOp.MAX)
         return tuple(bool(vote) for vote in votes.tolist())
 
@@ -147,6 +166,6 @@ def gather_rows(dist: DistContext, rows: Shaped[Tensor, "n *rest"], counts: list
 def share_buffers(dist: DistContext, module: nn.Module) -> None:
     """Give every rank rank 0's BN statistics. They differ only where BN is local (--no-sync-bn)."""
     if dist.world_size > 1:
-        with dist.activity.waiting("sharing rank 0's batch statistics"):
+        with dist.status.waiting("sharing rank 0's batch statistics"):
             for buffer in module.buffers():
                 td.broadcast(buffer, src=0)

@@ -1,11 +1,14 @@
-"""Owns the processes of a run: who this one is, how they talk, and that they fail together."""
+"""The processes of a run: their ranks, how they communicate, and how a user's mistake ends all of them.
+
+A command reads torchrun's variables with ``read_launch``, and works inside ``exit_once`` and ``distributed``.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -20,16 +23,16 @@ from pipeline.sampling.sampler import World
 
 @dataclass(frozen=True)
 class RankActivity:
-    """One stretch of a process' life."""
+    """What a process is doing."""
 
     what: str
     waiting: bool  # for the other ranks, in a collective
-    waits: int  # how many times it has waited for them so far, this time included: all ranks count alike
+    waits: int  # collectives entered so far, this one included; equal on ranks that are equally far
     since_s: float  # by the process' clock
 
 
 class RankStatus:
-    """The current stretch. Noting costs about a microsecond and nothing of the device."""
+    """The current activity of a process, for train/distributed/watchdog.py. A change costs about a microsecond."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """``clock`` gives seconds."""
@@ -37,49 +40,105 @@ class RankStatus:
         self.now = RankActivity("preparing the run", waiting=False, waits=0, since_s=clock())
 
     def work(self, what: str) -> None:
-        """From now on the process does something that depends on no other rank."""
+        """Begin something that depends on no other rank."""
         self.now = RankActivity(what, False, self.now.waits, self._clock())
 
     def wait(self, what: str) -> None:
-        """From now on it may have to wait for the other ranks."""
+        """Begin something that may wait for the other ranks."""
         self.now = RankActivity(what, True, self.now.waits + 1, self._clock())
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Wait inside, then go on with what was before."""
+        """``wait`` inside the context; afterwards the activity before is resumed."""
         before = self.now.what
         self.wait(what)
         yield
         self.work(before)
 
     def age_s(self) -> float:
-        """How long the current stretch lasts."""
+        """Seconds since the current activity began."""
         return self._clock() - self.now.since_s
 
 
 T = TypeVar("T")
-SILENT_S = 10.0  # by which one process of a machine may be behind another before they first meet: imports
+SILENT_S = 10.0  # the ranks of a machine start at different times, by imports of different length
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started: torchrun's variables, or one process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read the variables. Raises UserError if some are missing or make no sense, or if Slurm started several processes.
+
+    Each of several processes would otherwise take itself for the only one, and all would write to the same files.
+    """
+    missing = [name for name in VARIABLES if name not in environment]
+    remedy = "start with torchrun, which sets them all, or unset them for a single process"
+    if len(missing) == len(VARIABLES):
+        tasks = environment.get("SLURM_NTASKS", "1")
+        if tasks != "1":
+            raise UserError(
+                f"SLURM_NTASKS is {tasks}, but torchrun's RANK is not set: start one torchrun per machine "
+                "(`srun --ntasks-per-node=1 torchrun ...`), or set SLURM_NTASKS=1 for a single process"
+            )
+        return Launch()
+    if missing:
+        present = ", ".join(f"{name}={environment[name]}" for name in VARIABLES if name in environment)
+        raise UserError(f"{present}, but {', '.join(missing)} not set: {remedy}")
+    try:
+        rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in VARIABLES)
+        valid = 0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size
+    except ValueError:
+        valid = False
+    if not valid:
+        present = ", ".join(f"{name}={environment[name]}" for name in VARIABLES)
+        raise UserError(f"{present} describe no process of a run: {remedy}")
+    return Launch(rank, world_size, local_rank, local_world_size)
 
 
 class SharedError(UserError):
-    """A user's mistake that every rank has found or been told of. ``speaks`` is true on the one that prints it."""
+    """A user's mistake that is known to every rank; the one where ``prints`` is true prints it."""
 
-    def __init__(self, message: str, speaks: bool) -> None:
+    def __init__(self, message: str, prints: bool) -> None:
         """``message`` is the same on all ranks."""
         super().__init__(message)
-        self.speaks = speaks
+        self.prints = prints
+
+
+@contextmanager
+def found_by_every_rank(launch: Launch) -> Iterator[None]:
+    """Turn a UserError that all ranks raise alike into a SharedError, which rank 0 prints."""
+    try:
+        yield
+    except UserError as error:
+        raise SharedError(str(error), launch.is_main) from error
 
 
 @contextmanager
 def exit_once() -> Iterator[None]:
-    """Let a SharedError through on the rank that prints it; the others leave with its exit code in silence.
+    """Let a SharedError pass on the rank that prints it; the other ranks exit with code 2 and print nothing.
 
-    They leave later: torchrun ends all processes once one has left, and the one that speaks may not have spoken yet.
+    They exit 10 s later: torchrun kills all ranks when one exits, possibly before rank 0 has printed the error.
     """
     try:
         yield
     except SharedError as error:
-        if not error.speaks:
+        if not error.prints:
             time.sleep(SILENT_S)
             sys.exit(2)
         raise
@@ -87,10 +146,10 @@ def exit_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DistContext(World):
-    """This process, and how it talks with the others. Read from torchrun's variables once."""
+    """This process among those of the run."""
 
-    store: td.Store | None = field(default=None, compare=False, repr=False)  # where several processes leave notes
-    activity: RankStatus = field(default_factory=RankStatus, compare=False, repr=False)  # what this process is doing
+    store: td.Store | None = field(default=None, compare=False, repr=False)  # the rendezvous' store; None: one process
+    status: RankStatus = field(default_factory=RankStatus, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -100,44 +159,40 @@ class DistContext(World):
 
 @contextmanager
 def distributed(
-    device: Literal["auto", "cuda", "cpu"], timeout: timedelta = timedelta(minutes=30)
+    device: Literal["auto", "cuda", "cpu"],
+    timeout: timedelta = timedelta(minutes=30),
+    launch: Launch | None = None,
 ) -> Iterator[DistContext]:
-    """Join the run's processes (NCCL on GPUs, gloo on CPUs) and leave them at the end.
+    """Join the processes of the run (NCCL on GPUs, gloo on CPUs), and leave the group at the end.
 
-    A collective of ``timeout`` ends the process, without a word on who is to blame: train/distributed/watchdog.py
-    finds that out before. Without torchrun there is one process and nothing to join. Raises SharedError if the device
-    cannot be had.
+    A collective that takes longer than ``timeout`` ends the process without naming the rank at fault;
+    train/distributed/watchdog.py does that earlier. A single process joins nothing. ``launch`` is read from the
+    environment by default. Raises SharedError if there is no such device.
     """
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    try:
-        dist = DistContext(
-            rank, world_size, local_rank, local_world_size, choose_device(device, local_rank, local_world_size)
-        )
-    except UserError as error:
-        raise SharedError(str(error), speaks=rank == 0) from None
+    launch = launch or read_launch()
+    with found_by_every_rank(launch):
+        own_device = choose_device(device, launch.local_rank, launch.local_world_size)
+    dist = DistContext(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, own_device)
     if dist.device.type == "cuda":
         torch.cuda.set_device(dist.device)
-    if world_size == 1:
+    if dist.world_size == 1:
         yield dist
         return
     store = _fresh_store()
-    options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": timeout}
+    options: dict[str, Any] = {"store": store, "rank": dist.rank, "world_size": dist.world_size, "timeout": timeout}
     if dist.device.type == "cuda":
         td.init_process_group("nccl", device_id=dist.device, **options)
     else:
         td.init_process_group("gloo", **options)
     try:
         yield replace(dist, store=store)
-        td.barrier()  # torchrun ends the others as soon as one has left with an exit code of its own
+        td.barrier()  # torchrun kills the other ranks as soon as one exits with an error
     except SharedError:  # of all ranks
         td.destroy_process_group()
         raise
     except BaseException:
-        # Of this rank, maybe alone. NCCL would wait for the others, which wait for this one in some other collective,
-        # and what went wrong would never be told.
+        # Perhaps of this rank alone. Destroying NCCL's group would wait for the other ranks, which wait for this one
+        # in another collective, and the error would never be printed.
         if dist.device.type != "cuda":
             td.destroy_process_group()
         raise
@@ -145,12 +200,15 @@ def distributed(
 
 
 def _fresh_store() -> td.Store:
-    """Where the processes find each other, without the addresses of processes that torchrun has restarted since.
+    """The rendezvous' store, without the addresses of processes that torchrun has replaced by restarting.
 
-    torchrun's agents keep one store for all restarts (unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), and whoever reads
-    a dead process' address from it waits for half an hour. Agents of several machines do not count restarts alike, so
-    there that variable is the only remedy.
+    torchrun's agents keep one store for all restarts (unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1), and a process that
+    reads a dead one's address there waits for half an hour. The agents of several machines count restarts differently,
+    so there the variable is the only remedy. Raises UserError without MASTER_ADDR and MASTER_PORT.
     """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is set, but not {' and '.join(missing)}: start with torchrun, which sets them all")
     store, _, _ = next(td.rendezvous("env://"))
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return td.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0}", store)

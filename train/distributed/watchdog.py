@@ -218,7 +218,7 @@ class HangWatch:
             try:
                 self.look()
             except RuntimeError as error:  # of the store: its process is gone, or too busy
-                if self._dist.activity.age_s() > self._limit_s:
+                if self._dist.status.age_s() > self._limit_s:
                     words = f"rank {self._dist.rank} does not go on, {self._own_note()}"
                     self._leave(f"{words}; the rendezvous' store does not answer: {error}", True)
 
@@ -227,7 +227,7 @@ class HangWatch:
         self._beat += 1
         self._board.post(self._dist.rank, self._own_note())
         self._pass_on_signals()
-        if self._dist.activity.age_s() < self._limit_s:
+        if self._dist.status.age_s() < self._limit_s:
             self._readings.clear()
             return
         self._readings.append(self._board.read())
@@ -236,8 +236,8 @@ class HangWatch:
             self._leave(str(hang), self._dist.rank in hang.behind)
 
     def _own_note(self) -> Note:
-        doing = self._dist.activity.now
-        age_s = self._dist.activity.age_s()
+        doing = self._dist.status.now
+        age_s = self._dist.status.age_s()
         return Note(socket.gethostname(), os.getpid(), self._beat, doing.what, doing.waiting, doing.waits, age_s)
 
     def _pass_on_signals(self) -> None:

@@ -1,4 +1,4 @@
-"""The training loop and one optimizer step."""
+"""The training loop, and one optimizer step: forward, backward, update. Chen & He 2020, algorithm 1."""
 
 from __future__ import annotations
 
@@ -17,47 +17,49 @@ from pipeline.loader.prefetch_queue import StarvedError
 from train.distributed.collectives import FlagConsensus, on_rank0, print0, share_buffers
 from train.distributed.process_group import SharedError
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest
-from train.engine.run import Run, finish_checkpoint, save, written
+from train.engine.run import Run, finish_checkpoint, save, wait_for_checkpoint
 from train.evaluation.features import Abandoned
-from train.evaluation.knn_monitor import OnlineKnn
 from train.monitoring.reporter import Reporter, StepResult
 from train.optimization.optimizer import set_rates
 from train.optimization.precision import diagnosis
 from train.storage.checkpoints import CHECKPOINTS, newest_checkpoint
 
 
-def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, knn: OnlineKnn | None, stop: StopRequest) -> bool:
-    """One turn is one optimizer step; between steps: kNN accuracy, checkpoint, a look at the signals."""
+def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, stop: StopRequest) -> bool:
+    """Train to the last step: True; or until a stop is requested: False. A collective.
+
+    Between two steps: kNN accuracy, metrics, checkpoint, signals.
+    """
     plan, consensus = run.plan, FlagConsensus(run.dist)
     run.model.train()
     while True:
-        if knn is not None and knn_is_due(run) and not reporter.has_knn(run.step):
+        if run.knn is not None and knn_is_due(run) and not reporter.has_knn(run.step):
             try:
                 with reporter.paused():
                     share_buffers(run.dist, run.model)
-                    top1 = knn.evaluate(run.model.backbone)
+                    top1 = run.knn.evaluate(run.model.backbone, lambda: bool(stop))
             except Abandoned:
-                return leave(run, stop)
+                return stop_with_checkpoint(run, stop)
             reporter.knn(run.step // plan.steps_per_epoch, run.step, top1)
         if run.step >= plan.stop_step:
             break
         try:
             result = train_step(run, batches)
         except StarvedError:
-            return leave_starved(run, stop)
+            return stop_without_images(run, stop)
         run.step += 1
         reporter.step(run.step, result)
         if run.step % run.config.log_every == 0:
             stop_if_too_many_steps_were_bad(run, result.lr)
         stop_if_collapsed(run, reporter.collapse)
-        stopping, timer_rang, write_failed = consensus.any_rank(
-            bool(stop), run.checkpoints.rings(), run.writer.has_failed()
+        stopping, minutes_over, write_failed = consensus.any_rank(
+            bool(stop), run.timer.minutes_over(), run.writer.has_failed()
         )
         if write_failed:
-            written(run)  # raises what went wrong
+            wait_for_checkpoint(run)  # raises the error
         if stopping:
-            return leave(run, stop)
-        if timer_rang or run.checkpoints.is_due_at(run.step, plan.steps_per_epoch):
+            return stop_with_checkpoint(run, stop)
+        if minutes_over or run.timer.is_due_at(run.step, plan.steps_per_epoch):
             with reporter.paused():
                 save(run)
     checkpoint = finish_checkpoint(run)
@@ -65,28 +67,31 @@ def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, knn: Online
     return True
 
 
-def leave(run: Run, stop: StopRequest) -> bool:
-    """Stop between two steps, with a checkpoint: always False. A kNN accuracy that was begun comes after --resume."""
+def stop_with_checkpoint(run: Run, stop: StopRequest) -> bool:
+    """Stop between two steps: always False. An interrupted kNN evaluation is repeated after --resume. A collective."""
     finish_checkpoint(run)
     print0(run.dist, f"stopped by {stop.signal_name or 'a signal'} after step {run.step:,}; go on with --resume")
     return False
 
 
-def leave_starved(run: Run, stop: StopRequest) -> bool:
-    """Stop in a step whose images do not come. Had it begun, here or on other ranks, the last checkpoint stands."""
+def stop_without_images(run: Run, stop: StopRequest) -> bool:
+    """Stop in a step whose images do not come.
+
+    If the step has begun, here or perhaps on other ranks, its state cannot be saved: the last checkpoint stays.
+    """
     if run.dist.world_size == 1 and not run.midway:
-        return leave(run, stop)
+        return stop_with_checkpoint(run, stop)
     run.writer.wait()
     words = f"stopped by {stop.signal_name} in step {run.step + 1:,}, whose images do not come (rank {run.dist.rank})"
     print(f"{words}; go on with --resume from the last checkpoint", flush=True)
-    os._exit(EXIT_PREEMPTED)  # the others may be anywhere: nothing can be agreed on any more
+    os._exit(EXIT_PREEMPTED)  # other ranks may be in any collective: none can be started
 
 
 def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
     """Forward and backward over the step's micro-batches, then one optimizer step.
 
-    Nothing waits for the device, but for targets that live in the host's memory. A step whose gradients are not finite
-    changes no weight and no statistic, and is counted.
+    The host waits for the device only where targets are kept in the host's memory. A step whose gradients are not
+    finite changes no weight and no statistic, and is counted.
     """
     config, scaler = run.config, run.precision.scaler
     lr = set_rates(run.optimizer, run.plan.schedule, run.step)
@@ -95,10 +100,10 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
     losses, stds, ids, wait_s = [], [], [], 0.0
     passes = config.accumulate * config.model.pairs
     for number in range(passes):
-        run.dist.activity.work(f"step {run.step + 1}: waiting for the loader")
+        run.dist.status.work(f"step {run.step + 1}: waiting for the loader")
         views = next(batches)
         run.midway = True
-        run.dist.activity.wait(f"step {run.step + 1}: forward, backward, averaging gradients over the ranks")
+        run.dist.status.wait(f"step {run.step + 1}: forward, backward, averaging gradients over the ranks")
         with no_sync(run, last=number == passes - 1):
             with run.precision.autocast():
                 out: SimSiamOutput = run.parallel(views.x1, views.x2)
@@ -112,13 +117,13 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
         wait_s += views.wait_s
     run.guard.step(scaler)
     run.midway = False
-    run.dist.activity.work(f"step {run.step + 1}: between two steps")
+    run.dist.status.work(f"step {run.step + 1}: between two steps")
     loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
     return StepResult(loss, std, out.z1.detach(), run.guard.skipped, lr, wait_s, np.concatenate(ids))
 
 
 def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:
-    """Gradients travel between ranks once a step, with the last micro-batch."""
+    """Average gradients over the ranks once a step, with the last micro-batch."""
     called = getattr(run.parallel, "_orig_mod", run.parallel)  # torch.compile wraps it
     if isinstance(called, DistributedDataParallel) and not last:
         return called.no_sync()
@@ -132,9 +137,9 @@ def knn_is_due(run: Run) -> bool:
 
 
 def stop_if_collapsed(run: Run, collapse: str | None) -> None:
-    """Raise SharedError, on every rank alike, if the guard has spoken and --on-collapse is stop."""
+    """Raise SharedError, on every rank alike, if the encoder has collapsed and --on-collapse is stop."""
     if collapse is not None and run.config.on_collapse == "stop":
-        written(run)
+        wait_for_checkpoint(run)
         newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
         rest = f"Stopped (--on-collapse stop); newest checkpoint: {newest.name if newest else 'none so far'}"
         raise SharedError(f"{collapse}\n{rest}", run.dist.is_main)
@@ -144,7 +149,7 @@ def stop_if_too_many_steps_were_bad(run: Run, lr: float) -> None:
     """Raise SharedError, on every rank alike, if --max-bad-steps in a row were skipped. Waits for the device."""
     row, limit = run.guard.longest_row(), run.config.max_bad_steps
     if row >= limit:
-        written(run)
+        wait_for_checkpoint(run)
         newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
         text = diagnosis(row, limit, run.step, lr, run.precision.name, newest.name if newest else "none so far")
         raise SharedError(text, run.dist.is_main)

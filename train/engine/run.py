@@ -1,9 +1,11 @@
-"""Owns a run's state (what a checkpoint holds) and its life after build.py: claimed, resumed, saved, stopped."""
+"""The state of a run, and its files: the run folder is checked and written, checkpoints are saved and taken up.
+
+train/engine/build.py makes a ``Run``; train/engine/loop.py trains it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from train.config.run_plan import RunPlan
 from train.distributed.collectives import on_all_ranks, on_rank0, print0, share_buffers
 from train.distributed.process_group import DistContext
 from train.engine.sample_memory import Targets
-from train.evaluation.features import ImageSource
 from train.evaluation.knn_monitor import OnlineKnn
 from train.optimization.precision import Precision, SkipNonFinite
 from train.storage.checkpoints import (
@@ -36,9 +37,18 @@ from train.storage.checkpoints import (
 from train.storage.run_folder import CONFIG_FILE, METRICS_FILE, PLAN_FILE, cut_off
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Where the parts of a run come from, for people."""
+
+    weights: str
+    optimizer: str  # which implementation, and why
+    loader: str  # which back end, and why
+
+
 @dataclass
 class Run:
-    """One run on one rank. ``step`` moves; the rest stays."""
+    """One run on one rank. ``step`` and ``midway`` change; the rest stays."""
 
     config: PretrainConfig
     dist: DistContext
@@ -49,15 +59,17 @@ class Run:
     parallel: nn.Module  # the model as the loop calls it: under DDP, compiled
     targets: Targets
     optimizer: torch.optim.Optimizer
-    checkpoints: CheckpointTimer
+    knn: OnlineKnn | None  # None: switched off, or the dataset has no labels
+    timer: CheckpointTimer
     guard: SkipNonFinite  # of the optimizer's steps
+    origins: Origins
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
     midway: bool = False  # the next one has begun
 
 
 def check_run_dir(run: Run) -> None:
-    """Look whether the run may live in its folder; write nothing yet. Raises SharedError if another run lives there."""
+    """Check that the run folder is free, or to be resumed; nothing is written. Raises SharedError. A collective."""
     run_dir = run.config.run_dir
 
     def check() -> None:
@@ -70,22 +82,22 @@ def check_run_dir(run: Run) -> None:
     on_rank0(run.dist, check)
 
 
-def claim_run_dir(run: Run) -> None:
-    """Write config.json and plan.json, once everything is checked. SharedError if the folder cannot be written."""
+def write_run_files(run: Run) -> None:
+    """Write config.json and plan.json, after all checks. Raises SharedError if the folder cannot be written."""
     run_dir = run.config.run_dir
-    on_all_ranks(run.dist, lambda: run.targets.claim(run_dir))
+    on_all_ranks(run.dist, lambda: run.targets.allocate(run_dir))
 
-    def claim() -> None:
+    def write() -> None:
         with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / CONFIG_FILE, run.config.as_json())
             write_json(run_dir / PLAN_FILE, run.plan.as_json())
 
-    on_rank0(run.dist, claim)
+    on_rank0(run.dist, write)
 
 
 def resume(run: Run) -> None:
-    """Take the newest intact checkpoint, or say that there is none. Raises SharedError if it is another run's."""
+    """Take up the newest intact checkpoint, or print that there is none. Raises SharedError if it is another run's."""
     folder = run.config.run_dir / CHECKPOINTS
     found = on_rank0(run.dist, lambda: find_checkpoint(folder))
     for path in found.damaged:
@@ -95,7 +107,7 @@ def resume(run: Run) -> None:
     else:
         path = found.path
         former_bn_batch = on_all_ranks(run.dist, lambda: _load(run, path))
-        run.checkpoints.saved(run.step)
+        run.timer.saved(run.step)
         run.writer.newest = path
         print0(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
         if former_bn_batch != run.plan.bn_batch:
@@ -105,14 +117,14 @@ def resume(run: Run) -> None:
 
 
 def _load(run: Run, path: Path) -> int:
-    """Take up a checkpoint; returns the former session's plan.bn_batch."""
+    """Load a checkpoint; returns the former session's plan.bn_batch. Raises UserError."""
     state = load_checkpoint(path)
     check_same_run(state["identity"], run.config.identity(run.dataset.fingerprint), path)
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
     if run.precision.scaler.is_enabled() and state["scaler"]:
         run.precision.scaler.load_state_dict(state["scaler"])
-    run.targets.claim(run.config.run_dir)
+    run.targets.allocate(run.config.run_dir)
     run.targets.load(state.get("targets", {}), path.parent)
     run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
     return int(state.get("bn_batch", run.plan.bn_batch))  # older checkpoints do not say
@@ -126,14 +138,14 @@ def _cut_off(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Copy the state after ``run.step`` steps and let it be written as a checkpoint while training goes on.
+    """Copy the state after ``run.step`` steps; a thread writes it as a checkpoint while training goes on.
 
     Waits for the write before it, and raises SharedError if that has failed. A collective.
     """
     share_buffers(run.dist, run.model)
-    written(run)
+    wait_for_checkpoint(run)
     on_rank0(run.dist, lambda: _start_write(run))
-    run.checkpoints.saved(run.step)
+    run.timer.saved(run.step)
 
 
 def _start_write(run: Run) -> None:
@@ -157,42 +169,22 @@ def _start_write(run: Run) -> None:
     run.writer.start(write)
 
 
-def written(run: Run) -> Path | None:
+def wait_for_checkpoint(run: Run) -> Path | None:
     """Wait for the checkpoint that is being written; returns the newest on disk. SharedError for a full disk.
 
     A collective.
     """
-    run.dist.activity.work("waiting for a checkpoint to be written")
+    run.dist.status.work("writing a checkpoint")
     return on_rank0(run.dist, run.writer.wait)
 
 
 def finish_checkpoint(run: Run) -> Path:
-    """The checkpoint after ``run.step`` steps, saved now if it is not yet, and on disk. Raises as ``written``.
+    """Save the state after ``run.step`` steps if it is not saved yet, and wait until it is on disk.
 
-    A collective.
+    Raises SharedError for a full disk. A collective.
     """
-    if not run.checkpoints.is_saved(run.step):
+    if not run.timer.is_saved(run.step):
         save(run)
-    path = written(run)
+    path = wait_for_checkpoint(run)
     assert path is not None
     return path
-
-
-def open_knn(run: Run, asked_to_stop: Callable[[], bool]) -> OnlineKnn | None:
-    """The kNN monitor, if it is wanted and the samples have labels. Raises SharedError if --knn-data does not fit.
-
-    It gives up when any rank is ``asked_to_stop``.
-    """
-    config, source = run.config, replace(_image_source(run), asked_to_stop=asked_to_stop)
-    if config.knn.every == 0:
-        return None
-    if not run.dataset.has_labels:
-        print0(run.dist, "  kNN          none: the dataset has no labels")
-        return None
-    knn = on_all_ranks(run.dist, lambda: OnlineKnn(run.dataset, config.knn, source))
-    print0(run.dist, f"  kNN          {knn.describe()}")
-    return knn
-
-
-def _image_source(run: Run) -> ImageSource:
-    return ImageSource(run.config.views, run.config.loader, run.dist, run.precision.autocast, run.precision.view_dtype)

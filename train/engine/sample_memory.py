@@ -37,7 +37,7 @@ class Targets(Protocol):
     def __call__(self, step: int, out: SimSiamOutput, views: ViewBatch) -> SimSiamOutput:
         """``out`` with targets; ``step`` counts from 0, and the weights are those before it. Perhaps a collective."""
 
-    def claim(self, run_dir: Path) -> None:
+    def allocate(self, run_dir: Path) -> None:
         """Take what it needs of memory or disk. Raises UserError if there is not enough."""
 
     def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
@@ -48,7 +48,7 @@ class Targets(Protocol):
         """
 
     def load(self, state: dict[str, Any], folder: Path) -> None:
-        """Take up what ``save`` gave, after ``claim``. Raises UserError if its file is missing or damaged."""
+        """Take up what ``save`` gave, after ``allocate``. Raises UserError if its file is missing or damaged."""
 
 
 def make_targets(model: SimSiam, steps_per_epoch: int, num_samples: int, dist: DistContext) -> Targets:
@@ -72,7 +72,7 @@ class EncoderTargets:
         """``out`` as it is."""
         return out
 
-    def claim(self, run_dir: Path) -> None:
+    def allocate(self, run_dir: Path) -> None:
         """Nothing."""
 
     def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
@@ -105,7 +105,7 @@ class FrozenTargets:
             self._renewed_at = step
         return out._replace(z1=self._frozen(views.x1), z2=self._frozen(views.x2))
 
-    def claim(self, run_dir: Path) -> None:
+    def allocate(self, run_dir: Path) -> None:
         """Nothing."""
 
     def save(self, folder: Path, step: int) -> Callable[[], dict[str, Any]]:
@@ -131,7 +131,7 @@ class AveragedTargets:
     """
 
     def __init__(self, config: SimSiamConfig, num_samples: int, dist: DistContext) -> None:
-        """Takes no memory yet: ``claim`` does."""
+        """Takes no memory yet: ``allocate`` does."""
         self._momentum, self._symmetric, self._where = config.target_momentum, config.symmetric, config.target_memory
         self._shape, self._dist = (num_samples, config.dim), dist
         self._rows: Float32[np.ndarray, "samples d"] | None = None
@@ -153,7 +153,7 @@ class AveragedTargets:
         all_ids = gather_rows(self._dist, torch.from_numpy(ids).to(eta.device), counts)
         self._rows[all_ids.cpu().numpy()] = gather_rows(self._dist, eta, counts).cpu().numpy()
 
-    def claim(self, run_dir: Path) -> None:
+    def allocate(self, run_dir: Path) -> None:
         """In memory, or in RUN_DIR/targets-rankR.npy, whose whole size is reserved now and not when it is half full."""
         if self._rows is not None:
             return

@@ -40,6 +40,12 @@ class EncoderConfig:
     image_size: int | None = None  # px; None: as in training if the checkpoint says so, else 224
     seed: int = 0  # of untrained weights, and of all that is drawn
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a seed or a size that cannot be."""
+        check_seed(self.seed)
+        if self.image_size is not None:
+            ViewRecipe(image_size=self.image_size)
+
 
 @dataclass(frozen=True)
 class FrozenEncoder:
@@ -58,7 +64,6 @@ class FrozenEncoder:
 
 def open_frozen(config: EncoderConfig, device: torch.device) -> FrozenEncoder:
     """Read the encoder. Raises UserError if there is none in the file, or another one than said."""
-    check_seed(config.seed)
     backbone, width, weights = open_encoder(config.checkpoint, config.backbone, config.stem, config.seed)
     pixels = weights.pixels or InputSpec()
     if config.image_size is not None:
@@ -144,7 +149,7 @@ def extract_features(
         ) as batches,
     ):
         for x, _ in batches:
-            dist.activity.work(f"features of images, {filled:,} of {len(mine):,} done")
+            dist.status.work(f"features of images, {filled:,} of {len(mine):,} done")
             if source.asked_to_stop():
                 raise Abandoned
             with source.autocast():

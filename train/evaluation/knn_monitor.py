@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import tyro
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pipeline.common.errors import UserError, require
+from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.common.locations import Location
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.order import epoch_order
@@ -44,6 +45,13 @@ class KnnConfig:
     temperature: Annotated[float, tyro.conf.arg(name="knn-temperature")] = 0.07  # Wu et al., section 4
     bank_size: Annotated[int, tyro.conf.arg(name="knn-bank-size")] = 50_000  # training samples to compare with
     every: Annotated[int, tyro.conf.arg(name="knn-every")] = 1  # epochs between two evaluations; 0 = never
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers that make no evaluation."""
+        check_at_least_1("--knn-k", self.k)
+        check_at_least_1("--knn-bank-size", self.bank_size)
+        check_temperature("--knn-temperature", self.temperature)
+        require("--knn-every", self.every, self.every >= 0, "it must be a number of epochs, or 0 for never")
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def score_neighbours(
     neighbours = Neighbours(asked, min(max(ks), len(bank.ids)))
     counts = [len(part) for part in split_ids(bank.ids, dist.world_size)]
     parts = zip(each_rank(dist, mine, counts), each_rank(dist, my_labels, counts), strict=True)
-    with dist.activity.waiting("comparing with the features of all ranks"):
+    with dist.status.waiting("comparing with the features of all ranks"):
         for features, labels in parts:
             seen = labels != NOT_SEEN
             if not tolerant or bool(seen.all()):
@@ -120,14 +128,16 @@ class OnlineKnn:
         held_out = " held out of them (the encoder trains on their images)" if self._config.data is None else ""
         return f"{queries:,} queries{held_out} against {bank:,} training samples, k {self._config.k}"
 
-    def evaluate(self, backbone: nn.Module) -> float:
-        """Top-1 accuracy in percent, the same on every rank. Raises Abandoned as the source says. A collective.
+    def evaluate(self, backbone: nn.Module, asked_to_stop: Callable[[], bool] = lambda: False) -> float:
+        """Top-1 accuracy in percent, the same on every rank. A collective.
 
-        An image that rotted since it was sharded is left out, and does not stop the training.
+        An image that can no longer be read is left out, and does not stop the training. Raises Abandoned if any rank
+        is ``asked_to_stop``.
         """
         k, temperature = self._config.k, self._config.temperature
+        source = replace(self._source, asked_to_stop=asked_to_stop)
         scores = score_neighbours(
-            backbone, self._bank, self._queries, self._source, ks=[k], temperature=temperature, tolerant=True
+            backbone, self._bank, self._queries, source, ks=[k], temperature=temperature, tolerant=True
         )
         return scores[k].top1
 
@@ -181,6 +191,6 @@ class Neighbours:
 
 
 def check_temperature(flag: str, temperature: float) -> None:
-    """Of the kNN's vote."""
+    """Raise UserError for a temperature with which no neighbour can vote."""
     rule = "it must be above 0 and finite; Wu et al. take 0.07"
     require(flag, temperature, 0 < temperature < inf, rule)

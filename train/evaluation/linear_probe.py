@@ -13,9 +13,9 @@ from jaxtyping import Float, Int64, Shaped
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from pipeline.common.errors import UserError
+from pipeline.common.errors import UserError, check_at_least_1
 from pipeline.sampling.order import epoch_order
-from train.optimization.optimizer import Schedule, lr_at
+from train.optimization.optimizer import Schedule, check_sgd, lr_at
 
 TRUST_COEFFICIENT = 0.001  # You et al. 2017, section 5; the official code's
 TOP = (1, 5)
@@ -36,6 +36,13 @@ class ProbeConfig:
     lr_sweep: str = ""
     momentum: float = 0.9  # appendix A
     weight_decay: float = 0.0  # appendix A
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers with which nothing can be trained."""
+        self.base_lrs()
+        check_at_least_1("--epochs", self.epochs)
+        check_at_least_1("--global-batch", self.global_batch)
+        check_sgd(self.momentum, self.weight_decay)
 
     def base_lrs(self) -> tuple[float, ...]:
         """One for each classifier. Raises UserError for what are no rates."""
@@ -124,8 +131,6 @@ def stratified(
 
     A smaller fraction is part of a larger one with the same seed. Raises UserError if a class would be left empty.
     """
-    if not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction}: it must be above 0 and at most 1")
     have = np.bincount(labels, minlength=len(classes))
     keep = np.floor(have * fraction + 0.5).astype(np.int64)
     empty = np.flatnonzero((have > 0) & (keep == 0))

@@ -145,7 +145,7 @@ class ShardCost:
 def costliest_shard(dist: DistContext, dataset: ShardSet, costs: ReadCosts) -> ShardCost | None:
     """By the time that all ranks together spent on reading it; None if nothing was read. A collective."""
     both = torch.from_numpy(np.stack([costs.seconds, costs.reads.astype(np.float64)])).to(dist.device)
-    with dist.activity.waiting("adding up what all ranks have read"):
+    with dist.status.waiting("adding up what all ranks have read"):
         seconds, reads = sum_over_ranks(dist, both).cpu().numpy()
     if not reads.any():
         return None

@@ -100,7 +100,7 @@ class Reporter:
         if self._samples is not None:
             self._samples.write(step, result.ids.tolist())
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
-            with self._dist.activity.waiting(f"step {step}: adding up the losses of all ranks"):
+            with self._dist.status.waiting(f"step {step}: adding up the losses of all ranks"):
                 loss, z_std, rank, rates, waits = self._read(result)
             skipped = {"skipped_steps": result.skipped.item()} if result.skipped else {}
             epoch = (step - 1) // self._plan.steps_per_epoch

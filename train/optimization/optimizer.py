@@ -42,6 +42,23 @@ class OptimConfig:
     optimizer: Literal["auto", "apex", "fused", "foreach", "lars", "adamw"] = "auto"
     trust_coefficient: float = 0.001  # of LARS: You et al. 2017, and SimCLR's, BYOL's and SwAV's code
 
+    def __post_init__(self) -> None:
+        """Raise UserError for rates and a decay that are none."""
+        check_sgd(self.momentum, self.weight_decay)
+        rule = "it must be above 0 and finite; the paper's is 0.05"
+        require("--base-lr", self.base_lr, 0 < self.base_lr < inf, rule)
+        if self.warmup_epochs is not None:
+            rule = "it must be at least 0 and below --epochs"
+            require("--warmup-epochs", self.warmup_epochs, 0 <= self.warmup_epochs < inf, rule)
+        for name in ("warmup_start", "lr_end"):
+            share = getattr(self, name)
+            require(f"--{name.replace('_', '-')}", share, 0 <= share <= 1, "it must be a share of the peak, 0 to 1")
+        if self.weight_decay_end is not None:
+            rule = "it must be at least 0 and finite"
+            require("--weight-decay-end", self.weight_decay_end, 0 <= self.weight_decay_end < inf, rule)
+        rule = "it must be above 0 and finite; You et al. take 0.001"
+        require("--trust-coefficient", self.trust_coefficient, 0 < self.trust_coefficient < inf, rule)
+
     def identity(self) -> dict[str, Any]:
         """What decides a run's numbers. SGD's implementations are free to change, and the first checkpoints know
         neither the other optimizers nor the newer fields, which at their defaults change nothing."""
@@ -225,7 +242,7 @@ def _why_no_apex(device: torch.device) -> str | None:
 
 
 def check_sgd(momentum: float, weight_decay: float) -> None:
-    """Of SGD and LARS."""
+    """Raise UserError for a momentum or a weight decay that SGD and LARS cannot take."""
     rule = "it must be at least 0 and below 1; the paper's is 0.9"
     require("--momentum", momentum, 0 <= momentum < 1, rule)
     rule = "it must be at least 0 and finite; 0 is without"

@@ -227,15 +227,20 @@ def _step(path: Path) -> int:
     return int(match[1])
 
 
+def parse_interval(text: str) -> tuple[int, str]:
+    """``10m``, ``500steps`` or ``1epoch`` as a number and ``m``, ``s`` or ``e``. Raises UserError for anything else."""
+    match = re.fullmatch(r"(\d+) ?(m|steps?|epochs?)", text)
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--checkpoint-every {text!r}: write minutes as 10m, steps as 500steps, epochs as 1epoch")
+    return int(match[1]), match[2][0]
+
+
 class CheckpointTimer:
     """When a checkpoint is due: every so many epochs, steps or minutes."""
 
     def __init__(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """``text`` is ``10m``, ``500steps`` or ``1epoch``. Raises UserError for anything else."""
-        match = re.fullmatch(r"(\d+) ?(m|steps?|epochs?)", text)
-        if match is None or int(match[1]) == 0:
-            raise UserError(f"--checkpoint-every {text!r}: write minutes as 10m, steps as 500steps, epochs as 1epoch")
-        self._number, self._unit = int(match[1]), match[2][0]
+        """``text`` as ``parse_interval`` takes it; ``clock`` gives seconds. Raises UserError."""
+        self._number, self._unit = parse_interval(text)
         self._clock, self._saved_s, self._saved_step = clock, clock(), -1
 
     def is_due_at(self, step: int, steps_per_epoch: int) -> bool:
@@ -248,8 +253,8 @@ class CheckpointTimer:
             case _:
                 return False
 
-    def rings(self) -> bool:
-        """Whether the minutes since the last checkpoint are over; ranks' clocks differ, so they must agree on it."""
+    def minutes_over(self) -> bool:
+        """Whether the minutes since the last checkpoint are over. Ranks' clocks differ: they must agree on it."""
         return self._unit == "m" and self._clock() - self._saved_s >= 60 * self._number
 
     def saved(self, step: int) -> None:

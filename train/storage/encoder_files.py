@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from model.backbone import BACKBONES, Stem, build_backbone
+from model.backbone import BACKBONES, Stem, build_backbone, check_backbone
 from model.methods.simsiam import SimSiam
 from pipeline.common.errors import UserError
 from pipeline.dataset.format import file_sha256
@@ -101,9 +101,8 @@ def open_encoder(
         load_backbone(module, weights)
     else:
         name = checkpoint.removeprefix(UNTRAINED)
-        _check_known(name, "--checkpoint untrained:")
+        check_backbone(name, stem or "default", "--checkpoint untrained:")
         torch.manual_seed(seed)
-        _check_stem(name, stem or "default")
         module, width = build_backbone(name, stem or "default")
         digest = hashlib.sha256(f"{name} {stem} {seed}".encode()).hexdigest()[:HASH_DIGITS]
         parts = EncoderState(dict(module.state_dict()))
@@ -161,8 +160,6 @@ def _read_torch(path: Path) -> tuple[State, FileMetadata]:
                 raise UserError(f"{path} is no checkpoint, or a truncated one: torch.save writes other files")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except UserError:  # which is a ValueError
-        raise
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:
@@ -243,12 +240,12 @@ def _is_colour(value: Any) -> bool:
 
 def _as_asked(known: str, known_stem: Stem | None, backbone: str | None, stem: Stem | None) -> tuple[str, Stem]:
     if backbone is not None:
-        _check_known(backbone, "--backbone ")
+        check_backbone(backbone)
     wanted = backbone or known
     if stem is None or stem == "default":
         stem = known_stem if backbone in (None, known) else None
     stem = stem or BACKBONES[wanted].default_stem
-    _check_stem(wanted, stem)
+    check_backbone(wanted, stem)
     return wanted, stem
 
 
@@ -306,16 +303,6 @@ def _shapes(backbone: str, stem: Stem) -> dict[str, torch.Size]:
 def _with_counters(state: State, module: nn.Module) -> State:
     counters = {key: value for key, value in module.state_dict().items() if key.endswith(_COUNTER)}
     return {**counters, **state}
-
-
-def _check_known(name: str, flag: str) -> None:
-    if name not in BACKBONES:
-        raise UserError(f"{flag}{name} is unknown; known are {', '.join(BACKBONES)}")
-
-
-def _check_stem(name: str, stem: Stem) -> None:
-    if stem not in ("default", *BACKBONES[name].stems):
-        raise UserError(f"--stem {stem}: {name} has {', '.join(BACKBONES[name].stems)}")
 
 
 def _few(things: list[str]) -> str:

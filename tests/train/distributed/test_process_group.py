@@ -11,7 +11,7 @@ import torch.distributed as td
 from pipeline.common.errors import UserError
 from tests.helpers.sessions import two_ranks
 from train.distributed import process_group as dist_module
-from train.distributed.process_group import SharedError, distributed, exit_once
+from train.distributed.process_group import Launch, SharedError, distributed, exit_once, read_launch
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_processes_on_gpus_leave_together(destroyed: list[str]) -> None:
 
 def test_a_mistake_that_all_know_of_leaves_nothing_behind(destroyed: list[str]) -> None:
     with pytest.raises(SharedError), distributed("cuda"):
-        raise SharedError("too few images", speaks=True)
+        raise SharedError("too few images", prints=True)
     assert destroyed == ["nccl", "destroy"]
 
 
@@ -51,14 +51,14 @@ def test_one_that_fails_alone_on_a_gpu_does_not_wait_for_the_others(
     assert destroyed == ["nccl"]
 
 
-def test_who_does_not_speak_lets_the_one_that_does_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_ranks_exit_after_the_one_that_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(dist_module.time, "sleep", slept.append)
     with pytest.raises(SystemExit) as left, exit_once():
-        raise SharedError("no GPU", speaks=False)
+        raise SharedError("no GPU", prints=False)
     assert (left.value.code, slept) == (2, [dist_module.SILENT_S])
     with pytest.raises(SharedError), exit_once():
-        raise SharedError("no GPU", speaks=True)
+        raise SharedError("no GPU", prints=True)
     assert len(slept) == 1
 
 
@@ -73,7 +73,39 @@ exit_on_user_error(main)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the mistake is to ask for a GPU where there is none")
-def test_a_rank_0_that_comes_late_is_still_heard(tmp_path: Path) -> None:
+def test_the_error_of_a_late_rank_0_is_still_printed(tmp_path: Path) -> None:
     done = two_ranks(LATE, tmp_path, "--data", tmp_path, "--run-dir", tmp_path / "run", "--device", "cuda")
     assert done.stderr.count("error: --device cuda, but PyTorch finds no GPU here") == 1
     assert done.returncode == 1  # torchrun's own
+
+
+def launched(**variables: str) -> dict[str, str]:
+    return {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **variables}
+
+
+def test_the_variables_of_torchrun_are_read() -> None:
+    assert read_launch({}) == Launch()
+    assert read_launch({"SLURM_NTASKS": "1"}) == Launch()
+    assert read_launch(launched(SLURM_NTASKS="8")) == Launch(1, 4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, r"RANK=0, but WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set: start with torchrun"),
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE=2, but RANK"),
+        ({"LOCAL_RANK": "0"}, r"LOCAL_RANK=0, but RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, r"but LOCAL_WORLD_SIZE not set"),
+        (launched(RANK="four"), r"RANK=four, WORLD_SIZE=4.* describe no process of a run"),
+        (launched(RANK=""), r"describe no process"),
+        (launched(RANK="4"), r"describe no process"),
+        (launched(RANK="-1"), r"describe no process"),
+        (launched(WORLD_SIZE="0"), r"describe no process"),
+        (launched(LOCAL_RANK="2"), r"describe no process"),
+        ({"SLURM_NTASKS": "8"}, r"SLURM_NTASKS is 8, but torchrun's RANK is not set.*SLURM_NTASKS=1"),
+    ],
+)
+def test_a_half_set_environment_is_one_line(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_launch(variables)
+    assert "\n" not in str(error.value)

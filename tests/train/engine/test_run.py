@@ -26,7 +26,7 @@ def test_machines_with_different_copies_are_refused(tmp_path: Path) -> None:
         options = ShardingOptions(samples_per_shard=10, seed=seed)
         make_dataset(str(folder), tmp_path / f"data{rank}", options, quiet=True, in_process=True)
     places = ["--data", tmp_path / "dataRANK", "--run-dir", tmp_path / "run"]
-    done = two_ranks(EACH_ITS_OWN, tmp_path, *places, *TINY, "--device", "cpu")
+    done = two_ranks(EACH_ITS_OWN, tmp_path, *places, *TINY, "--device", "cpu", "--global-batch", "12")
     assert f"error: --data {tmp_path}/data1 is another dataset here than on rank 0" in done.stderr
     assert done.returncode != 0
     assert not (tmp_path / "run").exists()

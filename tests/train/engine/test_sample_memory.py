@@ -37,7 +37,7 @@ def output(z1: list[list[float]], z2: list[list[float]]) -> SimSiamOutput:
 
 def test_the_average_by_hand(tmp_path: Path) -> None:
     targets = AveragedTargets(SimSiamConfig(dim=2, target_momentum=0.8), num_samples=5, dist=alone())
-    targets.claim(tmp_path)
+    targets.allocate(tmp_path)
     seen = views(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
     seen.ids[:] = 3
     first = targets(0, output([[1.0, 0.0]], [[0.0, 2.0]]), seen)
@@ -55,7 +55,7 @@ def test_the_average_by_hand(tmp_path: Path) -> None:
 
 def test_one_side_averages_its_target_view_alone(tmp_path: Path) -> None:
     targets = AveragedTargets(SimSiamConfig(dim=1, target_momentum=0.5, symmetric=False), 1, alone())
-    targets.claim(tmp_path)
+    targets.allocate(tmp_path)
     seen = views(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
     targets(0, output([[100.0]], [[2.0]]), seen)
     assert targets(1, output([[100.0]], [[4.0]]), seen).z2.item() == pytest.approx(3.0)
@@ -64,7 +64,7 @@ def test_one_side_averages_its_target_view_alone(tmp_path: Path) -> None:
 def test_a_projection_that_is_no_number_is_not_remembered(tmp_path: Path) -> None:
     """Or every later step with this image would be skipped."""
     targets = AveragedTargets(SimSiamConfig(dim=2, target_momentum=0.5), num_samples=2, dist=alone())
-    targets.claim(tmp_path)
+    targets.allocate(tmp_path)
     seen = views(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
     seen.ids[:] = 0, 1
     targets(0, output([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]]), seen)
@@ -200,7 +200,7 @@ def test_a_disk_too_small_for_the_rows_is_told_before_the_first_step(tmp_path: P
     too_many = 1 << 50  # rows; no file system of this machine holds 8 PiB
     targets = AveragedTargets(SimSiamConfig(dim=2, target_memory="disk"), too_many, alone())
     with pytest.raises(UserError, match="targets-rank0"):
-        targets.claim(tmp_path)
+        targets.allocate(tmp_path)
 
 
 def test_two_pairs_are_the_same_samples_in_other_views(photo_dataset: ShardSet) -> None:

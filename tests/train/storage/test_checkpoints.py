@@ -106,7 +106,7 @@ def test_timer_by_steps_and_epochs() -> None:
     assert [step for step in range(1, 10) if steps.is_due_at(step, 4)] == [3, 6, 9]
     epochs = CheckpointTimer("2epochs")
     assert [step for step in range(1, 20) if epochs.is_due_at(step, 4)] == [8, 16]
-    assert not steps.rings()
+    assert not steps.minutes_over()
 
 
 def test_timer_by_minutes() -> None:
@@ -114,11 +114,11 @@ def test_timer_by_minutes() -> None:
     timer = CheckpointTimer("10m", clock=lambda: now[0])
     assert not timer.is_due_at(4, 4)
     now[0] = 599.0
-    assert not timer.rings()
+    assert not timer.minutes_over()
     now[0] = 600.0
-    assert timer.rings()
+    assert timer.minutes_over()
     timer.saved(7)
-    assert not timer.rings()
+    assert not timer.minutes_over()
     assert timer.is_saved(7)
     assert not timer.is_saved(8)
 
