@@ -38,7 +38,7 @@ from train.evaluation.linear_probe import (
     stratified,
 )
 from train.evaluation.linear_results import Outcome
-from train.linear import LinearConfig, check_numbers, evaluate
+from train.linear import LinearConfig, check_batch, evaluate
 from train.storage.run_folder import read_lines
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -330,7 +330,7 @@ def test_mistakes(
 
 def test_a_batch_that_the_processes_cannot_share_is_told_with_one_that_they_can(config: LinearConfig) -> None:
     with pytest.raises(UserError, match=r"--global-batch 12 .* 5 processes: take a multiple of 5, 10 or 15"):
-        check_numbers(replace(config, probe=replace(config.probe, global_batch=12)), samples=48, world_size=5)
+        check_batch(replace(config.probe, global_batch=12), samples=48, world_size=5)
 
 
 def test_datasets_that_do_not_fit(config: LinearConfig, photo_folder: Path, tmp_path: Path) -> None:
