@@ -40,7 +40,7 @@ from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_crops, open_dataset
 from pipeline.sampling.sampler import BatchSampler, steps_per_epoch
 from train.distributed.collectives import any_rank, mean_over_ranks, on_all_ranks, on_rank0, print0, sum_over_ranks
-from train.distributed.process_group import DistContext, distributed, exit_once
+from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
 from train.evaluation.classifier import Classifier, save_classifier
 from train.evaluation.features import (
@@ -61,6 +61,7 @@ from train.storage.checkpoints import (
     check_same_run,
     find_checkpoint,
     load_checkpoint,
+    parse_interval,
     save_checkpoint,
 )
 from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, cut_off, json_line
@@ -161,6 +162,11 @@ class FinetuneConfig:
     tune: Annotated[TuneConfig, tyro.conf.arg(name="")] = field(default_factory=TuneConfig)
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for values that make no sense."""
+        require("--fraction", self.fraction, 0 < self.fraction <= 1, "it must be above 0 and at most 1")
+        parse_interval(self.checkpoint_every)
+
 
 @dataclass
 class Finetuning:
@@ -195,14 +201,16 @@ class Finetuning:
 
 def main() -> None:
     """Parse the command line and train."""
-    config = parse_config()
-    with exit_once(), stop_signals() as stop, distributed(config.device) as dist:
+    launch = read_launch()
+    with exit_once(), found_by_every_rank(launch):
+        config = parse_config(prints=launch.is_main)
+    with exit_once(), stop_signals() as stop, distributed(config.device, launch=launch) as dist:
         finished = finetune(config, dist, stop)
     if not finished:
         sys.exit(EXIT_PREEMPTED)
 
 
-def parse_config(arguments: list[str] | None = None) -> FinetuneConfig:
+def parse_config(arguments: list[str] | None = None, prints: bool = True) -> FinetuneConfig:
     """Read the command line; a recipe takes the place of the defaults."""
     words = sys.argv[1:] if arguments is None else arguments
     pairs = [(*word.partition("=")[::2], following) for word, following in zip(words, [*words[1:], ""], strict=True)]
@@ -212,12 +220,12 @@ def parse_config(arguments: list[str] | None = None) -> FinetuneConfig:
         tune = field(default_factory=lambda: RECIPES[named[-1]])
         fields = [("recipe", RecipeName, named[-1]), ("tune", Annotated[TuneConfig, tyro.conf.arg(name="")], tune)]
         kind = make_dataclass("FinetuneConfig", fields, bases=(FinetuneConfig,), frozen=True)
-    return tyro.cli(kind, args=words, prog="finetune.py")
+    return tyro.cli(kind, args=words, prog="finetune.py", console_outputs=prints)
 
 
 def finetune(config: FinetuneConfig, dist: DistContext, stop: StopRequest) -> bool:
     """Train to the end, or until a signal: then False. Raises SharedError for mistakes. A collective."""
-    timer = on_all_ranks(dist, lambda: CheckpointTimer(config.checkpoint_every))
+    timer = CheckpointTimer(config.checkpoint_every)
     run = prepare(config, dist)
     on_rank0(dist, lambda: open_folder(run))
     if config.resume:
@@ -233,8 +241,8 @@ def finetune(config: FinetuneConfig, dist: DistContext, stop: StopRequest) -> bo
                 run.top1 = validate(run)
                 left_s = (time.perf_counter() - start_s) / (run.step - first) * (run.total_steps - run.step)
                 end_epoch(run, epoch, float(mean_over_ranks(dist, loss[None])[0]), left_s)
-            stopping, rings = any_rank(dist, bool(stop), timer.rings())
-            if stopping or rings or timer.is_due_at(run.step, run.per_epoch):
+            stopping, minutes_over = any_rank(dist, bool(stop), timer.minutes_over())
+            if stopping or minutes_over or timer.is_due_at(run.step, run.per_epoch):
                 save(run)
                 timer.saved(run.step)
             if stopping and run.step < run.total_steps:

@@ -142,7 +142,7 @@ def test_the_switches_say_what_the_tables_mean() -> None:
 
     paper = SimSiamConfig()
     assert model("stop-gradient", "without") == replace(paper, stop_gradient=False, predictor_lr="cosine")
-    assert model("predictor", "fixed-random") == replace(paper, predictor="fixed-random")
+    assert model("predictor", "fixed-random") == replace(paper, predictor="fixed-random", predictor_lr="cosine")
     assert model("bn", "none") == replace(paper, projector_bn="none", predictor_bn="none")
     assert model("symmetrisation", "asymmetric-2x") == replace(paper, symmetric=False, pairs=2)
     assert model("alternation", "1-epoch") == replace(paper, targets="frozen", target_steps="epoch")
