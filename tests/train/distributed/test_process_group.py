@@ -20,7 +20,7 @@ def destroyed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(dist_module, "_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(dist_module, "choose_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr(dist_module, "_fresh_store", lambda: td.HashStore())
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(td, "init_process_group", lambda backend, **options: calls.append(backend))
