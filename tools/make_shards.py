@@ -8,9 +8,10 @@
     python tools/make_shards.py synthetic:20000 data/synthetic
     python tools/make_shards.py "wds:/data/laion/{00000..00099}.tar" data/laion-index
 
-SOURCE is a folder of images (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz, or a tar of class
-tars), a parquet file or a folder of them, synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are
-and are only indexed. Killed and started again it goes on with the shards that are missing.
+SOURCE is a folder of images (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz), a folder or tar of
+class tars, a zip, a parquet file or a folder of them, synthetic:N, or wds:PATTERN for WebDataset tars, which stay where
+they are and are only indexed. Killed and started again it goes on with the shards that are missing. docs/formats.md
+lists every layout with what becomes of it.
 
 Images are JPEG, PNG, WebP, BMP, TIFF or PPM, and are recognised by their endings, in small or capital letters: .jpg
 .jpeg .jpe .jfif .pjpeg .pjp .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm
@@ -18,6 +19,7 @@ Images are JPEG, PNG, WebP, BMP, TIFF or PPM, and are recognised by their ending
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -26,8 +28,13 @@ import tyro
 
 from pipeline.common.errors import exit_on_user_error
 from pipeline.common.locations import LocalPath
+from pipeline.common.text import printable
+from pipeline.dataset.format import REJECTED_FILE
 from pipeline.sharding.make_dataset import Summary, make_dataset
 from pipeline.sharding.options import ShardingOptions
+from pipeline.sources.listing import NO_IMAGE_NAME, Rejected, kinds_of
+
+CLASSES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Command:
     """The command line: SOURCE, OUT and the options of sharding."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder of images, a tar, parquet files, synthetic:N or wds:PATTERN."""
+    """A folder of images, a tar, a zip, parquet files, synthetic:N or wds:PATTERN."""
     out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the dataset; made if it is not there."""
     sharding: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
@@ -57,18 +64,45 @@ def describe(summary: Summary) -> str:
     size = f"{summary.shards} shards, {summary.images} images, {summary.bytes / 1e6:.1f} MB, {summary.classes} classes"
     if summary.already_there:
         return f"{summary.out} is complete already: {size}. Nothing to do; --overwrite writes it again."
-    lines = [f"{summary.out}: {size} in {summary.seconds:.1f} s"]
+    lines = [f"{summary.out}: {size} in {summary.seconds:.1f} s", *describe_classes(summary)]
+    lines += [f"note: {note}" for note in summary.notes]
     refused = sum(summary.rejected.values())
     if refused:
         lines.append(f"{refused} entries of the source were refused (see {summary.out / 'rejected.jsonl'}):")
-        lines += [f"  {count:8d}  {reason}" for reason, count in sorted(summary.rejected.items(), key=lambda e: -e[1])]
+        lines += [
+            f"  {count:8d}  {describe_reason(summary, reason)}"
+            for reason, count in sorted(summary.rejected.items(), key=lambda e: -e[1])
+        ]
     if summary.missing:
         lines.append(
             f"{summary.missing} shards of other parts are missing: the dataset is complete when they are built"
         )
-    if summary.classes and not summary.labelled:
-        lines.append("some images have no label, and so the dataset counts as one without: no kNN, no train/linear.py")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
+
+
+def describe_classes(summary: Summary) -> list[str]:
+    """What classes came out, and how many images have none."""
+    if not summary.classes:
+        return []
+    shown = ", ".join(summary.class_names[:CLASSES_SHOWN]) + (", ..." if summary.classes > CLASSES_SHOWN else "")
+    origin = "" if summary.labels_from is None else f" from {summary.labels_from}"
+    doubt = "; not classes? --labels none" if summary.labels_from == "folders" else ""
+    lines = [f"{summary.classes} classes{origin}: {shown}{doubt}"]
+    if summary.unlabelled:
+        lines.append(
+            f"{summary.unlabelled} of {summary.images} images have no label; kNN and train/linear.py use the others"
+        )
+    return lines
+
+
+def describe_reason(summary: Summary, reason: str) -> str:
+    """A reason of refusals; entries that are no images by their names are counted by ending."""
+    file = summary.out / REJECTED_FILE
+    if reason != NO_IMAGE_NAME or not file.exists():
+        return reason
+    with open(file, "rb") as lines:
+        kinds = kinds_of(Rejected(**json.loads(line)) for line in lines)
+    return f"{reason} ({kinds})"
 
 
 if __name__ == "__main__":

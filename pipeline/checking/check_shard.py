@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,11 @@ from pipeline.common.errors import UserError, require
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import file_sha256
 from pipeline.dataset.shard_tar import Component, index_bytes
-from pipeline.sharding.index_tars import components, image_member, read_label, tar_samples
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
 from pipeline.sources.tar_members import Member
+from pipeline.sources.wds_samples import SampleRules, components, image_member, read_label, tar_samples
 
 EXAMPLES = 5  # cases of each kind of damage listed in a report; the rest is counted
 Decode = Literal["sampled", "full", "none"]
@@ -107,12 +108,32 @@ class Records:
         """The sharding options that decide the contents of a row."""
         return recorded_options(self.dataset.info["recipe"])
 
+    @cached_property
+    def rules(self) -> SampleRules:
+        """How the image and the label of a sample were chosen."""
+        recipe, options = self.dataset.info["recipe"], self.options
+        rules = SampleRules.of(options.labels, options.wds_image_ext, options.wds_label_key)
+        return replace(rules, plainest="wds_image_ext" in recipe)  # earlier versions took the first image
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """The number of each class."""
+        return {name: number for number, name in enumerate(self.dataset.classes)}
+
 
 def recorded_options(recipe: dict[str, Any]) -> ShardingOptions:
     """Options for reading the tars again, from a dataset's recipe: whether labels were read, and the pixel limit."""
     max_pixels = recipe.get("max_pixels")
     limit = max_pixels if isinstance(max_pixels, int) and max_pixels > 0 else ShardingOptions.max_pixels
-    return ShardingOptions(max_pixels=limit, labels="none" if recipe.get("labels") == "none" else "auto")
+    image_ext, label_key = (
+        value if isinstance(value, str) else None for value in map(recipe.get, ("wds_image_ext", "wds_label_key"))
+    )
+    return ShardingOptions(
+        max_pixels=limit,
+        labels="none" if recipe.get("labels") == "none" else "auto",
+        wds_image_ext=image_ext,
+        wds_label_key=label_key,
+    )
 
 
 def check_shard(records: Records, number: int, options: CheckOptions) -> ShardFindings:
@@ -143,9 +164,9 @@ def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarS
     with open(tar, "rb") as file:
         try:
             for key, members in tar_samples(tar, strange):
-                image = image_member(members)
+                image = image_member(members, records.rules)
                 if image is not None:
-                    label = _label(file.fileno(), members, records.options)
+                    label = _label(file.fileno(), members, image, records)
                     samples[image.offset] = _TarSample(key, image.length, label, components(members))
         except UserError as error:
             found.add("is no whole tar", str(error))
@@ -156,13 +177,15 @@ def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarS
     return samples, True
 
 
-def _label(handle: int, members: list[Member], options: ShardingOptions) -> int | str:
-    if options.labels == "none":
-        return -1
+def _label(handle: int, members: list[Member], image: Member, records: Records) -> int | str:
+    """The class number that a sample's members give it, or why they give it none."""
     try:
-        return read_label(handle, members)
+        label = read_label(handle, members, image, records.rules)
     except BadImageError as error:
         return str(error)
+    if isinstance(label, str):
+        return records.class_numbers.get(label, f"its class {label!r} is none of the dataset's")
+    return label
 
 
 def _compare_with_record(tar: Path, size: int, sha256: str, found: Findings) -> None:

@@ -140,6 +140,7 @@ def _finish(job: RepairJob, info: dict[str, Any] | None) -> list[str]:
     if info is not None:
         about["recipe"] = {"source": info["source"], **info["recipe"], "split": info["split"], "seed": info["seed"]}
         about["fingerprint"], about["classes"] = info.get("source_fingerprint", ""), info["classes"]
+        about.update({name: info[name] for name in ("labels_from", "notes") if name in info})
     done = complete(job, about)
     assert done is not None
     return _losses(job, info, done, len(refused))

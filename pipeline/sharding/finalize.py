@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from pipeline.dataset.format import (
     file_sha256,
 )
 from pipeline.sharding.write_shard import Job
+from pipeline.sources.class_names import check_class_number, mixed_classes, number_words
 
 
 def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
     """Write samples.npy, rejected.jsonl and, last, dataset.json; returns the contents of dataset.json.
 
-    Returns None if shards are missing. ``about``: recipe, fingerprint, classes and rejected entries of the source.
-    Raises UserError if no image is usable.
+    Returns None if shards are missing. ``about``: recipe, fingerprint, classes, rejected entries and notes of the
+    source. Raises UserError if no image is usable.
     """
     out = job.out
     records = [job.done(n) for n in range(len(job))]
@@ -39,7 +41,8 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
     reasons = dict(sorted(Counter(reason for _, reason in rejected).items()))
     if not shards:
         raise UserError(f"none of the {len(rejected)} images can be used: {reasons}. Check SOURCE")
-    lowest, highest = _write_samples(job, present)
+    classes, tables = _classes_of_words(present, about["classes"])
+    labels = _write_samples(job, present, tables)
     info = {
         "format_version": FORMAT_VERSION,
         "source": about["recipe"]["source"],
@@ -50,8 +53,11 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
         "num_samples": sum(shard["samples"] for shard in shards),
         "num_rejected": len(rejected),
         "rejected": reasons,
-        "classes": _classes(about["classes"], highest),
-        "has_labels": lowest >= 0,
+        "classes": _checked_classes(classes, labels),
+        "has_labels": labels.missing == 0,
+        "num_labelled": labels.count - labels.missing,
+        "labels_from": about.get("labels_from") if labels.highest >= 0 else None,
+        "notes": about.get("notes", []),
         "samples_sha256": file_sha256(out / SAMPLES_FILE),
         "shards": shards,
     }
@@ -63,26 +69,64 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
     return info
 
 
-def _classes(known: list[str], highest: int) -> list[str]:
-    """Class names; for indexed tars, which have only class numbers, the numbers as names."""
-    if known and highest >= len(known):
-        raise UserError(f"there is a label {highest}, but only {len(known)} classes are known: check --classes-from")
-    return known or [str(number) for number in range(highest + 1)]
+@dataclass
+class _Labels:
+    """What the labels of all samples are."""
+
+    count: int = 0  # samples
+    missing: int = 0  # of them without a label
+    highest: int = -1
+    highest_at: str = ""  # the sample that has it, for people
+
+    def add(self, labels: np.ndarray, where: str) -> None:
+        """Count int32 ``labels`` of the shard that ``where`` describes."""
+        self.count, self.missing = self.count + len(labels), self.missing + int((labels < 0).sum())
+        if (highest := int(labels.max())) > self.highest:
+            self.highest, self.highest_at = highest, f"sample {int(labels.argmax())} of {where}"
 
 
-def _write_samples(job: Job, records: list[dict[str, Any]]) -> tuple[int, int]:
-    """Join the shards' rows into samples.npy, one shard in memory at a time; returns the lowest and highest label."""
+def _classes_of_words(records: list[dict[str, Any]], known: list[str]) -> tuple[list[str], list[np.ndarray | None]]:
+    """(class names, for each shard the number of each of its words); None: its labels are numbers already."""
+    words = {word for record in records for word in record.get("words", ())}
+    if not words:
+        return known, [None] * len(records)
+    if numbered := next((record["numbered"] for record in records if record.get("numbered")), None):
+        raise UserError(mixed_classes(min(words), numbered))
+    classes = known or list(number_words(words, "the tars"))
+    place = {name: number for number, name in enumerate(classes)}
+    if unknown := sorted(words - set(place)):
+        raise UserError(f"class {unknown[0]!r} is not one of the {len(classes)} known classes: check --classes-from")
+    tables = [[place[word] for word in record.get("words", ())] for record in records]
+    return classes, [np.array([*table, -1], np.int32) if table else None for table in tables]
+
+
+def _checked_classes(known: list[str], labels: _Labels) -> list[str]:
+    """Class names; for indexed tars that have only class numbers, the numbers. Raises UserError for odd labels."""
+    if known and labels.highest >= len(known):
+        raise UserError(
+            f"there is a label {labels.highest} ({labels.highest_at}), but only {len(known)} classes are known: check "
+            "--classes-from"
+        )
+    if not known:
+        check_class_number(labels.highest, labels.count, (), labels.highest_at)
+    return known or [str(number) for number in range(labels.highest + 1)]
+
+
+def _write_samples(job: Job, records: list[dict[str, Any]], tables: list[np.ndarray | None]) -> _Labels:
+    """Join the shards' rows into samples.npy, one shard in memory at a time; ``tables``: numbers of their words."""
     images = sum(record["shard"]["samples"] for record in records)
-    shard, lowest, highest = 0, np.iinfo(np.int32).max, -1
+    shard, labels = 0, _Labels()
     with atomic_file(job.out / SAMPLES_FILE, job.out / PARTIAL_DIR) as file:
         header = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (images,)}
         np.lib.format.write_array_header_2_0(file, header)
-        for number, record in enumerate(records):
+        for number, (record, table) in enumerate(zip(records, tables, strict=True)):
             if record["shard"]["samples"] == 0:
                 continue
             rows = job.rows(number)
             rows["shard"] = shard
-            lowest, highest = min(lowest, int(rows["label"].min())), max(highest, int(rows["label"].max()))
+            if table is not None:
+                rows["label"] = table[rows["label"]]
+            labels.add(rows["label"], record["shard"]["name"])
             file.write(rows.tobytes())
             shard += 1
-    return lowest, highest
+    return labels

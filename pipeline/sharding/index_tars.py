@@ -9,24 +9,37 @@ import glob
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from pipeline.common.errors import UserError
 from pipeline.dataset.format import file_sha256
-from pipeline.dataset.shard_tar import Component, split_key
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.write_shard import Job, ShardParts, Tick
-from pipeline.sources.image_file import IMAGE_SUFFIXES, BadImageError, inspect_image
-from pipeline.sources.listing import Rejected
-from pipeline.sources.tar_members import Member, scan_tar
+from pipeline.sources.class_names import mixed_classes
+from pipeline.sources.image_file import BadImageError, inspect_image
+from pipeline.sources.listing import MOST_BYTES, Rejected
+from pipeline.sources.tar_members import Member
+from pipeline.sources.wds_samples import (
+    SampleRules,
+    components,
+    image_member,
+    other_images,
+    read_label,
+    tar_samples,
+)
 
-_UNUSED = {"limit": None, "shorter_side": None, "subtree": "", "labels": ("auto", "none")}
-_LABEL_BYTES = 32  # longer than any number; a longer .cls file is refused unread
+_WDS_ONLY = ("wds_image_ext", "wds_label_key")
+_UNUSED = {
+    "limit": None,
+    "shorter_side": None,
+    "subtree": "",
+    "labels": ("auto", "none"),
+    "label_column": None,
+    "image_column": None,
+}
 
 
 def open_tars(pattern: str, options: ShardingOptions) -> list[Path]:
@@ -54,6 +67,20 @@ def open_tars(pattern: str, options: ShardingOptions) -> list[Path]:
     return list(dict.fromkeys(tars))
 
 
+def refuse_wds_options(options: ShardingOptions) -> None:
+    """Raise UserError for options that only wds: uses."""
+    for name in _WDS_ONLY:
+        if (value := getattr(options, name)) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} is for SOURCE wds:PATTERN, whose tars hold samples: leave it out"
+            )
+
+
+def labels_from(options: ShardingOptions) -> str:
+    """What the labels of indexed tars are from, for people."""
+    return "their .cls files" if options.wds_label_key is None else f"{options.wds_label_key} in their .json files"
+
+
 def listing_fingerprint(tars: list[Path]) -> str:
     """sha256 over the tars' names and lengths."""
     return hashlib.sha256("".join(f"{t.name}\0{t.stat().st_size}\n" for t in tars).encode()).hexdigest()
@@ -71,6 +98,11 @@ class IndexJob(Job):
         """Number of tars."""
         return len(self.tars)
 
+    @property
+    def rules(self) -> SampleRules:
+        """How images and labels of samples are chosen."""
+        return SampleRules.of(self.options.labels, self.options.wds_image_ext, self.options.wds_label_key)
+
     def images(self, numbers: list[int]) -> None:
         """Unknown before the tars are read."""
         return None
@@ -83,9 +115,10 @@ class IndexJob(Job):
             for key, members in tar_samples(tar, parts.rejected):
                 length = 0
                 try:
-                    image, row = self._sample(file.fileno(), members)
+                    image, row = self._sample(file.fileno(), f"{tar.name}/{key}", members, parts)
                     parts.rows.append(row)
                     parts.samples.append(components(members))
+                    parts.rejected += other_images(members, image, tar.name)
                     length = image.length
                 except BadImageError as error:
                     parts.rejected.append(Rejected(f"{tar.name}/{key}", str(error)))
@@ -97,15 +130,23 @@ class IndexJob(Job):
         """Name of the index of tar ``number`` in OUT."""
         return f"index-{number:06d}.idx"
 
-    def _sample(self, handle: int, members: list[Member]) -> tuple[Member, tuple[int, ...]]:
-        """(the image's member, its row). Raises BadImageError."""
-        member = image_member(members)
+    def _sample(
+        self, handle: int, name: str, members: list[Member], parts: ShardParts
+    ) -> tuple[Member, tuple[int, ...]]:
+        """(the image's member, its row). A class that is a word is numbered by its place in ``parts.words``.
+
+        Raises BadImageError.
+        """
+        member = image_member(members, self.rules)
         if member is None:
-            raise BadImageError("no image among its members")
+            wanted = "image" if not self.rules.image_extensions else " or ".join(self.rules.image_extensions)
+            raise BadImageError(f"no {wanted} among its members")
+        if member.length > MOST_BYTES:
+            raise BadImageError(f"larger than {MOST_BYTES >> 20:,} MiB")
         data = os.pread(handle, member.length, member.offset)
         image = inspect_image(data, self.options.verify, self.options.max_pixels)
-        label = -1 if self.options.labels == "none" else read_label(handle, members)
-        row = (0, member.offset, len(data), label, image.height, image.width, zlib.crc32(data))
+        label = read_label(handle, members, member, self.rules)
+        row = (0, member.offset, len(data), _number(label, name, parts), image.height, image.width, zlib.crc32(data))
         return member, row
 
     def _place(self, tar: Path) -> str:
@@ -114,36 +155,14 @@ class IndexJob(Job):
         return there.relative_to(out).as_posix() if there.is_relative_to(out) else str(there)
 
 
-def tar_samples(tar: Path, rejected: list[Rejected]) -> Iterator[tuple[str, list[Member]]]:
-    """(key, members) of consecutive members with one key, as WebDataset groups them; others go to ``rejected``."""
-
-    def usable() -> Iterator[Member]:
-        for member in scan_tar(tar):
-            if member.refusal is not None:
-                rejected.append(Rejected(f"{tar.name}/{member.name}", member.refusal))
-            elif split_key(member.name)[0].rpartition("/")[2]:  # empty for a hidden file
-                yield member
-
-    for key, members in groupby(usable(), key=lambda member: split_key(member.name)[0]):
-        yield key, list(members)
-
-
-def image_member(members: list[Member]) -> Member | None:
-    """The member of a sample that is its image: the first with an image's extension."""
-    return next((m for m in members if split_key(m.name)[1].rpartition(".")[2].lower() in IMAGE_SUFFIXES), None)
-
-
-def components(members: list[Member]) -> list[Component]:
-    """The members of a sample in the form of DALI's index."""
-    return [Component(split_key(m.name)[1], m.offset, m.length, m.name) for m in members]
-
-
-def read_label(handle: int, members: list[Member]) -> int:
-    """The class number in a sample's .cls member; -1 without one. Raises BadImageError if it is no number."""
-    member = next((m for m in members if split_key(m.name)[1].lower() == "cls"), None)
-    if member is None:
-        return -1
-    text = os.pread(handle, min(member.length, _LABEL_BYTES), member.offset).strip()
-    if not text.isdigit() or member.length > _LABEL_BYTES or int(text) >= 2**31:
-        raise BadImageError("its .cls file is not a class number")
-    return int(text)
+def _number(label: int | str, name: str, parts: ShardParts) -> int:
+    """The label for the row of sample ``name``. Raises UserError if classes are both words and numbers."""
+    if isinstance(label, str):
+        if parts.numbered:
+            raise UserError(mixed_classes(label, parts.numbered))
+        return parts.words.setdefault(label, len(parts.words))
+    if label >= 0 and not parts.numbered:
+        parts.numbered = f"{label} of {name}"
+        if parts.words:
+            raise UserError(mixed_classes(next(iter(parts.words)), parts.numbered))
+    return label

@@ -22,7 +22,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors, exclusive_lock, make_exclusive, write_json
 from pipeline.dataset.format import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
 from pipeline.sharding.finalize import complete
-from pipeline.sharding.index_tars import IndexJob, listing_fingerprint, open_tars
+from pipeline.sharding.index_tars import IndexJob, labels_from, listing_fingerprint, open_tars, refuse_wds_options
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.workers import build_missing
 from pipeline.sharding.write_shard import Job, WriteJob
@@ -45,7 +45,11 @@ class Summary:
     rejected: dict[str, int]  # reason -> count
     bytes: int  # of all tars
     classes: int
+    class_names: tuple[str, ...]
+    labels_from: str | None  # what the classes are from, for people: "folders"; None: unknown, or no classes
     labelled: bool  # whether every image has a label
+    unlabelled: int  # images without a label, where that is recorded
+    notes: tuple[str, ...]  # choices made while the source was listed, one line each
     seconds: float
     already_there: bool = False  # the dataset was complete before the call
 
@@ -111,6 +115,8 @@ def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
         "num_samples": images,
         "shards": shards,
         "classes": about["classes"],
+        "labels_from": about.get("labels_from"),
+        "notes": about.get("notes", []),
         "rejected": {},
         "missing": len(job) - len(shards),
     }
@@ -214,20 +220,27 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
     if source.startswith(WDS):
         tars = open_tars(source.removeprefix(WDS), options)
         known = [] if options.classes_from is None else list(dataset_classes(options.classes_from))
-        about.update(fingerprint=listing_fingerprint(tars), classes=known, rejected=[])
+        about.update(
+            fingerprint=listing_fingerprint(tars), classes=known, rejected=[], labels_from=labels_from(options)
+        )
         job = IndexJob(out, tars, options)
     else:
+        refuse_wds_options(options)
         found = open_source(
             source,
             out / PARTIAL_DIR,
             subtree=options.subtree,
             labels=options.labels,
+            label_column=options.label_column,
+            image_column=options.image_column,
+            split=options.split,
             classes_from=options.classes_from,
             seed=options.seed,
             quiet=quiet,
         )
         about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
         about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
+        about.update(labels_from=found.labels_from, notes=list(found.notes))
         if earlier is None:
             _lay_out(found.listing, out, options)
         job = WriteJob(out, found.reader, options)
@@ -261,7 +274,11 @@ def _summary(out: Path, info: dict[str, Any], started: float, already_there: boo
         rejected=info["rejected"],
         bytes=sum(shard["bytes"] for shard in info["shards"]),
         classes=len(info["classes"]),
+        class_names=tuple(info["classes"]),
+        labels_from=info.get("labels_from"),
         labelled=info.get("has_labels", True),  # unknown while parts are missing
+        unlabelled=info["num_samples"] - info.get("num_labelled", info["num_samples"]),
+        notes=tuple(info.get("notes", ())),
         seconds=time.monotonic() - started,
         already_there=already_there,
     )

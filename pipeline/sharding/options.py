@@ -42,13 +42,24 @@ class ShardingOptions:
     """Use only this folder of SOURCE, as in --subtree train; its sub-folders are the classes. For parquet files: use
     only those whose names begin with this."""
     labels: str = "auto"
-    """Source of the labels. auto: class folders if there are any. folders: class folders, required. none: no labels.
-    Or a FILE with a class per line in the order of the sorted image names, or with `name class` per line; or ImageNet's
-    devkit archive."""
+    """Source of the labels. auto: class folders or a label column if there are any. folders: class folders, required.
+    none: no labels. Or a FILE: CSV or other lines of `name,class`, for all images or some; a class per line in the
+    order of the sorted image names; or ImageNet's devkit archive."""
+    label_column: str | None = None
+    """Column with the class in the FILE of --labels or in parquet files, by name or by number from 1 on. Default: the
+    one called label, class, target or category."""
+    image_column: str | None = None
+    """Column with the images in parquet files. Default: found by type and name; the summary says which."""
+    wds_image_ext: str | None = None
+    """Extension of the image in wds: samples that have several, as in --wds-image-ext left.jpg; "a.jpg;b.jpg" takes the
+    first that a sample has. Default: the plainest, jpg rather than depth.png."""
+    wds_label_key: str | None = None
+    """Take labels of wds: samples from this key of their .json; a.b is key b inside a. Default: from their .cls."""
     classes_from: Path | None = None
     """Use the class list of this dataset, so that the labels of a validation set agree with its training set."""
     split: str | None = None
-    """Record this name in dataset.json, as in --split train."""
+    """Record this name in dataset.json, as in --split train. Of parquet files of several splits, take this one, or
+    several, as in --split train+test."""
     part: str | None = None
     """i/n: build only part i of n (i from 0 to n - 1), for machines that share OUT; the last one to end completes the
     dataset."""

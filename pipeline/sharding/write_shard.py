@@ -12,7 +12,7 @@ import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,6 +39,8 @@ class ShardParts:
     rows: list[tuple[int, ...]]
     samples: list[list[Component]]
     rejected: list[Rejected]
+    words: dict[str, int] = field(default_factory=dict)  # classes that are words, and the labels of the rows for them
+    numbered: str = ""  # a sample whose class is a number, for people
 
 
 class Job(ABC):
@@ -86,7 +88,8 @@ class Job(ABC):
             np.save(file, np.array(parts.rows, SAMPLE_DTYPE))
         shard = Shard(tar, index, len(parts.rows), size, sha256)
         rejected = [[r.name, r.reason] for r in parts.rejected]
-        write_json(self._marker(number), {"shard": asdict(shard), "rejected": rejected})
+        words = {"words": list(parts.words), "numbered": parts.numbered} if parts.words or parts.numbered else {}
+        write_json(self._marker(number), {"shard": asdict(shard), "rejected": rejected, **words})
 
     def _marker(self, number: int) -> Path:
         return self.out / PARTIAL_DIR / "done" / f"shard-{number:06d}.json"

@@ -46,3 +46,11 @@ def number_words(words: Iterable[str], where: str) -> tuple[str, ...]:
             f"{where} has the class {classes[0]} beside {classes[1]}: leave images without a class out of it"
         )
     return tuple(classes)
+
+
+def mixed_classes(word: str, numbered: str) -> str:
+    """The message that samples have both words and numbers as classes; ``numbered``: a sample with a number."""
+    return (
+        f"the class is a word in some samples, such as {word!r}, and a number in others, such as {numbered}: write one "
+        "kind into all of them, or say --labels none"
+    )
