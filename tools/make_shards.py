@@ -90,7 +90,7 @@ def describe_classes(summary: Summary) -> list[str]:
     lines = [f"{summary.classes} classes{origin}: {shown}{doubt}"]
     if summary.unlabelled:
         lines.append(
-            f"{summary.unlabelled} of {summary.images} images have no label; kNN and train/linear.py use the others"
+            f"some images have no label, {summary.unlabelled} of {summary.images}: kNN and linear.py use the others"
         )
     return lines
 
