@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.backbone import Stem, check_backbone
 from model.embedding_stats import wide, z_std
+from model.sync_batchnorm import encode as encode  # methods take it from here, beside encode_jointly
 from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.sampling.views import ViewRecipe
 
@@ -206,14 +207,6 @@ def check_momentum(flag: str, momentum: float) -> None:
 def check_temperature(flag: str, temperature: float) -> None:
     """Raise UserError for a temperature that no softmax can take."""
     require(flag, temperature, 0 < temperature < math.inf, "it must be above 0 and finite")
-
-
-def encode(module: nn.Module, views: list[Tensor]) -> list[Tensor]:
-    """What ``module`` makes of each view: images ``[n, 3, h, w]``, or rows ``[n, d]``.
-
-    Batch norm takes its statistics from each view alone (SimSiam, BYOL).
-    """
-    return [module(view) for view in views]
 
 
 def encode_jointly(module: nn.Module, views: list[Tensor]) -> list[Tensor]:

@@ -15,20 +15,23 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 
-from model.sync_batchnorm import SyncBatchNorm, synchronise
+from model.sync_batchnorm import SyncBatchNorm, encode, synchronise
 
 PER_RANK = 4
-CASES: dict[str, tuple[nn.Module, tuple[int, ...], torch.dtype]] = {
-    "images": (nn.BatchNorm2d(6), (6, 5, 5), torch.float64),
-    "vectors": (nn.BatchNorm1d(6), (6,), torch.float64),
-    "without weights": (nn.BatchNorm1d(6, affine=False), (6,), torch.float64),
-    "float32": (nn.BatchNorm2d(6), (6, 7, 3), torch.float32),
-    "bfloat16": (nn.BatchNorm2d(6), (6, 7, 3), torch.bfloat16),
+CASES: dict[str, tuple[nn.Module, tuple[int, ...], torch.dtype, int]] = {
+    "images": (nn.BatchNorm2d(6), (6, 5, 5), torch.float64, 1),
+    "vectors": (nn.BatchNorm1d(6), (6,), torch.float64, 1),
+    "without weights": (nn.BatchNorm1d(6, affine=False), (6,), torch.float64, 1),
+    "float32": (nn.BatchNorm2d(6), (6, 7, 3), torch.float32, 1),
+    "bfloat16": (nn.BatchNorm2d(6), (6, 7, 3), torch.bfloat16, 1),
+    "images, two views": (nn.BatchNorm2d(6), (6, 5, 5), torch.float64, 2),
+    "vectors, three views": (nn.BatchNorm1d(6), (6,), torch.float64, 3),
+    "without weights, two views": (nn.BatchNorm1d(6, affine=False), (6,), torch.float64, 2),
 }
 
 
-def compare(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, float]:
-    """Two passes of this rank's part by the synchronised layer, and of all of it by the layer itself."""
+def compare(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, views: int) -> dict[str, float]:
+    """Two steps of this rank's part by the synchronised layer, and of all of it by the layer itself, view by view."""
     rank, ranks = td.get_rank(), td.get_world_size()
     torch.manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -43,22 +46,27 @@ def compare(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> dic
         apart[name] = max(apart.get(name, 0.0), (one.double() - other.double()).abs().max().item())
 
     for _ in range(2):
-        # Ranks whose means and variances differ, or there would be nothing to synchronise.
+        # Ranks whose means and variances differ, or there would be nothing to synchronise; and views that differ.
         scale = torch.arange(1, ranks + 1).repeat_interleave(PER_RANK).view(-1, *[1] * len(shape))
-        x = (torch.randn(ranks * PER_RANK, *shape) * scale + scale).to(dtype)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        slope = torch.randn(x.shape).to(dtype)
+        wholes, owns, slopes = [], [], []
         part = slice(rank * PER_RANK, (rank + 1) * PER_RANK)
-        whole, own = x.clone().to(wide).requires_grad_(), x[part].clone().requires_grad_()
-        expected, made = layer(whole), ours(own)
-        assert made.dtype == dtype
-        note("output", made, expected[part])
-        (expected * slope).sum().backward()
-        (made * slope[part]).sum().backward()
-        assert whole.grad is not None
-        assert own.grad is not None
-        note("gradient", own.grad, whole.grad[part])
+        for view in range(views):
+            x = (torch.randn(ranks * PER_RANK, *shape) * (scale + view) + scale - view).to(dtype)
+            if x.dim() == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
+            slopes.append(torch.randn(x.shape).to(dtype))
+            wholes.append(x.clone().to(wide).requires_grad_())
+            owns.append(x[part].clone().requires_grad_())
+        expected, made = [layer(whole) for whole in wholes], encode(ours, owns)
+        for one, other, slope in zip(expected, made, slopes, strict=True):
+            assert other.dtype == dtype
+            note("output", other, one[part])
+            (one * slope).sum().backward(retain_graph=True)
+            (other * slope[part]).sum().backward(retain_graph=True)
+        for whole, own in zip(wholes, owns, strict=True):
+            assert whole.grad is not None
+            assert own.grad is not None
+            note("gradient", own.grad, whole.grad[part])
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
         td.all_reduce(parameter.grad)

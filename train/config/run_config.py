@@ -42,6 +42,10 @@ class PretrainConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
     precision: PrecisionName = "auto"  # auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
     sync_bn: bool = True  # batch statistics over all ranks: section 3
+    # Encode all views of a pass at once, with batch statistics of each view by itself: fewer and larger kernels, half
+    # the collectives of SyncBN, and the same losses but for rounding. off: one view after the other, as the official
+    # code; auto: on a GPU
+    one_pass: Literal["auto", "on", "off"] = "auto"
     compile: bool = False  # torch.compile the model; pays in long runs on a GPU
     resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none
     max_steps: int | None = None  # stop after so many steps of the schedule that --epochs lays out

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.backbone import BACKBONES, has_imagenet_stem
 from model.methods.simsiam import SimSiam
-from model.sync_batchnorm import synchronise
+from model.sync_batchnorm import prepare_batch_norm
 from pipeline.backends.select import choose_backend
+from pipeline.common.errors import UserError
 from pipeline.loader.loader import check_cache, open_dataset
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import make_plan
@@ -91,9 +92,16 @@ def build_model(config: PretrainConfig, dist: DistContext) -> tuple[SimSiam, str
     torch.backends.cudnn.benchmark = True
     model = SimSiam(config.model)
     weights_from = start_weights(config, model)
-    if _has_sync_bn(config, dist):
-        synchronise(model)
+    _prepare_batch_norm(model, config, dist)
     return model.to(device=dist.device, memory_format=torch.channels_last), weights_from  # type: ignore[call-overload]
+
+
+def _prepare_batch_norm(model: nn.Module, config: PretrainConfig, dist: DistContext) -> None:
+    one_pass = config.one_pass == "on" or (config.one_pass == "auto" and dist.device.type == "cuda")
+    try:
+        prepare_batch_norm(model, over_ranks=_has_sync_bn(config, dist), one_pass=one_pass)
+    except ValueError as error:
+        raise UserError(f"--sync-bn, but in --backbone {config.model.backbone} {error}: take --no-sync-bn") from error
 
 
 def start_weights(config: PretrainConfig, model: SimSiam) -> str:
