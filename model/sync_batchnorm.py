@@ -52,14 +52,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = _Shape(self.views, ranks, self.eps, self.momentum)
         running = self.running_mean, self.running_var
         if input.is_cuda and not torch.compiler.is_compiling():
-            return _Fused.apply(input, self.weight, self.bias, *running, shape)  # type: ignore[no-any-return]
+            return _Fused.apply(input, self.weight, self.bias, *running, shape)
         output, means, variances = _Traceable.apply(input, self.weight, self.bias, self.views, ranks, self.eps)
         values = ranks * (input.numel() // input.shape[1] // self.views)
         with torch.no_grad():
             for mean, variance in zip(means.unbind(), variances.unbind(), strict=True):
                 running[0].lerp_(mean, self.momentum)
                 running[1].lerp_(variance * (values / (values - 1)), self.momentum)  # unbiased, as torch keeps it
-        return output  # type: ignore[no-any-return]
+        return output
 
     def _of_one_view(self, part: Tensor) -> Tensor:
         """As torch's layer, without counting: ``encode`` counts."""
@@ -80,7 +80,7 @@ class SyncBatchNormAct(SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """The activations, in the input's shape and dtype."""
-        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return, operator]
+        return self.act(self.drop(super().forward(input)))  # type: ignore[operator]
 
 
 def prepare_batch_norm(module: nn.Module, *, over_ranks: bool = True, one_pass: bool = True) -> nn.Module:
@@ -164,7 +164,8 @@ def encode(module: nn.Module, views: list[Tensor]) -> list[Tensor]:
         for layer in ours:
             layer.views = 1
     if ours:  # one kernel instead of one for each layer
-        torch._foreach_add_([layer.num_batches_tracked for layer in ours], len(views))
+        counters = [layer.num_batches_tracked for layer in ours if layer.num_batches_tracked is not None]
+        torch._foreach_add_(counters, len(views))
     return list(output.chunk(len(views)))
 
 
@@ -187,14 +188,14 @@ def _all_ranks(values: Tensor, ranks: int) -> Tensor:
     if ranks == 1:
         return values[None]
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(values, ranks, _group_name())
-    return torch.ops._c10d_functional.wait_tensor(gathered).unflatten(0, (ranks, -1))  # type: ignore[no-any-return]
+    return torch.ops._c10d_functional.wait_tensor(gathered).unflatten(0, (ranks, -1))
 
 
 def _sum_over_ranks(values: Tensor, ranks: int) -> Tensor:
     if ranks == 1:
         return values
     total = torch.ops._c10d_functional.all_reduce(values, "sum", _group_name())
-    return torch.ops._c10d_functional.wait_tensor(total)  # type: ignore[no-any-return]
+    return torch.ops._c10d_functional.wait_tensor(total)
 
 
 def _group_name() -> str:
@@ -289,11 +290,11 @@ class _Fused(torch.autograd.Function):
             for slope, part, both in zip(slopes, parts, statistics, strict=True)
         ]
         own = torch.stack([value for total, times_centred, *_ in sums for value in (total, times_centred)])
-        totals = _sum_over_ranks(own, shape.ranks)
+        totals = _sum_over_ranks(own, shape.ranks).view(shape.views, 2, -1)
         counts = _counts(shape.ranks, parts[0].numel() // x.shape[1], torch.int32, x.device)
         made = [
-            torch.batch_norm_backward_elemt(slope, part, *both, weight, *totals[2 * view : 2 * view + 2], counts)
-            for view, (slope, part, both) in enumerate(zip(slopes, parts, statistics, strict=True))
+            torch.batch_norm_backward_elemt(slope, part, *both, weight, total, times_centred, counts)
+            for slope, part, both, (total, times_centred) in zip(slopes, parts, statistics, totals, strict=True)
         ]
         # DDP averages the gradients of the weights.
         of_weight, of_bias = (_added([of[index] for of in sums]) for index in (2, 3))
