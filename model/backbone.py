@@ -1,13 +1,14 @@
-"""Backbones: torchvision's ResNets without their classifier, under torchvision's own state_dict keys.
+"""Backbones by name: ``build_backbone`` makes one, ``BACKBONES`` lists those with a name of their own.
 
-He et al. 2016. The last BN scale of every residual block starts at zero (Chen & He 2020, after Goyal et al. 2017).
-``build_backbone`` makes one by its name; ``BACKBONES`` lists them.
+ResNets are torchvision's without their classifier, under torchvision's own state_dict keys (He et al. 2016). The last
+BN scale of every residual block starts at zero (Chen & He 2020, after Goyal et al. 2017). libraries.py builds any other
+backbone of timm's, torchvision's or the user's.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,9 +18,11 @@ from torch import nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from model.libraries import check_views, foreign_backbone, is_foreign
 from pipeline.common.errors import UserError
 
 Stem = Literal["default", "imagenet", "cifar", "small"]
+Library = Literal["torchvision", "timm", "own"]
 # Channels of resnet_tiny's first stage. Forward and backward of two views of 128 images at 32 px on 2 cores:
 # 52 ms at 16 channels, 107 ms at 24, 155 ms at 32. At 24 the loader still has time on the same cores.
 TINY_WIDTH = 24
@@ -48,6 +51,7 @@ class Backbone:
     features: int
     default_stem: Stem = "imagenet"
     stems: tuple[Stem, ...] = ("imagenet", "cifar", "small")  # a backbone other than a ResNet has ("default",)
+    library: Library = "torchvision"  # whose state_dict keys it has
 
 
 def _resnet(build: Callable[..., ResNet]) -> Callable[[], ResNet]:
@@ -57,6 +61,10 @@ def _resnet(build: Callable[..., ResNet]) -> Callable[[], ResNet]:
         return made
 
     return backbone
+
+
+def _of_timm(name: str, features: int) -> Backbone:
+    return Backbone(lambda: foreign_backbone(f"timm:{name}").build(), features, "default", ("default",), "timm")
 
 
 # To add one, write a line here and run tests/model/test_backbone.py, which checks each of them. A backbone that is no
@@ -75,6 +83,8 @@ BACKBONES: dict[str, Backbone] = {
     "resnet_tiny": Backbone(
         _resnet(partial(NarrowResNet, width=TINY_WIDTH, block=BasicBlock, layers=[1, 1, 1, 1])), 8 * TINY_WIDTH, "small"
     ),
+    "convnext_tiny": _of_timm("convnext_tiny", 768),
+    "vit_small_patch16_224": _of_timm("vit_small_patch16_224", 384),  # DINO's ViT-S/16
 }
 
 
@@ -82,7 +92,7 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
     """Build a randomly initialised backbone.
 
     Args:
-        name: a key of ``BACKBONES``.
+        name: a key of ``BACKBONES``, ``timm:NAME``, ``torchvision:NAME`` or ``MODULE:FUNCTION``.
         stem: ``imagenet`` 7x7 stride 2 and a max-pool; ``cifar`` 3x3 stride 1 without it (Chen & He 2020, appendix D);
             ``small`` 3x3 stride 2 without it, a quarter of the CIFAR stem's cost; ``default`` the backbone's own.
 
@@ -93,7 +103,7 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
         UserError: as ``check_backbone``.
     """
     check_backbone(name, stem)
-    entry = BACKBONES[name]
+    entry = find_backbone(name)
     chosen = entry.default_stem if stem == "default" else stem
     backbone = entry.build()
     if isinstance(backbone, ResNet):
@@ -101,13 +111,30 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
     return backbone, entry.features
 
 
+def find_backbone(name: str, flag: str = "--backbone ") -> Backbone:
+    """The entry of any backbone. Raises UserError for an unknown name; ``flag`` is how it was given."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if is_foreign(name):
+        library = name.partition(":")[0]
+        keys: Library = library if library in ("timm", "torchvision") else "own"  # type: ignore[assignment]
+        return Backbone(*foreign_backbone(name), "default", ("default",), keys)
+    near = difflib.get_close_matches(name, BACKBONES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    own = "or timm:NAME, torchvision:NAME, MODULE:FUNCTION"
+    raise UserError(f"{flag}{name} is unknown; known are {', '.join(BACKBONES)}, {own}{hint}")
+
+
+def check_view_sides(name: str, sides: Iterable[int]) -> None:
+    """Raise UserError unless the backbone makes pooled features of views with these sides, in px."""
+    entry = find_backbone(name)
+    if "default" in entry.stems:  # ResNets take any
+        check_views(name, entry.build, entry.features, sides)
+
+
 def check_backbone(name: str, stem: Stem = "default", flag: str = "--backbone ") -> None:
     """Raise UserError unless there is such a backbone with such first layers; ``flag`` is how it was given."""
-    if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{flag}{name} is unknown; known are {', '.join(BACKBONES)}{hint}")
-    stems = BACKBONES[name].stems
+    stems = find_backbone(name, flag).stems
     if stem not in ("default", *stems):
         raise UserError(f"--stem {stem}: {name} has {', '.join(stems)}")
 

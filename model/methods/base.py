@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from model.backbone import Stem, check_backbone
+from model.backbone import Stem, check_backbone, check_view_sides
 from model.embedding_stats import wide, z_std
 from model.sync_batchnorm import encode as encode  # methods take it from here, beside encode_jointly
 from pipeline.common.errors import UserError, check_at_least_1, require
@@ -108,7 +108,8 @@ class MethodConfig:
     own_batch_norm: ClassVar[bool] = False
     most_views: ClassVar[int | None] = 2  # of an image; None: any number from 2 up
 
-    # Backbone; resnet_tiny suits 32 px on a CPU. Default: Chen & He 2020, section 3, "Baseline settings"
+    # Backbone: one of this project's (resnet_tiny suits 32 px on a CPU), any timm:NAME or torchvision:NAME, at random,
+    # or MODULE:FUNCTION of your own. Default: Chen & He 2020, section 3, "Baseline settings"
     backbone: str = "resnet50"
     # First layers: "cifar" for images of 32 px (Chen & He 2020, appendix D); default: the backbone's own
     stem: Stem = "default"
@@ -141,6 +142,7 @@ class MethodConfig:
         rule = f"--method {self.name} takes " + ("2 views or more" if self.most_views is None else "exactly 2 views")
         remedy = f"{rule} of each image: change --views or --more-views"
         require("views of each image:", count, count >= 2 and count <= (self.most_views or count), remedy)
+        check_view_sides(self.backbone, [view.image_size for view in views.per_view])
 
 
 class Method(nn.Module):

@@ -27,7 +27,7 @@ from model.methods.registry import METHODS
 from model.methods.simclr import nt_xent
 from model.methods.swav import SwAVConfig, sinkhorn, swapped_prediction
 from pipeline.common.errors import UserError
-from pipeline.sampling.views import ViewRecipe
+from pipeline.sampling.views import ViewGroup, ViewRecipe
 from tests.helpers.method_ranks import GLOBAL_BATCH, images, info_of, tiny, train, train_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -661,6 +661,23 @@ def test_numbers_that_cannot_be(name: str, fields: dict[str, Any], message: str)
 def test_batches_that_do_not_fit(config: MethodConfig, batch: BatchShape, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config.check(batch, ViewRecipe())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_views_of_the_paper_are_taken_and_a_single_one_is_refused(name: str) -> None:
+    config = tiny(name)
+    batch = BatchShape(GLOBAL_BATCH, GLOBAL_BATCH, 1, not config.own_batch_norm)
+    views = config.default_views()
+    assert len(views.per_view) == 2
+    config.check(batch, views)
+    with pytest.raises(UserError, match=rf"views of each image: 1: --method {name} takes .*--more-views"):
+        config.check(batch, ViewRecipe(count=1))
+    six = ViewRecipe(count=2, more_views=(ViewGroup(count=4, image_size=96),))
+    if config.most_views is None:
+        config.check(batch, six)
+    else:
+        with pytest.raises(UserError, match=f"views of each image: 6: --method {name} takes exactly 2 views"):
+            config.check(batch, six)
 
 
 @pytest.mark.parametrize("config", [MoCoConfig("resnet_tiny"), SwAVConfig("resnet_tiny"), BYOLConfig("resnet_tiny")])

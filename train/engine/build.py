@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.backbone import BACKBONES, has_imagenet_stem
+from model.backbone import find_backbone, has_imagenet_stem
 from model.methods.simsiam import SimSiam
 from model.sync_batchnorm import prepare_batch_norm
 from pipeline.backends.select import choose_backend
@@ -111,7 +111,7 @@ def start_weights(config: PretrainConfig, model: SimSiam) -> str:
     if config.init is None:
         return f"random, seed {config.seed}"
     name, stem = config.model.backbone, config.model.stem
-    stem = BACKBONES[name].default_stem if stem == "default" else stem
+    stem = find_backbone(name).default_stem if stem == "default" else stem
     return initialise(model, read_weights(config.init, name, stem))
 
 

@@ -13,7 +13,6 @@ from math import inf
 from typing import Any, Literal
 
 import torch
-from timm.optim import Lars
 from typing_extensions import assert_never
 
 from model.methods.base import ParamGroup
@@ -171,6 +170,8 @@ def torch_groups(config: OptimConfig, groups: list[ParamGroup]) -> list[dict[str
 
 def _lars(config: OptimConfig, groups: list[ParamGroup], peak_lr: float) -> torch.optim.Optimizer:
     """timm adapts groups with weight decay always, and those without only where ``always_adapt`` says so."""
+    from timm.optim import Lars  # takes a second
+
     assert all(group.adapt or not group.decay for group in groups)
     described = torch_groups(config, groups)
     for entry, group in zip(described, groups, strict=True):
