@@ -11,10 +11,10 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYetError
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
@@ -36,6 +36,9 @@ _TRANSIENT_4XX = frozenset({408, 425, 429})
 _CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError", "TokenRetrievalError"})
 _CERTIFICATES = frozenset({"SSLCertVerificationError", "ClientConnectorCertificateError"})
 _OURS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError, LookupError)
+
+
+_Answer = TypeVar("_Answer")
 
 
 class FetchCancelledError(Exception):
@@ -94,6 +97,17 @@ class RemoteFolder:
         """
         return self._read_with_retries(name, (start, start + length), length, cancelled)
 
+    def size(self, name: str) -> int:
+        """The bytes of file ``name``. Raises UserError as ``read``, and if the server does not say."""
+
+        def ask() -> int:
+            size = self._fs.info(self._fs._strip_protocol(self.url.file(name).secret)).get("size")
+            if not isinstance(size, int):
+                raise UserError(f"the server of {self.url} does not say how large {name} is, which fetching it needs")
+            return size
+
+        return self._with_retries(name, ask, threading.Event())
+
     def read_whole(self, name: str, limit: int) -> bytes:
         """Read a whole file that has no checksum; retry until two consecutive reads are equal.
 
@@ -117,10 +131,13 @@ class RemoteFolder:
     def _read_with_retries(
         self, name: str, span: tuple[int, int] | None, limit: int, cancelled: threading.Event
     ) -> bytes:
+        return self._with_retries(name, lambda: self._attempt(self.url.file(name), span, limit, cancelled), cancelled)
+
+    def _with_retries(self, name: str, request: Callable[[], _Answer], cancelled: threading.Event) -> _Answer:
         started, attempt, hopeless, arrived = time.monotonic(), 0, 0, self._arrived
         while True:
             try:
-                return self._attempt(self.url.file(name), span, limit, cancelled)
+                return request()
             except (FetchCancelledError, UserError, *_OURS):
                 raise
             except ImportError as error:  # some file systems import their client with the first request

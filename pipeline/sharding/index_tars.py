@@ -9,12 +9,15 @@ import glob
 import hashlib
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from pipeline.common.errors import UserError
+from pipeline.common.secrets import conceal
 from pipeline.dataset.format import file_sha256
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.write_shard import Job, ShardParts, Tick
@@ -42,23 +45,31 @@ _UNUSED = {
 }
 
 
-def open_tars(pattern: str, options: ShardingOptions) -> list[Path]:
-    """The tars of wds:PATTERN: braces are expanded ({000000..000146}), then * and ?, sorted within each brace.
-
-    Raises UserError for a missing tar, no tar at all, or options that would need the tars to be rewritten.
-    """
+def check_options(options: ShardingOptions) -> None:
+    """Raise UserError for options that would need the tars to be rewritten."""
     for name, fine in _UNUSED.items():
         value = getattr(options, name)
         if value not in (fine if isinstance(fine, tuple) else (fine,)):
             raise UserError(
                 f"--{name.replace('_', '-')} {value} does not go with wds:, since tars are only indexed: leave it out"
             )
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """PATTERN of wds:PATTERN with braces expanded ({000000..000146}). Raises UserError if they do not match."""
     try:
-        expanded = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except ValueError:
-        raise UserError(f"wds:{pattern}: the braces do not match; write {{000000..000146}}") from None
+        raise UserError(f"wds:{conceal(pattern)}: the braces do not match; write {{000000..000146}}") from None
+
+
+def open_tars(pattern: str) -> list[Path]:
+    """The tars of wds:PATTERN: braces are expanded, then * and ?, sorted within each brace.
+
+    Raises UserError for a missing tar, or no tar at all.
+    """
     tars: list[Path] = []
-    for one in expanded:
+    for one in expand_braces(pattern):
         found = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
         tars += [Path(os.path.abspath(name)) for name in found]
     missing = [tar for tar in tars if not tar.is_file()]
@@ -81,9 +92,10 @@ def labels_from(options: ShardingOptions) -> str:
     return "their .cls files" if options.wds_label_key is None else f"{options.wds_label_key} in their .json files"
 
 
-def listing_fingerprint(tars: list[Path]) -> str:
+def listing_fingerprint(tars: list[Path], sizes: list[int]) -> str:
     """sha256 over the tars' names and lengths."""
-    return hashlib.sha256("".join(f"{t.name}\0{t.stat().st_size}\n" for t in tars).encode()).hexdigest()
+    entries = (f"{tar.name}\0{size}\n" for tar, size in zip(tars, sizes, strict=True))
+    return hashlib.sha256("".join(entries).encode()).hexdigest()
 
 
 @dataclass
@@ -109,9 +121,8 @@ class IndexJob(Job):
 
     def build(self, number: int, tick: Tick) -> None:
         """Check the images of one tar and write its index."""
-        tar = self.tars[number]
         parts = ShardParts([], [], [])
-        with open(tar, "rb") as file:
+        with self.tar(number) as tar, open(tar, "rb") as file:
             for key, members in tar_samples(tar, parts.rejected):
                 length = 0
                 try:
@@ -123,8 +134,13 @@ class IndexJob(Job):
                 except BadImageError as error:
                     parts.rejected.append(Rejected(f"{tar.name}/{key}", str(error)))
                 tick(1, length)
-        size, sha256 = tar.stat().st_size, file_sha256(tar)
-        self.finish(number, self._place(tar), size, sha256, parts, self.index_name(number))
+            size, sha256 = tar.stat().st_size, file_sha256(tar)
+        self.finish(number, self.place(number), size, sha256, parts, self.index_name(number))
+
+    @contextmanager
+    def tar(self, number: int) -> Iterator[Path]:
+        """Tar ``number`` as a file of this machine."""
+        yield self.tars[number]
 
     def index_name(self, number: int) -> str:
         """Name of the index of tar ``number`` in OUT."""
@@ -149,9 +165,9 @@ class IndexJob(Job):
         row = (0, member.offset, len(data), _number(label, name, parts), image.height, image.width, zlib.crc32(data))
         return member, row
 
-    def _place(self, tar: Path) -> str:
+    def place(self, number: int) -> str:
         """Path of the tar: relative if it lies below OUT, so that the folder can be moved."""
-        out, there = (Path(os.path.abspath(path)) for path in (self.out, tar))
+        out, there = (Path(os.path.abspath(path)) for path in (self.out, self.tars[number]))
         return there.relative_to(out).as_posix() if there.is_relative_to(out) else str(there)
 
 

@@ -10,20 +10,32 @@ OUT is not a dataset.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors, exclusive_lock, make_exclusive, write_json
+from pipeline.common.secrets import conceal, reveal
 from pipeline.dataset.format import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
 from pipeline.sharding.finalize import complete
-from pipeline.sharding.index_tars import IndexJob, labels_from, listing_fingerprint, open_tars, refuse_wds_options
+from pipeline.sharding.index_tars import (
+    IndexJob,
+    check_options,
+    expand_braces,
+    labels_from,
+    listing_fingerprint,
+    open_tars,
+    refuse_wds_options,
+)
 from pipeline.sharding.options import ShardingOptions
+from pipeline.sharding.remote_tars import RemoteIndexJob, is_remote, open_remote_tars
 from pipeline.sharding.workers import build_missing
 from pipeline.sharding.write_shard import Job, WriteJob
 from pipeline.sources.labels import dataset_classes
@@ -187,7 +199,7 @@ def _check_place(source: str, out: Path) -> None:
 
 
 def _already_complete(source: str, out: Path, options: ShardingOptions, started: float) -> Summary:
-    info = read_dataset_file(out)
+    info = read_dataset_file(out, check_files=not is_remote(source.removeprefix(WDS)))
     wanted = {"source": source_title(source), **options.recipe()}
     there = {"source": info["source"], **info["recipe"]}
     if differences := _differences(there, wanted):
@@ -218,12 +230,19 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
         )
     job: Job
     if source.startswith(WDS):
-        tars = open_tars(source.removeprefix(WDS), options)
+        job, sizes = _index_job(source.removeprefix(WDS), out, options)
         known = [] if options.classes_from is None else list(dataset_classes(options.classes_from))
         about.update(
-            fingerprint=listing_fingerprint(tars), classes=known, rejected=[], labels_from=labels_from(options)
+            fingerprint=listing_fingerprint(job.tars, sizes),
+            classes=known,
+            rejected=[],
+            labels_from=labels_from(options),
         )
-        job = IndexJob(out, tars, options)
+        if isinstance(job, RemoteIndexJob):
+            about["notes"] = [
+                f"the tars stay at {job.folder}: copy the files of OUT beside them, dataset.json last, and train with "
+                "--data of that URL"
+            ]
     else:
         refuse_wds_options(options)
         found = open_source(
@@ -252,6 +271,20 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
             "have another length): restore it to go on, or say --overwrite to start again"
         )
     return job, about
+
+
+def _index_job(pattern: str, out: Path, options: ShardingOptions) -> tuple[IndexJob, list[int]]:
+    """(the job that indexes the tars of wds:PATTERN, their bytes)."""
+    check_options(options)
+    if not is_remote(pattern):
+        tars = open_tars(pattern)
+        return IndexJob(out, tars, options), [tar.stat().st_size for tar in tars]
+    if re.search(r"[*\[]", urlsplit(reveal(pattern)).path):
+        raise UserError(
+            f"wds:{conceal(pattern)}: * and [ are not looked up behind a URL; write numbers as {{000..146}}"
+        )
+    job = open_remote_tars(expand_braces(pattern), out, options)
+    return job, job.sizes
 
 
 def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:

@@ -45,7 +45,8 @@ def source_title(source: str) -> str:
     """SOURCE as dataset.json records it: the base name, which is the same on every machine."""
     kind, colon, rest = source.partition(":")
     if colon and (kind in KINDS or source.startswith(WDS)):
-        return f"{kind}:{os.path.basename(rest)}"
+        path = rest.partition("?")[0] if "://" in rest else rest  # a query may be a signature
+        return f"{kind}:{os.path.basename(path)}"
     return Path(source).resolve().name
 
 
