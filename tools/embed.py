@@ -75,7 +75,7 @@ class EmbedConfig:
 
 def main() -> None:
     """Parse the command line and embed."""
-    config = tyro.cli(EmbedConfig, description=__doc__, prog="embed.py", config=(tyro.conf.FlagCreatePairsOff,))
+    config = tyro.cli(EmbedConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         with exit_once(), distributed(config.device) as dist:
             embed(config, dist)

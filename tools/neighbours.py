@@ -88,7 +88,7 @@ class NeighboursConfig:
 
 def main() -> None:
     """Parse the command line, search, draw."""
-    config = tyro.cli(NeighboursConfig, description=__doc__, prog="neighbours.py")
+    config = tyro.cli(NeighboursConfig, description=__doc__)
     check_writable("OUT", config.out)
     dataset = open_dataset(config.data, config.loader)
     embeddings = open_embeddings(config, dataset)

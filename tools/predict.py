@@ -56,7 +56,7 @@ class PredictConfig:
 
 def main() -> None:
     """Parse the command line and print the predictions."""
-    config = tyro.cli(PredictConfig, description=__doc__, prog="predict.py")
+    config = tyro.cli(PredictConfig, description=__doc__)
     classifier = load_classifier(config.model.expanduser())
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")

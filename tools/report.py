@@ -135,7 +135,7 @@ class RunRecord:
 
 def main() -> None:
     """Parse the command line and write the page."""
-    config = tyro.cli(ReportConfig, description=__doc__, prog="report.py")
+    config = tyro.cli(ReportConfig, description=__doc__)
     out = config.out or config.runs[0] / "report.html"
     runs = [RunRecord.read(path.expanduser()) for path in config.runs]
     check_writable("--out", out)

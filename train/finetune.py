@@ -220,7 +220,7 @@ def parse_config(arguments: list[str] | None = None, prints: bool = True) -> Fin
         tune = field(default_factory=lambda: RECIPES[named[-1]])
         fields = [("recipe", RecipeName, named[-1]), ("tune", Annotated[TuneConfig, tyro.conf.arg(name="")], tune)]
         kind = make_dataclass("FinetuneConfig", fields, bases=(FinetuneConfig,), frozen=True)
-    return tyro.cli(kind, args=words, prog="finetune.py", console_outputs=prints)
+    return tyro.cli(kind, args=words, console_outputs=prints)
 
 
 def finetune(config: FinetuneConfig, dist: DistContext, stop: StopRequest) -> bool:

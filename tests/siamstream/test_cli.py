@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ def test_every_script_has_a_verb() -> None:
     }
     assert {command.module for command in COMMANDS.values()} == scripts
     for command in COMMANDS.values():
-        assert callable(importlib.import_module(command.module).main)
+        script = importlib.import_module(command.module)
+        assert callable(script.main)
+        # the command's name is how it was called: `siamstream pretrain` or `train/pretrain.py`
+        assert "prog=" not in inspect.getsource(script)
 
 
 def test_the_list_of_verbs() -> None:
