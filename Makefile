@@ -16,7 +16,7 @@ DEMO_ARGS ?=
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint format clean
+.PHONY: help demo test test-faults test-wheel lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -24,6 +24,7 @@ help:  ## this list
 	@echo "make demo IMAGES=SOURCE    the same on your images: a folder, a tar, parquet files"
 	@echo "make test                  every test but the long ones of make test-faults"
 	@echo "make test-faults           runs killed at many points, restarted by torchrun, on bad data (minutes)"
+	@echo "make test-wheel            the wheel and the editable install in an empty environment (minutes)"
 	@echo "make lint                  ruff, mypy and import-linter"
 	@echo "make format                let ruff lay out the code"
 	@echo "make clean                 remove .venv, demo/ and caches"
@@ -38,6 +39,9 @@ test: $(TEST_STAMP)  ## every test but the long fault tests
 
 test-faults: $(TEST_STAMP)  ## the long fault tests
 	$(BIN)/python -m pytest -m faults $(TESTS)
+
+test-wheel: $(TEST_STAMP)  ## the package as others install it
+	$(BIN)/python -m pytest -m wheel $(TESTS)
 
 lint: $(TEST_STAMP)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
