@@ -75,7 +75,13 @@ def test_a_wheel_in_an_empty_environment(checkout: Path, environment: Installed)
 
 
 def test_an_editable_install(checkout: Path, environment: Installed) -> None:
-    environment.run("python", "-m", "pip", "install", "--quiet", "-e", str(checkout))
+    pip = ("-m", "pip", "--quiet")
+    environment.run("python", *pip, "uninstall", "--yes", "siamstream")
+    for left in (environment.bin.parent / "lib").glob("python*/site-packages/siamstream"):
+        shutil.rmtree(left)  # numba's cache, which hides the editable install
+    environment.run("python", *pip, "install", "-e", str(checkout))
+    for folder in ("data", "one", "two"):
+        shutil.rmtree(environment.project / folder, ignore_errors=True)
     environment.check()
     help_text = environment.run("python", str(checkout / "train" / "pretrain.py"), "--help")
     assert help_text.startswith(f"usage: {checkout / 'train' / 'pretrain.py'}")
