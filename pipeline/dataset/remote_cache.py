@@ -4,6 +4,10 @@ A file is named by its sha256, so any process may use a file that another fetche
 a current one. The process that holds the lock of NAME.part fetches it, the others wait; the system releases the locks
 of a dead process. Room is managed under one lock of the folder: a file's full size is reserved before its first byte is
 fetched.
+
+What lies in the folder is not trusted. It must belong to this user alone (--cache-shared: to users who trust one
+another), no link is followed, only regular files are opened, and a process compares each file with its sha256 when it
+opens it for the first time. The CRC-32 of single images finds what rots afterwards; it is no defence against intent.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +59,7 @@ class CacheConfig:
     cache_size: str = "200GB"  # limit of the cache on the disk, such as 500MB or 1.5TB
     fetch_threads: int = 8  # shards fetched at a time by one machine
     retry_minutes: float = 30.0  # of consecutive failures before a run ends
+    cache_shared: bool = False  # accept a cache folder that other users can write to: all of them must be trusted
 
     def __post_init__(self) -> None:
         """Raise UserError for values that are not a size, a number of threads, or a time."""
@@ -97,8 +103,11 @@ class ShardCache:
     def __init__(self, remote: RemoteFolder, config: CacheConfig) -> None:
         """Makes the folder. Raises UserError if it cannot be made or its file system has no locks."""
         self.remote, self.limit, self.folder = remote, config.limit, config.folder
+        self._compared: set[tuple[int, int, int]] = set()  # device, inode and size of files whose sha256 was right
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o777 if config.cache_shared else 0o700, exist_ok=True)
+            _check_owner(self.folder, config.cache_shared)
             with self._room_locked():
                 pass
         except OSError as error:
@@ -154,10 +163,13 @@ class ShardCache:
 
     def _open_whole(self, file: RemoteFile) -> int | None:
         try:
-            handle = os.open(self._path(file), os.O_RDONLY)
+            handle = _open_regular(self._path(file), os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(handle).st_size == file.bytes:
+        found = os.fstat(handle)
+        known = found.st_dev, found.st_ino, found.st_size
+        if found.st_size == file.bytes and (known in self._compared or _sha256(handle) == file.sha256):
+            self._compared.add(known)
             return handle
         os.close(handle)
         self.discard(file)
@@ -167,7 +179,7 @@ class ShardCache:
         """The handle of NAME.part, locked and with room reserved for all of it, or why that is impossible."""
         path = self.folder / f"{file.sha256}-{file.bytes}.part"
         with self._room_locked():
-            part = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            part = _open_regular(path, os.O_RDWR | os.O_CREAT)
             outcome = None
             if not _try_lock(part):
                 outcome = _Claim.BUSY
@@ -189,6 +201,8 @@ class ShardCache:
             for _ in range(_WRONG_ATTEMPTS):
                 if self._fetch(part, file, cancelled) == file.sha256:
                     self._put_in_place(part, path, file)
+                    found = os.fstat(part)
+                    self._compared.add((found.st_dev, found.st_ino, found.st_size))
                     return part
                 os.ftruncate(part, 0)
         except BaseException:
@@ -249,12 +263,47 @@ class ShardCache:
 
     @contextmanager
     def _room_locked(self) -> Iterator[None]:
-        handle = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        handle = _open_regular(self.folder / "room.lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
+
+
+def _check_owner(folder: Path, shared: bool) -> None:
+    """Raise UserError for a folder in which other users can put files, unless that is wanted."""
+    found = folder.stat()
+    if shared:
+        return
+    private_group = found.st_gid == found.st_uid  # each user's own group, which many systems make
+    others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not private_group)
+    if found.st_uid != os.geteuid() or others:
+        raise UserError(
+            f"--cache-dir {folder} can be written by other users, who could put other images there: name a folder of "
+            f"your own (or chmod go-w {folder}), or add --cache-shared if you trust all of them"
+        )
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """A handle of a regular file. Raises UserError for anything else, and FileNotFoundError."""
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise UserError(f"{path} in the cache is no regular file: remove it, and look at who put it there")
+
+
+def _sha256(handle: int) -> str:
+    digest, offset = hashlib.sha256(), 0
+    while piece := os.pread(handle, 1 << 20, offset):
+        digest.update(piece)
+        offset += len(piece)
+    return digest.hexdigest()
 
 
 def _size(entry: os.DirEntry[str]) -> tuple[int, float]:
@@ -272,7 +321,7 @@ def _remove(entry: os.DirEntry[str]) -> bool:
     if not _SHA256.match(entry.name):
         return False
     try:
-        handle = os.open(entry.path, os.O_RDWR)
+        handle = os.open(entry.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             if _PART.fullmatch(entry.name) and not _try_lock(handle):
                 return False
@@ -281,6 +330,10 @@ def _remove(entry: os.DirEntry[str]) -> bool:
             os.close(handle)
     except FileNotFoundError:
         return True  # another process was faster
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        return False  # no file of ours
     return True
 
 

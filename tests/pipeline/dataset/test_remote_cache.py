@@ -349,3 +349,62 @@ def test_the_cache_lies_where_caches_lie(monkeypatch: pytest.MonkeyPatch) -> Non
     assert CacheConfig().folder == Path("/fast/siamstream")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert CacheConfig().folder == Path.home() / ".cache/siamstream"
+
+
+# The folder is not trusted.
+
+
+def test_a_planted_file_of_the_right_name_and_size_is_not_used(proxy: FaultProxy, tmp_path: Path) -> None:
+    (tmp_path / f"{FILES[2].sha256}.tar").write_bytes(bytes(SIZE))
+    assert content(cache_at(tmp_path, proxy), 2) == CONTENT[2]
+
+
+def test_a_file_is_compared_once(proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert content(cache_at(tmp_path, proxy), 2) == CONTENT[2]
+    compared = []
+    real = shard_cache._sha256
+    monkeypatch.setattr(shard_cache, "_sha256", lambda handle: compared.append(handle) or real(handle))
+    other = cache_at(tmp_path, proxy)
+    for _ in range(3):
+        assert content(other, 2) == CONTENT[2]
+    assert len(compared) == 1
+
+
+@pytest.mark.parametrize("name", [f"{FILES[2].sha256}.tar", f"{FILES[2].sha256}-{SIZE}.part", "room.lock"])
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_only_regular_files_are_opened(name: str, kind: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    precious, folder = tmp_path / "precious", tmp_path / "cache"
+    precious.write_bytes(CONTENT[2])
+    folder.mkdir(mode=0o700)
+    match kind:
+        case "link":
+            (folder / name).symlink_to(precious)
+        case "fifo":
+            os.mkfifo(folder / name)
+        case "folder":
+            (folder / name).mkdir()
+    with pytest.raises(UserError, match="no regular file"):
+        content(cache_at(folder, proxy), 2)
+    assert precious.read_bytes() == CONTENT[2]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
+def test_a_folder_that_others_can_write_is_refused_unless_that_is_wanted(
+    mode: int, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(UserError, match="--cache-shared"):
+        cache_at(folder, proxy)
+    shared = CacheConfig(folder, "1MB", cache_shared=True)
+    assert content(ShardCache(RemoteFolder(Url(proxy.url), 1), shared), 1) == CONTENT[1]
+
+
+def test_a_new_folder_is_ones_own(proxy: FaultProxy, tmp_path: Path) -> None:
+    former = os.umask(0)
+    try:
+        cache_at(tmp_path / "new", proxy)
+    finally:
+        os.umask(former)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700

@@ -139,9 +139,20 @@ def test_an_image_that_rots_in_the_cache_is_read_from_its_source(
     read_all(dataset, ALL)
     for path in tmp_path.glob("*.tar"):
         path.write_bytes(bytes(path.stat().st_size))
+    assert [dataset.read(sample) for sample in range(48)] == [photo_dataset.read(sample) for sample in range(48)]
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_a_shard_that_has_rotted_before_the_run_is_fetched_again(
+    proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path
+) -> None:
+    read_all(opened(proxy, tmp_path), ALL)
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(bytes(len(content)))
     again = opened(proxy, tmp_path)
     assert [again.read(sample) for sample in range(48)] == [photo_dataset.read(sample) for sample in range(48)]
-    assert not list(tmp_path.glob("*.tar"))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.tar")} == whole
 
 
 def test_a_disk_that_fails_under_the_cache(
