@@ -100,6 +100,8 @@ def parse_group(text: str) -> ViewGroup:
             raise UserError(f"'{text}': {word} is not NAME=VALUE with a NAME among {known}")
         if field_name in fields:
             raise UserError(f"'{text}': {name} is given twice")
+        if field_name == "interpolation" and value not in get_args(Interpolation):
+            raise UserError(f"'{text}': {word}: interpolation is one of {', '.join(get_args(Interpolation))}")
         default = getattr(ViewRecipe, field_name)  # the first group's, of the same type
         try:
             fields[field_name] = _pair(value) if isinstance(default, tuple) else type(default)(value)

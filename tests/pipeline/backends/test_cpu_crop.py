@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from pipeline.backends import reference
 from pipeline.backends.base import Batch, UndecodableBatchError
 from pipeline.backends.cpu_crop import CutSquares
 from pipeline.dataset.dataset import ShardSet
-from pipeline.sampling.views import ViewParams, ViewRecipe, centre_crops, draw_views
+from pipeline.sampling.views import ViewGroup, ViewParams, ViewRecipe, centre_crops, draw_views
 from tests.helpers.encoded import batch_of
 from tests.helpers.photos import image_bytes
 
@@ -96,3 +98,22 @@ def test_memory_is_used_again(pool: ThreadPoolExecutor) -> None:
         places.update(square.data_ptr() for square in squares)
         del squares
     assert len(places) <= 4
+
+
+def test_groups_of_views_are_the_references(photo_dataset: ShardSet, pool: ThreadPoolExecutor) -> None:
+    """Views of several sizes and interpolations from one decoded image."""
+    ids = np.arange(photo_dataset.num_samples)
+    encoded = [np.frombuffer(photo_dataset.read(sample), np.uint8) for sample in ids]
+    small = ViewGroup(count=3, image_size=24, crop_scale=(0.05, 0.14))
+    recipe = ViewRecipe(image_size=80, interpolation="bicubic", more_views=(small, ViewGroup(interpolation="bilinear")))
+    params = draw_views(recipe, 1, 0, ids, photo_dataset.sizes(ids))
+    batch, images = decoded(Batch(0, 0, ids, ids, encoded, params))
+    _, squares = next(CutSquares(iter([(batch, images)]), recipe, pool, 2))
+    assert [made.shape[1] for made in squares] == [80, 80, 24, 24, 24, 80]
+    kinds = ["bicubic"] * 5 + ["bilinear"]
+    for view, (made, kind) in enumerate(zip(squares, kinds, strict=True)):
+        for sample, image in enumerate(images):
+            top, left, height, width = params.crop[sample, view].tolist()
+            size, mode = [made.shape[1]] * 2, InterpolationMode(kind)
+            expected = F.resized_crop(image.permute(2, 0, 1), top, left, height, width, size, mode, antialias=True)
+            assert torch.equal(made[sample].permute(2, 0, 1), expected)

@@ -22,7 +22,7 @@ from pipeline.backends import reference
 from pipeline.backends.base import Batch, DaliConfig, UndecodableBatchError
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
-from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
+from pipeline.sampling.views import CentreCrops, ViewGroup, ViewParams, ViewRecipe, centre_crops, draw_views
 from tests.helpers.encoded import HEIGHT, WIDTH, bad_images, batch_of, encode, good_images, only_pil_decodes
 from tests.helpers.photos import image_bytes, smooth_pixels
 
@@ -302,3 +302,36 @@ def test_an_error_of_the_gpu_is_no_images_fault(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(squares._pipeline, "run", run)
     with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
         next(squares)
+
+
+GROUPS = ViewRecipe(
+    image_size=96,
+    more_views=(ViewGroup(count=3, image_size=40, crop_scale=(0.05, 0.14)), ViewGroup(interpolation="bicubic")),
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_group_of_views_has_its_own_size_and_interpolation(photo_dataset: ShardSet, device: torch.device) -> None:
+    """In one graph, which decodes each image once."""
+    ids = np.arange(photo_dataset.num_samples)
+    encoded = [np.frombuffer(photo_dataset.read(sample), np.uint8) for sample in ids]
+    batch = Batch(0, 0, ids, ids, encoded, draw_views(GROUPS, 1, 0, ids, photo_dataset.sizes(ids)))
+    _, squares = next(DaliSquares(iter([batch]), GROUPS, len(ids), 2, device, DaliConfig()))
+    assert [tuple(made.shape) for made in squares] == [
+        (48, own.image_size, own.image_size, 3) for own in GROUPS.per_view
+    ]
+    images = [reference.decode(data.tobytes()) for data in encoded]
+    for view, (made, own) in enumerate(zip(squares, GROUPS.per_view, strict=True)):
+        size = own.image_size, own.interpolation
+        assert_close(made, [reference.resized_crop(pic, batch.windows, i, view, *size) for i, pic in enumerate(images)])
+
+
+def test_an_image_is_decoded_once_for_all_its_views(photo_dataset: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoders: list[Any] = []
+    decode = dali.fn.decoders.image
+    monkeypatch.setattr(dali.fn.decoders, "image", lambda *a, **k: decoders.append(decode(*a, **k)) or decoders[-1])
+    ids = np.arange(4)
+    encoded = [np.frombuffer(photo_dataset.read(sample), np.uint8) for sample in ids]
+    batch = Batch(0, 0, ids, ids, encoded, draw_views(GROUPS, 1, 0, ids, photo_dataset.sizes(ids)))
+    assert len(next(DaliSquares(iter([batch]), GROUPS, 4, 2, CPU, DaliConfig()))[1]) == 6
+    assert len(decoders) == 1

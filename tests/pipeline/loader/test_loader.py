@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader import loader as loader_module
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import ViewBatch, open_images, open_views
+from pipeline.loader.loader import ViewBatch, open_crops, open_images, open_views
+from pipeline.sampling.augmentations import Augmentations, Erasing, VerticalFlip
 from pipeline.sampling.sampler import BatchSampler, World, batch_ids
-from pipeline.sampling.views import ViewRecipe, centre_crops, draw_views
+from pipeline.sampling.views import ViewGroup, ViewRecipe, centre_crops, draw_views
 from tests.helpers.damage import change_bytes, copy_dataset, put_image
 from tests.helpers.encoded import only_pil_decodes
 from tests.helpers.photos import image_bytes
@@ -435,3 +437,54 @@ def test_several_loaders_in_several_threads(photo_dataset: ShardSet) -> None:
     with ThreadPoolExecutor(3) as pool:
         for delivered in pool.map(lambda _: load(photo_dataset, settings("auto")), range(3)):
             assert_same(delivered, alone)
+
+
+# Groups of views.
+
+GROUPS = ViewRecipe(
+    image_size=32,
+    count=1,
+    blur_prob=1.0,
+    extra=Augmentations(vertical_flip=VerticalFlip(prob=0.5), erasing=Erasing(prob=0.3)),
+    more_views=(
+        ViewGroup(blur_prob=0.1, solarize_prob=0.5),
+        ViewGroup(count=3, image_size=20, crop_scale=(0.05, 0.14), interpolation="bicubic"),
+    ),
+)
+
+
+@both_backends
+def test_all_groups_come_in_one_batch_and_are_the_references(photo_dataset: ShardSet, backend: str) -> None:
+    with open_views(photo_dataset, GROUPS, settings(backend), BatchSampler(9, 12, epochs=1), ALONE) as batches:
+        for batch in batches:
+            assert [tuple(x.shape) for x in batch.views] == [
+                (12, 3, own.image_size, own.image_size) for own in GROUPS.per_view
+            ]
+            params = draw_views(GROUPS, 9, 0, batch.ids, photo_dataset.sizes(batch.ids))
+            images = [reference.decode(photo_dataset.read(int(sample))) for sample in batch.ids]
+            for view, x in enumerate(batch.views):
+                assert x.is_contiguous(memory_format=torch.channels_last)
+                made = [reference.transform(pic, params, i, view, GROUPS) for i, pic in enumerate(images)]
+                finished = [reference.finish(pic, params, i, view, GROUPS) for i, pic in enumerate(made)]
+                assert_close(x, torch.stack(finished))
+
+
+@both_backends
+def test_more_groups_leave_the_first_views_as_they_are(photo_dataset: ShardSet, backend: str) -> None:
+    more = replace(RECIPE, more_views=(ViewGroup(count=2, image_size=16),))
+    with open_views(photo_dataset, more, settings(backend), BatchSampler(9, 12, epochs=2), ALONE) as batches:
+        assert_same(list(batches), load(photo_dataset, settings(backend)))
+
+
+@both_backends
+def test_evaluation_and_crops_take_the_first_group(photo_dataset: ShardSet, backend: str) -> None:
+    ids, sampler = np.arange(48), BatchSampler(9, 12, epochs=1)
+    with open_images(photo_dataset, GROUPS, settings(backend), ALONE, ids=ids, batch=48) as batches:
+        assert next(batches)[0].shape == (48, 3, 32, 32)
+    plain = replace(GROUPS, more_views=())
+    made = []
+    for recipe in (GROUPS, plain):
+        with open_crops(photo_dataset, recipe, settings(backend), sampler, ALONE, ids=ids) as crops:
+            made.append(next(crops))
+    assert [len(batch.views) for batch in made] == [1, 1]
+    assert torch.equal(made[0].views[0], made[1].views[0])

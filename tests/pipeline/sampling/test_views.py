@@ -16,16 +16,19 @@ from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from pipeline.backends import reference
 from pipeline.common.errors import UserError
+from pipeline.sampling.augmentations import Augmentations, Erasing
 from pipeline.sampling.views import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     JITTER_ORDERS,
     SATURATION,
+    ViewGroup,
     ViewParams,
     ViewRecipe,
     centre_crops,
     draw_views,
+    parse_group,
 )
 from tests.helpers.chance import Z_LIMIT, chi_square_z, kolmogorov_smirnov
 
@@ -290,3 +293,144 @@ def test_centre_squares_lie_inside_the_image(height: int, width: int, image_size
     shorter, (tall, wide) = crops.resized.min(), crops.resized[0].tolist()
     assert shorter == (image_size if image_size <= 64 else image_size * 256 // 224)
     assert abs(tall / wide - height / width) <= max(height / width, 1) / shorter  # the aspect stays, to a pixel
+
+
+# Groups of views.
+
+MULTI_CROP = ViewRecipe(more_views=(ViewGroup(count=6, image_size=96, crop_scale=(0.05, 0.14), blur_prob=0.1),))
+
+
+def test_the_first_views_do_not_change_with_the_number_of_views() -> None:
+    ids, sizes = np.arange(300), np.tile(np.array([[300, 400]], dtype=np.int32), (300, 1))
+    extra = Augmentations(erasing=Erasing(prob=0.5))
+    two = draw_views(dataclasses.replace(RECIPE, extra=extra), 3, 1, ids, sizes)
+    group = ViewGroup(count=6, image_size=96, crop_scale=(0.05, 0.14), jitter_prob=0.1, solarize_prob=0.9)
+    eight = draw_views(dataclasses.replace(RECIPE, extra=extra, more_views=(group,)), 3, 1, ids, sizes)
+    assert (two.views, eight.views) == (2, 8)
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(eight, name)[:, :2], getattr(two, name), err_msg=name)
+    alike = draw_views(dataclasses.replace(RECIPE, extra=extra, count=8), 3, 1, ids, sizes)
+    np.testing.assert_array_equal(alike.order, eight.order)  # a view's numbers depend on its number alone
+    np.testing.assert_array_equal(alike.extra, eight.extra)
+
+
+def test_the_draws_are_pinned() -> None:
+    """Of the recorded first version: two views, then all eight; a change breaks --resume of every run."""
+    ids, sizes = np.array([0, 7, 2**40 + 3]), np.array([[300, 400], [375, 500], [33, 97]], dtype=np.int32)
+    two, eight = draw_views(ViewRecipe(), 5, 2, ids, sizes), draw_views(MULTI_CROP, 5, 2, ids, sizes)
+    assert two.crop.tolist() == PINNED_CROPS
+    assert eight.crop[:, :2].tolist() == PINNED_CROPS
+    assert eight.crop[0, 2:].tolist() == PINNED_SMALL_CROPS
+
+
+PINNED_CROPS = [
+    [[86, 58, 181, 139], [36, 64, 228, 224]],
+    [[24, 74, 339, 349], [3, 7, 299, 358]],
+    [[1, 39, 32, 35], [3, 39, 25, 31]],
+]
+PINNED_SMALL_CROPS = [
+    [207, 229, 91, 94],
+    [2, 183, 77, 89],
+    [208, 199, 82, 109],
+    [33, 110, 147, 111],
+    [99, 270, 82, 104],
+    [181, 75, 77, 87],
+]
+
+
+def test_each_group_follows_its_own_fields() -> None:
+    recipe = ViewRecipe(
+        count=1,
+        blur_prob=1.0,
+        more_views=(
+            ViewGroup(blur_prob=0.1, solarize_prob=0.2),
+            ViewGroup(count=6, image_size=96, crop_scale=(0.05, 0.14), hue=0.0, blur_sigma=(0.5, 0.6), flip_prob=0.0),
+        ),
+    )
+    params = draw_views(recipe, 0, 0, np.arange(4000), np.full((4000, 2), 400, dtype=np.int32))
+    assert params.views == 8
+    assert [own.image_size for own in recipe.per_view] == [224, 224] + [96] * 6
+    for view, (blur, solarize, flip) in enumerate([(1.0, 0.0, 0.5), (0.1, 0.2, 0.5)] + [(1.0, 0.0, 0.0)] * 6):
+        for happened, probability in ((params.sigma > 0, blur), (params.solarize, solarize), (params.flip, flip)):
+            assert_probability(happened[:, view], probability)
+    area = params.crop[..., 2] * params.crop[..., 3] / 400**2
+    assert area[:, :2].min() >= 0.19
+    assert area[:, :2].max() > 0.9
+    assert area[:, 2:].min() >= 0.045
+    assert area[:, 2:].max() <= 0.145
+    assert (params.factors[:, 2:, HUE] == 0).all()
+    assert params.sigma[:, 2:].min() >= 0.5
+    assert params.sigma[:, 2:].max() <= 0.6
+
+
+def test_views_of_all_groups_are_unrelated() -> None:
+    params = draw_views(MULTI_CROP, 0, 0, np.arange(DRAWS), np.full((DRAWS, 2), 400, dtype=np.int32))
+    columns = [params.factors.reshape(DRAWS, -1), params.crop[..., 0], params.flip, params.gray]
+    table = np.column_stack(columns).astype(float)
+    correlations = np.abs(np.corrcoef(table.T) - np.eye(table.shape[1]))
+    assert correlations.max() < Z_LIMIT / math.sqrt(DRAWS)
+
+
+GROUP_WORDS = "count=6 image-size=96 crop-scale=0.05,0.14 interpolation=bicubic blur-radius=4"
+
+
+def test_a_group_is_written_as_words() -> None:
+    group = parse_group(GROUP_WORDS)
+    expected = ViewGroup(count=6, image_size=96, crop_scale=(0.05, 0.14), interpolation="bicubic", blur_radius=4)
+    assert group == expected
+    assert parse_group(str(group)) == group
+    assert parse_group("") == ViewGroup()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("colour=3", r"colour=3 is not NAME=VALUE with a NAME among count, image-size"),
+        ("6x96", "6x96 is not NAME=VALUE"),
+        ("count", "count takes a number, such as 2"),
+        ("count=two", "count=two: count takes a number"),
+        ("blur-prob=", "blur-prob takes a number, such as 0.5"),
+        ("crop-scale=0.1", "crop-scale takes two numbers, such as 0.05,0.14"),
+        ("crop-scale=0.1,0.2,0.3", "crop-scale takes two numbers"),
+        ("count=1 count=2", "count is given twice"),
+        ("mean=0.5", "mean=0.5 is not NAME=VALUE"),
+        ("interpolation=nearest", "interpolation is one of bilinear, bicubic"),
+    ],
+)
+def test_other_words_are_refused(words: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"^'{words}': .*{said}"):
+        parse_group(words)
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [
+        (ViewGroup(count=0), "--more-views 'count=0': count 0: a group has at least 1 view"),
+        (ViewGroup(count=2, image_size=1), "'count=2 image-size=1': image-size 1: a view has at least 2 px a side"),
+        (ViewGroup(crop_scale=(0.5, 0.1)), r"crop-scale \(0.5, 0.1\): it takes two numbers, 0 < low <= high"),
+        (ViewGroup(crop_scale=(0.5, 1.5)), "a crop is no larger than its image"),
+        (ViewGroup(blur_prob=1.5), "blur-prob 1.5: a probability lies in 0 .. 1"),
+        (ViewGroup(count=255), "views of each image: 257: .* at most 256"),
+    ],
+)
+def test_an_impossible_group_is_refused_by_name(group: ViewGroup, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ViewRecipe(more_views=(group,))
+
+
+def test_as_many_views_as_the_draws_can_tell_apart() -> None:
+    with pytest.raises(UserError, match="--views 0"):
+        ViewRecipe(count=0)
+    with pytest.raises(UserError, match="at most 256"):
+        ViewRecipe(count=257)
+    params = draw_views(ViewRecipe(count=256), 0, 0, np.arange(2), np.full((2, 2), 64, dtype=np.int32))
+    assert len(np.unique(params.factors.reshape(-1, 4), axis=0)) == 512
+
+
+def test_the_identity_of_two_alike_views_is_that_of_older_checkpoints() -> None:
+    identity = ViewRecipe().identity()
+    assert not {"count", "interpolation", "more_views", "extra"} & set(identity)
+    assert ViewRecipe(count=3).identity() == {**identity, "count": 3}
+    assert ViewRecipe(interpolation="bicubic").identity() == {**identity, "interpolation": "bicubic"}
+    group = ViewGroup(count=6, image_size=96)
+    assert ViewRecipe(more_views=(group,)).identity() == {**identity, "more_views": [{"count": 6, "image_size": 96}]}
