@@ -2,7 +2,8 @@
 
 Decoding, cutting and the whole recipe start from the encoded images. Colour operations, blur, solarize and flip start
 from the reference's crops and are applied to every image, so that each line shows one operation alone. Differences
-are in steps of 0 .. 255; the parameters are drawn as in training. `--against pil` compares with the transforms of the
+are in steps of 0 .. 255; the parameters are drawn as in training. With `--more-views` crops
+and the whole recipe have a line for each group. `--against pil` compares with the transforms of the
 paper's code instead, which work on PIL images: its colours and its blur are others (facebookresearch/simsiam).
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ import tyro
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
@@ -37,6 +39,7 @@ from pipeline.sampling.views import (
     HUE,
     SATURATION,
     CentreCrops,
+    Interpolation,
     ViewParams,
     ViewRecipe,
     centre_crops,
@@ -56,8 +59,6 @@ class Config:
     """Dataset folder of make_shards.py."""
     samples: int = 200
     """Largest number of images."""
-    image_size: int = 224
-    """Side of the views, px."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of DALI."""
     seed: int = 0
@@ -66,6 +67,7 @@ class Config:
     """Reference: torchvision's transforms of tensors, or those of PIL images as in the paper's code."""
     markdown: Path | None = None
     """Write the table to this file."""
+    views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
 
 
 @dataclass
@@ -117,10 +119,13 @@ class PilTransforms:
     """The functions of pipeline/backends/reference.py on PIL images, with PIL's Gaussian blur: the paper's code."""
 
     @staticmethod
-    def resized_crop(image: Tensor, params: ViewParams, sample: int, view: int, side: int) -> Tensor:
+    def resized_crop(
+        image: Tensor, params: ViewParams, sample: int, view: int, side: int, interpolation: Interpolation
+    ) -> Tensor:
         """Cut by torchvision, resized by PIL."""
         top, left, height, width = params.crop[sample, view].tolist()
-        return _pil_to_bytes(F.resized_crop(_pil(image), top, left, height, width, [side, side]))
+        mode = InterpolationMode(interpolation)
+        return _pil_to_bytes(F.resized_crop(_pil(image), top, left, height, width, [side, side], mode))
 
     @staticmethod
     def centre_crop(image: Tensor, crops: CentreCrops, sample: int, side: int) -> Tensor:
@@ -159,7 +164,8 @@ class PilTransforms:
     @staticmethod
     def transform(image: Tensor, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Tensor:
         """The whole recipe."""
-        cropped = PilTransforms.resized_crop(image, params, sample, view, recipe.image_size)
+        own = recipe.per_view[view]
+        cropped = PilTransforms.resized_crop(image, params, sample, view, own.image_size, own.interpolation)
         coloured = PilTransforms.colour(cropped, params, sample, view)
         return PilTransforms.blur_and_flip(coloured, params, sample, view, recipe)
 
@@ -182,10 +188,11 @@ class Parity:
         self._threads = threads
         self._device = torch.device(config.device)
         self._theirs: Any = PilTransforms if config.against == "pil" else reference
-        self._recipe = ViewRecipe(image_size=config.image_size)
+        self._recipe = config.views
+        self._names = [_of_group(config.views, own) for own in config.views.per_view]  # suffix of each view's rows
         none = dict.fromkeys(("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"), 0.0)
         still = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
-        plain = dataclasses.replace(self._recipe, **none)  # type: ignore[arg-type]
+        plain = dataclasses.replace(self._recipe, more_views=(), **none)  # type: ignore[arg-type]
         self._operations = {
             **{
                 name: dataclasses.replace(plain, **{**still, name: getattr(plain, name)}, jitter_prob=1.0)
@@ -197,39 +204,41 @@ class Parity:
             "solarize": dataclasses.replace(plain, solarize_prob=1.0),
             "flip": dataclasses.replace(plain, flip_prob=1.0),
         }
-        self.results = {
-            name: Difference()
-            for name in ("decode", "crop and resize", "centre crop", *self._operations, "whole recipe")
-        }
+        crops, wholes = ([f"{name}{group}" for group in self._names] for name in ("crop and resize", "whole recipe"))
+        self.results = {name: Difference() for name in ("decode", *crops, "centre crop", *self._operations, *wholes)}
 
     def measure(self, photos: Photos) -> None:
         """Compare every operation on some images."""
-        side = self._config.image_size
+        side = self._recipe.image_size
         large = np.flatnonzero(photos.sizes.min(axis=1) >= side)
         if len(large):
             self._decode(photos.only(large))
         params = self._draw(self._recipe, photos)
-        cropped = self._refer(photos, lambda image, i, view: self._theirs.resized_crop(image, params, i, view, side))
-        for ours, theirs in zip(self._squares(photos.batch(params)), cropped, strict=True):
-            self.results["crop and resize"].add(ours, theirs)
+        cropped = self._refer(photos, lambda image, i, view: self._resized_crop(image, params, i, view))
+        for group, ours, theirs in zip(self._names, self._squares(photos.batch(params)), cropped, strict=True):
+            self.results[f"crop and resize{group}"].add(ours, theirs)
         crops = centre_crops(side, photos.sizes)
         centre = [self._theirs.centre_crop(image, crops, i, side) for i, image in enumerate(photos.decoded)]
         self.results["centre crop"].add(self._squares(photos.batch(crops))[0], _interleaved(centre))
         for name, recipe in self._operations.items():
-            self._photometric(self.results[name], recipe, cropped, self._draw(recipe, photos))
+            self._photometric(self.results[name], recipe, cropped[: recipe.count], self._draw(recipe, photos))
         self._whole(photos, params)
 
     def _draw(self, recipe: ViewRecipe, photos: Photos) -> ViewParams:
         return draw_views(recipe, self._config.seed, 0, photos.ids, photos.sizes)
 
+    def _resized_crop(self, image: Tensor, params: ViewParams, sample: int, view: int) -> Tensor:
+        own = self._recipe.per_view[view]
+        return self._theirs.resized_crop(image, params, sample, view, own.image_size, own.interpolation)
+
     def _decode(self, photos: Photos) -> None:
         """Two corners of each image, each of a view's size, so that nothing is resized."""
-        side = self._config.image_size
-        params = self._draw(self._recipe, photos)
+        side, recipe = self._recipe.image_size, dataclasses.replace(self._recipe, count=2, more_views=())
+        params = self._draw(recipe, photos)
         params.crop[:, 0, :2] = 0
         params.crop[:, 1, :2] = photos.sizes - side
         params.crop[..., 2:] = side
-        for view, ours in enumerate(self._squares(photos.batch(params))):
+        for view, ours in enumerate(self._squares(photos.batch(params), recipe)):
             corners = [
                 image[:, top : top + side, left : left + side]
                 for image, (top, left) in zip(photos.decoded, params.crop[:, view, :2].tolist(), strict=True)
@@ -237,7 +246,7 @@ class Parity:
             self.results["decode"].add(ours, _interleaved(corners))
 
     def _photometric(
-        self, result: Difference, recipe: ViewRecipe, squares: list[UInt8[Tensor, "n s s 3"]], params: ViewParams
+        self, result: Difference, recipe: ViewRecipe, squares: list[UInt8[Tensor, "n _ _ 3"]], params: ViewParams
     ) -> None:
         views = self._transform(recipe, [square.to(self._device) for square in squares], params)
         for view, (ours, square) in enumerate(zip(views, squares, strict=True)):
@@ -254,32 +263,39 @@ class Parity:
     def _whole(self, photos: Photos, params: ViewParams) -> None:
         views = self._transform(self._recipe, self._squares(photos.batch(params)), params)
         made = self._refer(photos, lambda image, i, view: self._theirs.transform(image, params, i, view, self._recipe))
-        for ours, theirs in zip(views, made, strict=True):
-            self.results["whole recipe"].add(ours, theirs.permute(0, 3, 1, 2))
+        for group, ours, theirs in zip(self._names, views, made, strict=True):
+            self.results[f"whole recipe{group}"].add(ours, theirs.permute(0, 3, 1, 2))
 
-    def _squares(self, batch: Batch) -> list[UInt8[Tensor, "n s s 3"]]:
+    def _squares(self, batch: Batch, recipe: ViewRecipe | None = None) -> list[UInt8[Tensor, "n _ _ 3"]]:
         from pipeline.backends.dali_backend import cut_squares
 
         device, pool = self._device, self._pool
-        setup = BackendContext(self._recipe, DaliConfig(), len(batch), device, torch.float32, pool, self._threads)
-        return next(cut_squares(setup, iter([batch])))[1]
+        context = BackendContext(
+            recipe or self._recipe, DaliConfig(), len(batch), device, torch.float32, pool, self._threads
+        )
+        return next(cut_squares(context, iter([batch])))[1]
 
     def _transform(
-        self, recipe: ViewRecipe, squares: list[UInt8[Tensor, "n s s 3"]], params: ViewParams
-    ) -> list[Float[Tensor, "n 3 s s"]]:
+        self, recipe: ViewRecipe, squares: list[UInt8[Tensor, "n _ _ 3"]], params: ViewParams
+    ) -> list[Float[Tensor, "n 3 _ _"]]:
         """Views as bytes: normalised with a mean of 0 and a deviation of one step."""
         bytewise = dataclasses.replace(recipe, mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)
         return Photometric(bytewise, self._device, torch.float32, self._pool, self._threads)(squares, params)
 
     def _refer(
         self, photos: Photos, make: Callable[[Tensor, int, int], UInt8[Tensor, "3 s s"]]
-    ) -> list[UInt8[Tensor, "n s s 3"]]:
-        """Both views by the reference, ``make(image, sample, view)`` each."""
+    ) -> list[UInt8[Tensor, "n _ _ 3"]]:
+        """All views by the reference, ``make(image, sample, view)`` each."""
         samples = range(len(photos.ids))
         return [
             _interleaved(list(self._pool.map(lambda i, view=view: make(photos.decoded[i], i, view), samples)))
             for view in range(len(self._recipe.per_view))
         ]
+
+
+def _of_group(recipe: ViewRecipe, own: ViewRecipe) -> str:
+    """What tells a group's rows apart; nothing where there is one group."""
+    return f", {own.count} x {own.image_size} px, {own.interpolation}" if recipe.more_views else ""
 
 
 def _interleaved(images: list[UInt8[Tensor, "3 s s"]]) -> UInt8[Tensor, "n s s 3"]:
@@ -315,7 +331,8 @@ def main() -> None:
             parity.measure(photos)
     table = "\n".join(
         [
-            f"{samples} images, two views of {config.image_size} px each, DALI on {config.device}; "
+            f"{samples} images, {len(config.views.per_view)} views each, the first of {config.views.image_size} px, "
+            f"DALI on {config.device}; "
             f"reference: {config.against}",
             "",
             f"| stage | max of 255 | mean of 255 | within {CLOSE} |",

@@ -82,6 +82,23 @@ def test_the_papers_transforms_differ_in_colours_and_blur(
         assert share > 90, name
 
 
+def test_each_group_of_views_has_its_lines(
+    photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = ("count=2 image-size=20 crop-scale=0.05,0.14", "interpolation=bicubic solarize-prob=0.5")
+    parity(monkeypatch, str(photo_dataset_path), "--samples", "12", "--image-size", "32", "--more-views", *groups)
+    rows = [line.strip("| %").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    table = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    for group in ("2 x 32 px, bilinear", "2 x 20 px, bilinear", "1 x 32 px, bicubic"):
+        assert table[f"crop and resize, {group}"] == (0, 0, 100)
+        greatest, mean, share = table[f"whole recipe, {group}"]
+        assert 0 < mean <= 0.5
+        assert greatest >= mean
+        assert share >= 99
+
+
 def test_mistakes_of_a_user(
     photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
