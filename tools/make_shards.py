@@ -50,13 +50,22 @@ class Command:
 
 def main() -> None:
     """Parse the command line, write the dataset, say what was done."""
-    command = tyro.cli(Command, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    arguments = window_as_flag(sys.argv[1:])
+    command = tyro.cli(Command, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         summary = make_dataset(command.source, command.out, command.sharding)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on with what is missing in {command.out}", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C
     print(describe(summary))
+
+
+def window_as_flag(arguments: list[str]) -> list[str]:
+    """``--sixteen-bit window LO HI`` as two flags, since tyro's flags have a fixed number of values."""
+    for at in range(len(arguments) - 3):
+        if arguments[at : at + 2] == ["--sixteen-bit", "window"] and not arguments[at + 2].startswith("-"):
+            return [*arguments[: at + 2], "--sixteen-bit-window", *arguments[at + 2 :]]
+    return arguments
 
 
 def describe(summary: Summary) -> str:
@@ -73,6 +82,10 @@ def describe(summary: Summary) -> str:
             f"  {count:8d}  {describe_reason(summary, reason)}"
             for reason, count in sorted(summary.rejected.items(), key=lambda e: -e[1])
         ]
+    if summary.reencoded:
+        count = sum(summary.reencoded.values())
+        lines.append(f"{count} images were re-encoded without loss (see {summary.out / 'reencoded.jsonl'}):")
+        lines += [f"  {n:8d}  {reason}" for reason, n in sorted(summary.reencoded.items(), key=lambda e: -e[1])]
     if summary.missing:
         lines.append(
             f"{summary.missing} shards of other parts are missing: the dataset is complete when they are built"

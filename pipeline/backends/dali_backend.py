@@ -35,6 +35,7 @@ from pipeline.backends.base import (
 from pipeline.backends.cpu_crop import CutSquares
 from pipeline.backends.photometric import Photometric
 from pipeline.common.buffers import HeldUntilRead
+from pipeline.common.system import captured_stderr
 from pipeline.sampling.views import CentreCrops, Interpolation, ViewParams, ViewRecipe
 
 _END = object()
@@ -129,7 +130,7 @@ class DaliImages:
             raise UndecodableBatchError(batch, refusal)
         made, self._made = self._made, None
         if isinstance(made, RuntimeError):
-            raise UndecodableBatchError(batch, _reason(made)) from made
+            raise UndecodableBatchError(batch, _reason(made, batch)) from made
         return batch, self._tensors(made)
 
     def _run(self) -> Any:
@@ -247,6 +248,67 @@ def _resize(images: DataNode, side: int, interpolation: Interpolation = "bilinea
     return fn.resize(images, size=(side, side), interp_type=kind, antialias=True, **window)
 
 
+_NO_REASON = "its codec gives no reason"
+
+
+class CodecError(Exception):
+    """DALI cannot decode an image; the message is its codec's own."""
+
+
+class DaliDecoder:
+    """Decodes single images on the CPU with the operator of the graphs: to compare back ends, not to train."""
+
+    def __init__(self) -> None:
+        """Build the pipeline. One thread uses it."""
+        self._pulled = pulled = [np.zeros(0, np.uint8)]  # no cycle with the pipeline: see _Inputs
+        self._pipeline = Pipeline(
+            batch_size=1, num_threads=1, device_id=None, seed=GRAPH_SEED, prefetch_queue_depth=1, exec_dynamic=True
+        )
+        with self._pipeline:
+            encoded = fn.external_source(source=lambda: pulled, batch=True)
+            self._pipeline.set_outputs(
+                fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+            )
+        self._pipeline.build()
+
+    def decode(self, encoded: NDArray[np.uint8], *, echo: bool = False) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels of one encoded image (``[bytes]``), RGB. Raises CodecError.
+
+        ``echo``: what codecs print to stderr is printed as well, not only made the error's message.
+        """
+        with captured_stderr(echo=echo) as printed:
+            fault = _header_fault(encoded)
+            if fault is None:
+                self._pulled[0] = encoded
+                try:
+                    return np.array(self._pipeline.run()[0][0])
+                except RuntimeError as error:
+                    fault = _message(error)
+        raise CodecError(_codec_message(printed[0]) or (_NO_REASON if fault.endswith(":") else fault))
+
+
+def _codec_message(printed: str) -> str:
+    """The codec's message in what it printed: its first error, without colours, times, source files and functions."""
+    lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip() for line in printed.splitlines()]
+    for pattern in _CODEC_ERRORS:
+        for line in lines:
+            if (found := pattern.search(line)) is not None:
+                return found[1].strip()
+    return next(filter(None, lines), "")
+
+
+# What DALI's codecs print: OpenCV's exceptions and warnings, libpng, nvImageCodec's own parsers and libtiff.
+_CODEC_ERRORS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"error: \(-?\d+:[^)]*\) (.*?)(?: in function .*)?$",
+        r"(libpng error: .*)",
+        r"\[ERROR\]\s*(\[.*)",
+        r"\[ ?WARN:[^]]*\] global \S+ \S+ (.*)",
+    )
+)
+
+
 def release_unused_memory() -> None:
     """Give back the memory that DALI keeps for later pipelines."""
     dali_backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # its stub lacks it
@@ -255,20 +317,42 @@ def release_unused_memory() -> None:
 def _unreadable_header(batch: Batch) -> str | None:
     """Why DALI's decoder would not take one of the images; None if it would take them all."""
     for image in batch.encoded:
-        try:
-            _ = nvimgcodec.CodeStream(image).height  # the constructor alone does not read it
-        except RuntimeError as error:
-            return f"DALI: its decoder cannot read the header: {' '.join(str(error).split())}"
+        if (fault := _header_fault(image)) is not None:
+            own = _own_message(image) if len(batch) == 1 else None
+            return f"DALI: its decoder cannot read the header: {own or fault}"
     return None
 
 
-def _reason(error: RuntimeError) -> str:
+def _header_fault(image: NDArray[np.uint8]) -> str | None:
+    try:
+        _ = nvimgcodec.CodeStream(image).height  # the constructor alone does not read it
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _reason(error: RuntimeError, batch: Batch) -> str:
+    """DALI's message in one line; of a single image, whose codec prints what DALI leaves out, the codec's."""
+    message = _message(error)
+    if len(batch) == 1 and message.endswith(":"):
+        message = f"{message} {_own_message(batch.encoded[0]) or _NO_REASON}"
+    return f"DALI: {message}"
+
+
+def _message(error: RuntimeError) -> str:
     """DALI's message in one line, without the trace of the graph's construction before it."""
     message = str(error).rpartition("encountered:")[2]
     lines = (line.strip() for line in message.splitlines())
-    return "DALI: " + " ".join(
-        line for line in lines if line and not line.startswith(("C++ context", "Current pipeline"))
-    )
+    return " ".join(line for line in lines if line and not line.startswith(("C++ context", "Current pipeline")))
+
+
+def _own_message(image: NDArray[np.uint8]) -> str | None:
+    """The message of the codec that cannot decode ``image``; None if the CPU's codecs can."""
+    try:
+        DaliDecoder().decode(image, echo=True)
+    except CodecError as error:
+        return str(error)
+    return None
 
 
 class DaliBackend:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Literal
 
 from typing_extensions import assert_never
@@ -10,13 +9,14 @@ from typing_extensions import assert_never
 from pipeline.backends.base import Backend
 from pipeline.backends.torchvision_backend import TorchvisionBackend
 from pipeline.common.errors import UserError
+from pipeline.common.system import dali_installed
 
 BackendName = Literal["dali", "torchvision"]
 
 
 def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[BackendName, str]:
     """The back end that will run, and why. Raises UserError if the one asked for is not installed."""
-    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    installed = dali_installed()
     match requested:
         case "torchvision":
             return "torchvision", "asked for"

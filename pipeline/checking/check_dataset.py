@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,13 +25,16 @@ from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import (
     DATASET_FILE,
     PARTIAL_DIR,
+    REENCODED_FILE,
     REJECTED_FILE,
     SAMPLE_DTYPE,
     SAMPLES_FILE,
     file_sha256,
     read_dataset_file,
 )
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, Names, open_names
 from pipeline.dataset.shard_store import LocalShards
+from pipeline.sharding.decode_service import Decoders, DecodeService
 from pipeline.sources.readers import WDS
 
 GROUPS_LISTED = 1000  # groups of equal images listed in a report; all are counted
@@ -80,14 +83,15 @@ def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -
     info, damage = _read_record(path)
     if info is None:
         return Inspection(path, 0, 0, 0, 0, 0, tuple(damage), {}, 0, Duplicates(0, 0, 0, ()), (0, 0))
-    records, more = _open_records(path, info)
-    damage += more
     decoded = 0
     with (
+        DecodeService() as service,
         ThreadPoolExecutor(options.workers or cores()) as pool,
         progress(quiet, total=info["num_samples"], unit=" images", desc="checking") as bar,
     ):
-        for shard, found in zip(records.dataset.shards, _in_order(pool, records, options), strict=True):
+        records, more = _open_records(path, info, service.client)
+        damage += more
+        for shard, found in zip(records.dataset.shards, _in_order(pool, records, options, service), strict=True):
             damage += found.damage
             decoded += found.decoded
             bar.update(shard.samples)
@@ -110,7 +114,9 @@ def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -
     )
 
 
-def _in_order(pool: ThreadPoolExecutor, records: Records, options: CheckOptions) -> Iterator[ShardFindings]:
+def _in_order(
+    pool: ThreadPoolExecutor, records: Records, options: CheckOptions, service: DecodeService
+) -> Iterator[ShardFindings]:
     """The findings of each shard in order; a few shards are checked ahead."""
     numbers = iter(range(len(records.dataset.shards)))
 
@@ -120,6 +126,8 @@ def _in_order(pool: ThreadPoolExecutor, records: Records, options: CheckOptions)
     running = deque(start(2 * (options.workers or cores())))
     try:
         while running:
+            while not wait(list(running)[:1], timeout=0.2).done:
+                service.start_if_wanted()
             yield running.popleft().result()
             running.extend(start(1))
     finally:
@@ -147,7 +155,7 @@ def _read_record(path: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
     return info, found.damage()
 
 
-def _open_records(path: Path, info: dict[str, Any]) -> tuple[Records, list[Damage]]:
+def _open_records(path: Path, info: dict[str, Any], decoders: Decoders) -> tuple[Records, list[Damage]]:
     found = Findings(SAMPLES_FILE)
     samples = np.zeros(0, SAMPLE_DTYPE)
     try:
@@ -167,18 +175,33 @@ def _open_records(path: Path, info: dict[str, Any]) -> tuple[Records, list[Damag
     if len(samples) and len(samples) != ends[-1]:
         found.add("has another number of rows", f"{len(samples):,} instead of {ends[-1]:,}")
     foreign = info["source"].startswith(WDS)
-    in_rejected = Findings(REJECTED_FILE)
-    rejected = frozenset(name for name, _ in read_rejected(path, in_rejected)) if foreign else frozenset()
-    return Records(dataset, np.minimum(ends, len(samples)), rejected, foreign), [
-        *found.damage(),
-        *in_rejected.damage(),
-    ]
+    in_rejected, in_reencoded, in_names = Findings(REJECTED_FILE), Findings(REENCODED_FILE), Findings(NAMES_FILE)
+    refused = read_entries(path / REJECTED_FILE, in_rejected) if foreign else []
+    if len(read_entries(path / REENCODED_FILE, in_reencoded)) != sum(info.get("reencoded", {}).values()):
+        in_reencoded.add("has another number of entries than recorded")
+    names = _open_names(path, info, in_names)
+    damage = [one for each in (found, in_rejected, in_reencoded, in_names) for one in each.damage()]
+    return Records(
+        dataset, np.minimum(ends, len(samples)), names, decoders, frozenset(name for name, _ in refused), foreign
+    ), damage
 
 
-def read_rejected(path: Path, found: Findings) -> list[tuple[str, str]]:
-    """(name, reason) of every refused image from rejected.jsonl in folder ``path``; empty if the file is missing."""
+def _open_names(path: Path, info: dict[str, Any], found: Findings) -> Names | None:
     try:
-        lines = [json.loads(line) for line in (path / REJECTED_FILE).read_bytes().splitlines()]
+        names = open_names(path, info)
+        for name, sha256 in ((NAMES_FILE, "sha256"), (NAME_STARTS_FILE, "starts_sha256")):
+            if names is not None and file_sha256(path / name) != info["names"].get(sha256):
+                found.add("is not the one recorded", f"the sha256 of {name} differs")
+        return names
+    except UserError as error:
+        found.add("cannot be used", str(error))
+        return None
+
+
+def read_entries(file: Path, found: Findings) -> list[tuple[str, str]]:
+    """(name, reason) of every line of rejected.jsonl or reencoded.jsonl; empty if the file is missing."""
+    try:
+        lines = [json.loads(line) for line in file.read_bytes().splitlines()]
         return [(str(line["name"]), str(line["reason"])) for line in lines]
     except FileNotFoundError:
         return []  # training does not need it

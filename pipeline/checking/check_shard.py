@@ -12,8 +12,12 @@ import numpy as np
 from pipeline.common.errors import UserError, require
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import file_sha256
+from pipeline.dataset.names import NAMES_FILE, Names
 from pipeline.dataset.shard_tar import Component, index_bytes
+from pipeline.sharding.decode_service import Decoders
 from pipeline.sharding.options import ShardingOptions
+from pipeline.sharding.prepare_image import find_fault
+from pipeline.sharding.write_shard import key_stem
 from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
 from pipeline.sources.tar_members import Member
@@ -28,7 +32,8 @@ class CheckOptions:
     """Options of a check. Raises UserError for values outside their range."""
 
     decode: Decode = "sampled"
-    """Images to decode. full: all. sampled: some of each shard, always the same ones. none: read headers only."""
+    """Images to decode. full: all, and those other than JPEGs of 1 or 3 components with every back end that is
+    installed. sampled: some of each shard, always the same ones. none: read headers only."""
     decode_per_shard: int = 32
     """Images of a shard that --decode sampled decodes, evenly spread."""
     workers: int = 0
@@ -81,6 +86,7 @@ class _TarSample:
     """One sample of a tar that has an image."""
 
     key: str
+    name: str  # of the image's member
     length: int  # bytes of the image
     label: int | str  # -1: none; a text: why its .cls member is no label
     components: list[Component]
@@ -100,6 +106,8 @@ class Records:
 
     dataset: ShardSet  # its ``samples`` may be empty or those of another dataset
     first_row: np.ndarray  # int64[shards + 1]: rows first_row[n] to first_row[n + 1] are shard n's
+    names: Names | None  # of the samples; None if there are none or they cannot be read
+    decoders: Decoders  # for --decode full
     rejected: frozenset[str]  # names in rejected.jsonl; empty unless tars of others were indexed
     foreign: bool  # indexed tars of others; refused images are still in them
 
@@ -133,6 +141,8 @@ def recorded_options(recipe: dict[str, Any]) -> ShardingOptions:
         labels="none" if recipe.get("labels") == "none" else "auto",
         wds_image_ext=image_ext,
         wds_label_key=label_key,
+        # rows of 16-bit images are there already; datasets of earlier versions took all of them
+        sixteen_bit="auto" if recipe.get("sixteen_bit") == "auto" else "full-range",
     )
 
 
@@ -141,7 +151,7 @@ def check_shard(records: Records, number: int, options: CheckOptions) -> ShardFi
     dataset, shard = records.dataset, records.dataset.shards[number]
     tar = dataset.shard_path(number)
     in_tar, in_rows = Findings(shard.name), Findings(f"samples.npy, rows of {shard.name}")
-    in_index = Findings(shard.index)
+    in_index, in_names = Findings(shard.index), Findings(f"{NAMES_FILE}, rows of {shard.name}")
     decoded = 0
     try:
         samples, whole = _scan(tar, records, in_tar)
@@ -152,9 +162,11 @@ def check_shard(records: Records, number: int, options: CheckOptions) -> ShardFi
         if whole:
             _check_unlisted(records, number, rows, samples, in_rows)
             _check_index(records, number, rows, samples, in_index)
+            _check_names(records, number, rows, samples, in_names)
     except OSError as error:
         in_tar.add(f"cannot be read: {error.strerror}")
-    return ShardFindings([*in_tar.damage(), *in_rows.damage(), *in_index.damage()], decoded)
+    found = (in_tar, in_rows, in_index, in_names)
+    return ShardFindings([one for each in found for one in each.damage()], decoded)
 
 
 def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarSample], bool]:
@@ -167,7 +179,7 @@ def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarS
                 image = image_member(members, records.rules)
                 if image is not None:
                     label = _label(file.fileno(), members, image, records)
-                    samples[image.offset] = _TarSample(key, image.length, label, components(members))
+                    samples[image.offset] = _TarSample(key, image.name, image.length, label, components(members))
         except UserError as error:
             found.add("is no whole tar", str(error))
             return samples, False
@@ -220,7 +232,7 @@ def _check_rows(
                 continue
         else:
             _compare_row(sample_id, row, sample, records.dataset.classes, in_rows)
-        _check_image(records, sample_id, sample_id in to_decode, in_tar, in_rows)
+        _check_image(records, sample_id, options.decode if sample_id in to_decode else "none", in_tar, in_rows)
     return len(to_decode)
 
 
@@ -247,11 +259,12 @@ def _compare_row(sample_id: int, row: np.void, sample: _TarSample, classes: tupl
         found.add("have a label that is no class", f"{who}: {label}, with {len(classes)} classes")
 
 
-def _check_image(records: Records, sample_id: int, decode: bool, in_tar: Findings, in_rows: Findings) -> None:
+def _check_image(records: Records, sample_id: int, decode: Decode, in_tar: Findings, in_rows: Findings) -> None:
     dataset = records.dataset
     try:
         data = dataset.read(sample_id)
-        image = inspect_image(data, "full" if decode else "header", records.options.max_pixels)
+        image = inspect_image(data, "header" if decode == "none" else "full", records.options.max_pixels)
+        fault = find_fault(data, image, "full" if decode == "full" else "header", records.decoders)
     except BadSampleError as error:
         in_tar.add("has images that are not what was written", f"row {sample_id} ({error.key}): {error.reason}")
         return
@@ -259,6 +272,9 @@ def _check_image(records: Records, sample_id: int, decode: bool, in_tar: Finding
         key = dataset.bad_sample(sample_id, "").key
         in_tar.add("has images that cannot be used", f"row {sample_id} ({key}): {error}")
         return
+    if fault is not None:
+        key = dataset.bad_sample(sample_id, "").key
+        in_tar.add("has images that back ends do not decode alike", f"row {sample_id} ({key}): {fault}")
     recorded = tuple(dataset.sizes([sample_id])[0].tolist())
     if recorded != (image.height, image.width):
         is_ = f"{image.height} x {image.width}"
@@ -276,6 +292,21 @@ def _check_unlisted(
     for offset, sample in samples.items():
         if offset not in listed and f"{tar}/{sample.key}" not in records.rejected:
             found.add("leave out images of the tar", sample.key)
+
+
+def _check_names(records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings) -> None:
+    """Compare the samples' names with their keys in the tar, of indexed tars with the members' names."""
+    if records.names is None or len(records.names) < rows.stop:
+        return
+    tar = records.dataset.shard_path(number).name
+    for sample_id in rows:
+        sample = samples.get(int(records.dataset.samples[sample_id]["offset"]))
+        if sample is None:
+            continue  # reported with the rows
+        name = records.names[sample_id]
+        fits = name == f"{tar}/{sample.name}" if records.foreign else key_stem(name) == sample.key.partition("_")[2]
+        if not fits:
+            found.add("belong to other samples", f"row {sample_id}: {name!r} for key {sample.key}")
 
 
 def _check_index(records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings) -> None:

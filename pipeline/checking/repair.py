@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from pipeline.checking.check_dataset import read_rejected
+from pipeline.checking.check_dataset import read_entries
 from pipeline.checking.check_shard import Findings, recorded_options
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, exclusive_lock
 from pipeline.dataset.format import (
     DATASET_FILE,
     PARTIAL_DIR,
+    REENCODED_FILE,
     REJECTED_FILE,
     SAMPLES_FILE,
     file_sha256,
     read_dataset_file,
 )
-from pipeline.sharding.finalize import complete
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, read_names, read_pieces
+from pipeline.dataset.shard_tar import split_key
+from pipeline.sharding.decode_service import Decoders, OwnDecoders
+from pipeline.sharding.finalize import Names, complete
 from pipeline.sharding.index_tars import IndexJob
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.workers import build_missing
+from pipeline.sharding.write_shard import key_stem
 from pipeline.sources.image_file import Verify
 from pipeline.sources.readers import WDS
 
@@ -48,6 +54,7 @@ class RepairJob(IndexJob):
     """The dataset's own tars, indexed again; the indexes keep their names."""
 
     indexes: list[str]
+    decoders: Decoders | None = None
 
     def index_name(self, number: int) -> str:
         """Name of the index of tar ``number``."""
@@ -103,7 +110,8 @@ def _known_job(path: Path, info: dict[str, Any], workers: int) -> RepairJob:
     for tar, shard in zip(tars, info["shards"], strict=True):
         if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
             raise UserError(f"{tar} is missing or has another length than recorded: {_FETCH}")
-    return RepairJob(path, tars, options, [shard["index"] for shard in info["shards"]])
+    decoders = OwnDecoders() if "dali" in info.get("compared", []) else None  # chosen again as they were
+    return RepairJob(path, tars, options, [shard["index"] for shard in info["shards"]], decoders)
 
 
 _FETCH = "a repair needs every tar as it was written; copy it again from where the dataset came from"
@@ -117,7 +125,7 @@ def _lost_job(path: Path, workers: int) -> RepairJob:
             "make_shards with that SOURCE again, with --overwrite"
         )
     own = [tar.with_suffix(".idx").name for tar in tars]
-    return RepairJob(path, tars, ShardingOptions(workers=workers), own)
+    return RepairJob(path, tars, ShardingOptions(workers=workers, sixteen_bit="full-range"), own)
 
 
 def _finish(job: RepairJob, info: dict[str, Any] | None) -> list[str]:
@@ -130,7 +138,7 @@ def _finish(job: RepairJob, info: dict[str, Any] | None) -> list[str]:
         for tar, shard, recorded in zip(job.tars, again, info["shards"], strict=True):
             if shard["sha256"] != recorded["sha256"]:
                 raise UserError(f"{tar} has changed since it was written: {_FETCH}")
-    earlier = read_rejected(job.out, Findings(REJECTED_FILE))
+    earlier = read_entries(job.out / REJECTED_FILE, Findings(REJECTED_FILE))
     about: dict[str, Any] = {
         "recipe": {"source": UNKNOWN_SOURCE, "split": None, "seed": UNKNOWN_SEED},
         "fingerprint": "",
@@ -140,13 +148,43 @@ def _finish(job: RepairJob, info: dict[str, Any] | None) -> list[str]:
     if info is not None:
         about["recipe"] = {"source": info["source"], **info["recipe"], "split": info["split"], "seed": info["seed"]}
         about["fingerprint"], about["classes"] = info.get("source_fingerprint", ""), info["classes"]
-        about.update({name: info[name] for name in ("labels_from", "notes") if name in info})
-    done = complete(job, about)
+        about.update({name: info[name] for name in ("labels_from", "notes", "compared") if name in info})
+    about["reencoded"] = read_entries(job.out / REENCODED_FILE, Findings(REENCODED_FILE))
+    had_names = (job.out / NAMES_FILE).exists() or (info is not None and "names" in info)
+    names = _names(job, info, again)
+    done = complete(job, about, names)
     assert done is not None
-    return _losses(job, info, done, len(refused))
+    lost = _losses(info, done, len(refused))
+    if had_names and names == "none":
+        lost.append("the paths of the samples in the source (dataset.names)")
+    return lost
 
 
-def _losses(job: RepairJob, info: dict[str, Any] | None, done: dict[str, Any], refused: int) -> list[str]:
+def _names(job: RepairJob, info: dict[str, Any] | None, shards: list[dict[str, Any]]) -> Names:
+    """What becomes of names.bin: of indexed tars it is made again; else it stays if it is the recorded one.
+
+    Without a record it stays if each name fits the key of its sample.
+    """
+    file = job.out / NAMES_FILE
+    if info is not None and info["source"].startswith(WDS):
+        return "from the shards"
+    if not file.is_file():
+        return "none"
+    if info is not None:
+        as_many = sum(piece.count(0) for piece in read_pieces(file)) == sum(shard["samples"] for shard in shards)
+        return "as they are" if as_many and file_sha256(file) == info.get("names", {}).get("sha256") else "none"
+    members = (name for n, shard in enumerate(shards) if shard["samples"] for name in read_names(job.names_file(n)))
+    pairs = zip_longest(map(key_stem, read_names(file)), members)
+    fits = all(stem is not None and member is not None and stem == _stem_of(member) for stem, member in pairs)
+    return "as they are" if fits else "none"
+
+
+def _stem_of(member: str) -> str:
+    """What the key of a member, ``shard-000000.tar/000000007_name.jpg``, says of the image's name."""
+    return split_key(member)[0].rpartition("/")[2].partition("_")[2]
+
+
+def _losses(info: dict[str, Any] | None, done: dict[str, Any], refused: int) -> list[str]:
     lost = []
     if info is None:
         names = f"the {len(done['classes'])} classes are called by their numbers" if done["classes"] else "no classes"
@@ -160,5 +198,5 @@ def _losses(job: RepairJob, info: dict[str, Any] | None, done: dict[str, Any], r
 
 def _contents(path: Path, job: RepairJob) -> dict[str, str]:
     """sha256 of each sidecar file; "" where it is missing."""
-    names = [DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, *job.indexes]
+    names = [DATASET_FILE, SAMPLES_FILE, NAMES_FILE, NAME_STARTS_FILE, REJECTED_FILE, *job.indexes]
     return {name: file_sha256(path / name) if (path / name).exists() else "" for name in names}

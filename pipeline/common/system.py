@@ -1,9 +1,14 @@
-"""CPU cores, progress bars, durations."""
+"""CPU cores, progress bars, durations, and the stderr of C libraries."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +29,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def dali_installed() -> bool:
+    """Whether NVIDIA DALI can be imported; found out without importing it."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: ``41 s``, ``3 min 20 s``, ``5 h 02 min``, ``3 d 04 h``."""
     whole = round(seconds)
@@ -34,3 +44,31 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+_stderr_lock = threading.Lock()
+
+
+@contextmanager
+def captured_stderr(*, echo: bool) -> Iterator[list[str]]:
+    """Collect what the process prints to stderr in the block; the list holds one text when the block ends.
+
+    For the messages of C libraries, which print them instead of returning them. ``echo``: print it afterwards, so that
+    nothing which other threads print meanwhile is lost.
+    """
+    text: list[str] = []
+    with _stderr_lock, tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield text
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            printed = file.read()
+            text.append(printed.decode(errors="replace"))
+            if echo and printed:
+                os.write(2, printed)

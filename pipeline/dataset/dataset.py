@@ -30,6 +30,7 @@ from pipeline.dataset.format import (
     Shards,
     too_large_to_hash,
 )
+from pipeline.dataset.names import Names, open_names
 from pipeline.dataset.remote_cache import CacheConfig
 from pipeline.dataset.remote_shards import RemoteShards
 from pipeline.dataset.row_check import RowCheck
@@ -139,6 +140,14 @@ class ShardSet:
         """Int32[n]: class numbers of samples ``ids`` (int64[n]); -1 = none. Waits as ``wait_until_verified`` does."""
         self.wait_until_verified()
         return self._rows[np.asarray(ids, np.int64)]["label"].astype(np.int32)
+
+    @cached_property
+    def names(self) -> Names | None:
+        """The path of each sample in the source, ``names[sample_id]``; None if the dataset was made without.
+
+        Raises UserError if the files are missing or damaged.
+        """
+        return open_names(self.path, self.info) if isinstance(self.path, Path) else None
 
     def wait_until_verified(self) -> None:
         """Wait until samples.npy is known to be the recorded one. Raises UserError if it is not, or cannot be read."""

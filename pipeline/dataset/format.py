@@ -4,7 +4,9 @@ DIR/dataset.json       written last: a folder without it is not a dataset
 DIR/shard-000000.tar   plain WebDataset: KEY.cls (if labelled) and KEY.jpg (or png, webp, bmp, tiff, ppm)
 DIR/shard-000000.idx   DALI's wds2idx v1.2 index of that tar
 DIR/samples.npy        SAMPLE_DTYPE[num_samples]; the sample id is the row
+DIR/names.bin, .npy    the path of each sample in the source: names.py; datasets of earlier versions have none
 DIR/rejected.jsonl     {"name", "reason"} of every image that was refused
+DIR/reencoded.jsonl    {"name", "reason"} of every image whose pixels, not bytes, were kept; only where there are any
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pipeline.common.errors import UserError
 
 FORMAT_VERSION = 1
 DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, PARTIAL_DIR = "dataset.json", "samples.npy", "rejected.jsonl", ".partial"
+REENCODED_FILE = "reencoded.jsonl"
 SAMPLE_DTYPE = np.dtype(
     [
         ("shard", "<u4"),
@@ -111,6 +114,8 @@ def parse_dataset_file(data: bytes, name: str) -> dict[str, Any]:
             "use the version of siamstream that wrote it, or write it again with --overwrite"
         )
     if not _has_types(info, _DATASET_TYPES) or not all(_has_types(shard, _SHARD_TYPES) for shard in info["shards"]):
+        raise damaged
+    if not isinstance(info.get("names", {}), dict) or not isinstance(info.get("reencoded", {}), dict):
         raise damaged
     if not all(isinstance(name, str) for name in info["classes"]):
         raise damaged

@@ -6,7 +6,8 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,20 +17,25 @@ from pipeline.dataset.format import (
     DATASET_FILE,
     FORMAT_VERSION,
     PARTIAL_DIR,
+    REENCODED_FILE,
     REJECTED_FILE,
     SAMPLE_DTYPE,
     SAMPLES_FILE,
     file_sha256,
 )
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, write_name_starts, write_names
 from pipeline.sharding.write_shard import Job
 from pipeline.sources.class_names import check_class_number, mixed_classes, number_words
 
+Names = Literal["from the shards", "as they are", "none"]
 
-def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
-    """Write samples.npy, rejected.jsonl and, last, dataset.json; returns the contents of dataset.json.
 
-    Returns None if shards are missing. ``about``: recipe, fingerprint, classes, rejected entries and notes of the
-    source. Raises UserError if no image is usable.
+def complete(job: Job, about: dict[str, Any], names: Names = "from the shards") -> dict[str, Any] | None:
+    """Write the sidecar files and, last, dataset.json; returns its contents, or None if shards are missing.
+
+    ``about``: recipe, fingerprint, classes, rejected entries and notes of the source, and where they are known back
+    ends that were compared and re-encoded images. ``names``: what becomes of names.bin. Raises UserError if no image is
+    usable.
     """
     out = job.out
     records = [job.done(n) for n in range(len(job))]
@@ -41,8 +47,13 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
     reasons = dict(sorted(Counter(reason for _, reason in rejected).items()))
     if not shards:
         raise UserError(f"none of the {len(rejected)} images can be used: {reasons}. Check SOURCE")
+    reencoded = sorted(
+        [*about.get("reencoded", []), *(entry for record in present for entry in record.get("reencoded", []))]
+    )
     classes, tables = _classes_of_words(present, about["classes"])
     labels = _write_samples(job, present, tables)
+    num_samples = sum(shard["samples"] for shard in shards)
+    recorded_names = _write_names(job, present, num_samples, names)
     info = {
         "format_version": FORMAT_VERSION,
         "source": about["recipe"]["source"],
@@ -50,23 +61,47 @@ def complete(job: Job, about: dict[str, Any]) -> dict[str, Any] | None:
         "split": about["recipe"]["split"],
         "seed": about["recipe"]["seed"],
         "recipe": {name: value for name, value in about["recipe"].items() if name != "source"},
-        "num_samples": sum(shard["samples"] for shard in shards),
+        "num_samples": num_samples,
         "num_rejected": len(rejected),
         "rejected": reasons,
+        "reencoded": dict(sorted(Counter(reason for _, reason in reencoded).items())),
+        "compared": about.get("compared", []),
         "classes": _checked_classes(classes, labels),
         "has_labels": labels.missing == 0,
         "num_labelled": labels.count - labels.missing,
         "labels_from": about.get("labels_from") if labels.highest >= 0 else None,
         "notes": about.get("notes", []),
         "samples_sha256": file_sha256(out / SAMPLES_FILE),
+        **({} if recorded_names is None else {"names": recorded_names}),
         "shards": shards,
     }
     partial = out / PARTIAL_DIR
-    with atomic_file(out / REJECTED_FILE, partial) as file:
-        file.writelines(json.dumps({"name": n, "reason": r}).encode() + b"\n" for n, r in rejected)
+    _write_list(out / REJECTED_FILE, rejected, partial)
+    if reencoded:
+        _write_list(out / REENCODED_FILE, reencoded, partial)
     write_json(out / DATASET_FILE, info, partial)
     shutil.rmtree(partial)
     return info
+
+
+def _write_list(path: Path, entries: list[list[str]], workshop: Path) -> None:
+    with atomic_file(path, workshop) as file:
+        file.writelines(json.dumps({"name": n, "reason": r}).encode() + b"\n" for n, r in entries)
+
+
+def _write_names(job: Job, records: list[dict[str, Any]], samples: int, names: Names) -> dict[str, Any] | None:
+    """Write names.bin and names.npy; returns ``names`` of dataset.json, or None if the dataset is to have none."""
+    out, workshop = job.out, job.out / PARTIAL_DIR
+    match names:
+        case "from the shards":
+            numbers = (number for number, record in enumerate(records) if record["shard"]["samples"])
+            return write_names(out, (job.names_file(n).read_bytes() for n in numbers), samples, workshop)
+        case "as they are":
+            return write_name_starts(out, samples, workshop)
+        case "none":
+            for name in (NAMES_FILE, NAME_STARTS_FILE):
+                (out / name).unlink(missing_ok=True)
+            return None
 
 
 @dataclass

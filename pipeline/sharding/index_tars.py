@@ -20,9 +20,10 @@ from pipeline.common.errors import UserError
 from pipeline.common.secrets import conceal
 from pipeline.dataset.format import file_sha256
 from pipeline.sharding.options import ShardingOptions
+from pipeline.sharding.prepare_image import inspect_in_place
 from pipeline.sharding.write_shard import Job, ShardParts, Tick
 from pipeline.sources.class_names import mixed_classes
-from pipeline.sources.image_file import BadImageError, inspect_image
+from pipeline.sources.image_file import BadImageError
 from pipeline.sources.listing import MOST_BYTES, Rejected
 from pipeline.sources.tar_members import Member
 from pipeline.sources.wds_samples import (
@@ -42,6 +43,8 @@ _UNUSED = {
     "labels": ("auto", "none"),
     "label_column": None,
     "image_column": None,
+    "sixteen_bit": ("auto", "full-range", "refuse"),
+    "reencode": False,
 }
 
 
@@ -129,6 +132,7 @@ class IndexJob(Job):
                     image, row = self._sample(file.fileno(), f"{tar.name}/{key}", members, parts)
                     parts.rows.append(row)
                     parts.samples.append(components(members))
+                    parts.names.append(f"{tar.name}/{image.name}")
                     parts.rejected += other_images(members, image, tar.name)
                     length = image.length
                 except BadImageError as error:
@@ -160,7 +164,7 @@ class IndexJob(Job):
         if member.length > MOST_BYTES:
             raise BadImageError(f"larger than {MOST_BYTES >> 20:,} MiB")
         data = os.pread(handle, member.length, member.offset)
-        image = inspect_image(data, self.options.verify, self.options.max_pixels)
+        image = inspect_in_place(data, self.options, self.decoders)
         label = read_label(handle, members, member, self.rules)
         row = (0, member.offset, len(data), _number(label, name, parts), image.height, image.width, zlib.crc32(data))
         return member, row

@@ -23,7 +23,16 @@ import numpy as np
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors, exclusive_lock, make_exclusive, write_json
 from pipeline.common.secrets import conceal, reveal
-from pipeline.dataset.format import DATASET_FILE, PARTIAL_DIR, REJECTED_FILE, SAMPLES_FILE, read_dataset_file
+from pipeline.common.system import dali_installed
+from pipeline.dataset.format import (
+    DATASET_FILE,
+    PARTIAL_DIR,
+    REENCODED_FILE,
+    REJECTED_FILE,
+    SAMPLES_FILE,
+    read_dataset_file,
+)
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE
 from pipeline.sharding.finalize import complete
 from pipeline.sharding.index_tars import (
     IndexJob,
@@ -55,6 +64,7 @@ class Summary:
     shards: int
     images: int
     rejected: dict[str, int]  # reason -> count
+    reencoded: dict[str, int]  # reason -> count of images whose pixels, not bytes, were kept
     bytes: int  # of all tars
     classes: int
     class_names: tuple[str, ...]
@@ -156,7 +166,7 @@ def remove_dataset(out: Path) -> None:
         ) from None
     if title is None:
         return
-    for name in (DATASET_FILE, SAMPLES_FILE, REJECTED_FILE):
+    for name in (DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, REENCODED_FILE, NAMES_FILE, NAME_STARTS_FILE):
         (out / name).unlink(missing_ok=True)
     for name in names:
         (out / name).unlink(missing_ok=True)
@@ -213,6 +223,8 @@ def _already_complete(source: str, out: Path, options: ShardingOptions, started:
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The flags whose values differ, for people; an option that ``there`` does not know had its default."""
+    there = {**ShardingOptions().recipe(), **there}
     names = [n for n in {**there, **wanted} if there.get(n) != wanted.get(n)]
     flags = {n: "SOURCE" if n == "source" else "--" + n.replace("_", "-") for n in names}
     return "; ".join(f"{flags[n]} was {there.get(n)}, now {wanted.get(n)}" for n in names)
@@ -222,7 +234,10 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
     """List the source, compare it with an interrupted run, and write the plan of the job to OUT/.partial."""
     job_file = out / PARTIAL_DIR / "job.json"
     earlier = json.loads(job_file.read_text()) if job_file.exists() else None
-    about: dict[str, Any] = {"recipe": {"source": source_title(source), **options.recipe()}}
+    about: dict[str, Any] = {
+        "recipe": {"source": source_title(source), **options.recipe()},
+        "compared": ["torchvision", "dali"] if dali_installed() else ["torchvision"],
+    }
     if earlier is not None and (differences := _differences(earlier["recipe"], about["recipe"])):
         raise UserError(
             f"{out} has an interrupted run with other options ({differences}): repeat its options to go on with it, "
@@ -305,6 +320,7 @@ def _summary(out: Path, info: dict[str, Any], started: float, already_there: boo
         shards=len(info["shards"]),
         images=info["num_samples"],
         rejected=info["rejected"],
+        reencoded=info.get("reencoded", {}),
         bytes=sum(shard["bytes"] for shard in info["shards"]),
         classes=len(info["classes"]),
         class_names=tuple(info["classes"]),

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.common.errors import UserError, require
 from pipeline.sources.image_file import Verify
+from pipeline.sources.sixteen_bit import SixteenBitRule
 
 _SCHEDULING = ("workers", "part", "overwrite")  # all other options decide the bytes
 
@@ -27,8 +28,18 @@ class ShardingOptions:
     seed: int = 0
     """Seed of the global shuffle (and of the images of synthetic:N)."""
     verify: Verify = "full"
-    """full: decode every image and refuse the broken ones. header: refuse by format and size only. none: the same
-    as header, since height and width must be known."""
+    """full: decode every image and refuse the broken ones; those other than JPEGs of 1 or 3 components with every
+    back end that is installed, and refuse what differs. header: refuse by format and size only. none: the same as
+    header, since height and width must be known."""
+    sixteen_bit: SixteenBitRule = "auto"
+    """Map images of more than 8 bits a sample to 8 bits, stored as PNG. full-range: the whole range of the format.
+    min-max: from each image's smallest to its largest value. window LO HI: these values, as in --sixteen-bit window 0
+    4095. refuse: refuse such images. auto: full-range, but refuse images whose values span less than half of it."""
+    sixteen_bit_window: tuple[int, int] | None = None
+    """The window of --sixteen-bit window: the values that become 0 and 255, in the unit of the images."""
+    reencode: bool = False
+    """Store images that back ends do not decode alike as PNGs of the pixels that PIL decodes, instead of refusing
+    them. reencoded.jsonl lists them."""
     max_pixels: int = 100_000_000
     """Images with more pixels (height x width) are refused before they are decoded."""
     shorter_side: int | None = None
@@ -74,7 +85,25 @@ class ShardingOptions:
         require("--workers", self.workers, self.workers >= 0, "must be at least 1, or 0 for one per CPU core")
         require("--seed", self.seed, self.seed >= 0, "must not be negative")
         require("--jpeg-quality", self.jpeg_quality, 1 <= self.jpeg_quality <= 100, "must be 1 to 100")
+        self._check_window()
         self.part_of()
+
+    def _check_window(self) -> None:
+        window = self.sixteen_bit_window
+        if (self.sixteen_bit == "window") != (window is not None):
+            raise UserError("--sixteen-bit window needs two values, and only window does: --sixteen-bit window 0 4095")
+        if window is not None and not 0 <= window[0] < window[1] <= 65535:
+            raise UserError(f"--sixteen-bit window {window[0]} {window[1]}: must be 0 <= LO < HI <= 65535")
+
+    def sixteen_bit_text(self) -> str:
+        """The rule that maps more than 8 bits to 8, for lists of images."""
+        match self.sixteen_bit, self.sixteen_bit_window:
+            case "auto", _:
+                return "full-range"
+            case rule, None:
+                return rule
+            case rule, (low, high):
+                return f"{rule} {low} {high}"
 
     def part_of(self) -> tuple[int, int]:
         """(i, n) of --part i/n; (0, 1) without it. Raises UserError if it is malformed."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pipeline.common.errors import UserError
 from pipeline.common.system import cores, progress
+from pipeline.sharding.decode_service import Decoders, DecodeService
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.write_shard import Job
 from pipeline.sources.readers import check_room
@@ -86,9 +87,13 @@ def _build_parallel(job: Job, missing: list[int], workers: int, meter: _Meter) -
     context = multiprocessing.get_context("spawn")
     images, size, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
     shown = (0, 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, images, size, stop)) as pool:
+    with (
+        DecodeService(context) as service,
+        ProcessPoolExecutor(workers, context, _start_worker, (job, service.client, images, size, stop)) as pool,
+    ):
         try:
             for _ in _while_building(pool, missing, workers):
+                service.start_if_wanted()
                 now = (images.value, size.value)
                 meter.add(now[0] - shown[0], now[1] - shown[1])
                 shown = now
@@ -114,10 +119,12 @@ def _while_building(pool: ProcessPoolExecutor, missing: list[int], workers: int)
 _worker: dict[str, Any] = {}  # arguments of _start_worker, in a worker process
 
 
-def _start_worker(job: Job, images: Any, size: Any, stop: Any) -> None:
+def _start_worker(job: Job, decoders: Decoders, images: Any, size: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and sets the stop flag
     keep_torch_out()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if job.decoders is not None:
+        job.decoders = decoders
     _worker.update(job=job, images=images, size=size, stop=stop)
 
 

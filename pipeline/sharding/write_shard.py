@@ -22,9 +22,12 @@ import numpy as np
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, write_json
 from pipeline.dataset.format import PARTIAL_DIR, SAMPLE_DTYPE, Shard
+from pipeline.dataset.names import encode_names
 from pipeline.dataset.shard_tar import BLOCK, Component, ShardTar, write_index
+from pipeline.sharding.decode_service import Decoders, OwnDecoders
 from pipeline.sharding.options import ShardingOptions
-from pipeline.sources.image_file import BadImageError, inspect_image, shrink_image
+from pipeline.sharding.prepare_image import PreparedImage, prepare_image
+from pipeline.sources.image_file import BadImageError
 from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected
 from pipeline.sources.readers import Reader
 
@@ -41,12 +44,15 @@ class ShardParts:
     rejected: list[Rejected]
     words: dict[str, int] = field(default_factory=dict)  # classes that are words, and the labels of the rows for them
     numbered: str = ""  # a sample whose class is a number, for people
+    names: list[str] = field(default_factory=list)  # of each row: the image's path in the source
+    reencoded: list[Rejected] = field(default_factory=list)  # images that were re-encoded, and why
 
 
 class Job(ABC):
     """A dataset being made: numbered shards that can be built in any order by any process."""
 
     out: Path
+    decoders: Decoders | None = OwnDecoders()  # worker processes set theirs; None: compare nothing
 
     @abstractmethod
     def __len__(self) -> int:
@@ -65,7 +71,10 @@ class Job(ABC):
         """Build shard ``number`` and write its marker. Raises OSError, UserError, and the exceptions of ``tick``."""
 
     def done(self, number: int) -> dict[str, Any] | None:
-        """The record of a finished shard: {"shard": Shard, "rejected": [[name, reason]]}; None if unfinished."""
+        """The record of a finished shard; None if unfinished.
+
+        {"shard": Shard, "rejected": [[name, reason]], "reencoded": [[name, reason]]}
+        """
         try:
             record = json.loads(self._marker(number).read_text())
             shard = Shard(**record["shard"])
@@ -79,6 +88,10 @@ class Job(ABC):
         """Rows of samples.npy for finished shard ``number``: SAMPLE_DTYPE[samples], field ``shard`` not yet set."""
         return np.load(self._marker(number).with_suffix(".npy"), allow_pickle=False)
 
+    def names_file(self, number: int) -> Path:
+        """The names of finished shard ``number``, as ``pipeline.dataset.names`` encodes them."""
+        return self._marker(number).with_suffix(".names")
+
     def finish(self, number: int, tar: str, size: int, sha256: str, parts: ShardParts, index: str) -> None:
         """Write the sidecar files of a finished tar; the marker is written last."""
         if parts.rows:
@@ -86,10 +99,13 @@ class Job(ABC):
         self._marker(number).parent.mkdir(exist_ok=True)
         with atomic_file(self._marker(number).with_suffix(".npy")) as file:
             np.save(file, np.array(parts.rows, SAMPLE_DTYPE))
+        with atomic_file(self.names_file(number)) as file:
+            file.write(encode_names(parts.names))
         shard = Shard(tar, index, len(parts.rows), size, sha256)
-        rejected = [[r.name, r.reason] for r in parts.rejected]
+        lists = {"rejected": parts.rejected, "reencoded": parts.reencoded}
+        named = {kind: [[entry.name, entry.reason] for entry in entries] for kind, entries in lists.items()}
         words = {"words": list(parts.words), "numbered": parts.numbered} if parts.words or parts.numbered else {}
-        write_json(self._marker(number), {"shard": asdict(shard), "rejected": rejected, **words})
+        write_json(self._marker(number), {"shard": asdict(shard), **named, **words})
 
     def _marker(self, number: int) -> Path:
         return self.out / PARTIAL_DIR / "done" / f"shard-{number:06d}.json"
@@ -150,29 +166,25 @@ class WriteJob(Job):
         for index in chosen.tolist():
             length, name = 0, self.listing.name(index)
             try:
-                data, extension, size = self._sample(index)
-                members, length = {extension: data}, len(data)
-                if (label := int(self.listing.labels[index])) >= 0:
-                    members["cls"] = str(label).encode()
-                components = tar.add(sample_key(index, name), members)
-                offset = next(c.offset for c in components if c.extension == extension)
-                parts.rows.append((0, offset, length, label, *size, zlib.crc32(data)))
-                parts.samples.append(components)
+                image = prepare_image(read_image(self.reader, self.listing, index), self.options, self.decoders)
+                length = len(image.data)
+                self._add(tar, index, name, image, parts)
             except BadImageError as error:
                 parts.rejected.append(Rejected(name, str(error)))
             tick(1, length)
         return parts
 
-    def _sample(self, index: int) -> tuple[bytes, str, tuple[int, int]]:
-        """(bytes, extension, (height, width)) of one image as written. Raises BadImageError."""
-        options = self.options
-        data = read_image(self.reader, self.listing, index)
-        image = inspect_image(data, options.verify, options.max_pixels)
-        if options.shorter_side is not None:
-            small = shrink_image(data, options.shorter_side, options.jpeg_quality, options.max_pixels)
-            if small is not None:
-                data, image = small, inspect_image(small, "none", options.max_pixels)
-        return data, image.extension, (image.height, image.width)
+    def _add(self, tar: ShardTar, index: int, name: str, image: PreparedImage, parts: ShardParts) -> None:
+        members = {image.extension: image.data}
+        if (label := int(self.listing.labels[index])) >= 0:
+            members["cls"] = str(label).encode()
+        components = tar.add(sample_key(index, name), members)
+        offset = next(c.offset for c in components if c.extension == image.extension)
+        parts.rows.append((0, offset, len(image.data), label, image.height, image.width, zlib.crc32(image.data)))
+        parts.samples.append(components)
+        parts.names.append(name)
+        if image.change is not None:
+            parts.reencoded.append(Rejected(name, image.change))
 
 
 def _room(lengths: np.ndarray) -> int:
@@ -204,5 +216,9 @@ def read_image(reader: Reader, listing: Listing, index: int) -> bytes:
 
 def sample_key(index: int, name: str) -> str:
     """A unique key of plain characters: the image's number in the source and its name without dots and slashes."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:_KEY_STEM]
-    return f"{index:09d}_{stem}"
+    return f"{index:09d}_{key_stem(name)}"
+
+
+def key_stem(name: str) -> str:
+    """What a key says of the image's name: all of the key after its first underscore."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:_KEY_STEM]

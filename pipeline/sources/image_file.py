@@ -2,14 +2,15 @@
 
 Used by sharding and by check_shards before an image becomes a sample. PIL decodes, because it is strict: a truncated
 file fails, while a region decode on a GPU may succeed. Formats and variants that DALI does not read are refused, so
-that an accepted image cannot stop a batch during training.
+that an accepted image cannot stop a batch during training. What this file cannot tell by itself, whether the other
+back ends see the same pixels, pipeline/sharding/prepare_image.py finds out for images that are not ``plain``.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
@@ -17,7 +18,9 @@ from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.common.png import without_text
-from pipeline.sources.file_kinds import SEGMENT, describe_unknown, jpeg_frame
+from pipeline.sources.file_kinds import SEGMENT, JpegFrame, describe_unknown, jpeg_frame
+from pipeline.sources.plain_png import is_plain_png, lacks_rows
+from pipeline.sources.sixteen_bit import SixteenBitError, SixteenBitRule, eight_bits, is_deep, read_deep
 
 Verify = Literal["full", "header", "none"]
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tiff", "PPM": "ppm"}
@@ -36,8 +39,13 @@ _TIFF_COMPRESSIONS = frozenset(
         "zstd",
     ]  # not lzma, webp, ...
 )
-_TIFF_MODES = frozenset({"RGB", "L", "P", "RGBA", "CMYK", "YCbCr", "I;16"})
+_TIFF_MODES = frozenset({"RGB", "L", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B"})
+_PLAIN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive
+_DCT_FRAMES = _PLAIN_FRAMES | {0xC9, 0xCA}  # with arithmetic coding; not lossless, which has no DCT to be scaled
 MAX_SIDE = 65535  # samples.npy keeps height and width as uint16
+MAX_SCANS = 100  # of a JPEG; progressive encoders write about 10
+MAX_PASSES = 20  # scans x pixels of a JPEG, in images of --max-pixels; 100 million pixels a scan take about 0.15 s
+PIXELS_PER_BYTE = 8192  # of a JPEG: at least 1 bit for each block of an MCU, whose side is 32 pixels at most
 # PIL's own limit warns at 89 million pixels and fails at twice that; --max-pixels is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -53,21 +61,38 @@ class ImageInfo:
     extension: str  # of the content, without a dot: a PNG named .jpg is "png"
     height: int  # pixels
     width: int  # pixels
+    plain: bool = False  # every back end is known to decode it alike; only ``full`` finds out
+    deep: bool = False  # more than 8 bits a sample
+    fault: str | None = None  # why DALI does not read this variant, where that is known without decoding
 
 
-def inspect_image(data: bytes, verify: Verify, max_pixels: int) -> ImageInfo:
+def inspect_image(data: bytes, verify: Verify, max_pixels: int, *, variants: bool = False) -> ImageInfo:
     """Check encoded bytes. ``full`` decodes the image; ``header`` and ``none`` read the header only.
 
+    ``variants``: do not refuse variants of a format that DALI does not read, but name the reason in ``fault``.
     Raises BadImageError with the reason: not an image, a format DALI cannot decode, too large, truncated, ...
     """
     image = _open(data, max_pixels)
-    inspected = ImageInfo(EXTENSIONS[_format(image)], image.height, image.width)
-    if verify == "full":
+    fault = _variant_fault(image, data)
+    if fault is not None and not variants:
+        raise BadImageError(fault)
+    inspected = ImageInfo(EXTENSIONS[_format(image)], image.height, image.width, deep=is_deep(image, data), fault=fault)
+    return replace(inspected, plain=_verify(image, data)) if verify == "full" else inspected
+
+
+def _verify(image: Image.Image, data: bytes) -> bool:
+    """Decode the image to its end; returns whether it is plain. Raises BadImageError."""
+    if image.format == "PNG":
+        if is_plain_png(data):
+            return True
+        if lacks_rows(data):
+            raise BadImageError("truncated")
+    frame = _jpeg_frame(image, data)
+    if frame is not None and frame.marker in _DCT_FRAMES:
         # A JPEG is decoded at an eighth of its size: all entropy codes are read, and the skipped IDCT cannot fail.
-        if not _is_lossless_jpeg(image, data):  # it has no DCT to be scaled
-            image.draft(None, (1, 1))
-        _decode(image)
-    return inspected
+        image.draft(None, (1, 1))
+    _decode(image)
+    return frame is not None and frame.marker in _PLAIN_FRAMES and frame.components in (1, 3)
 
 
 def shrink_image(data: bytes, shorter_side: int, quality: int, max_pixels: int) -> bytes | None:
@@ -80,11 +105,34 @@ def shrink_image(data: bytes, shorter_side: int, quality: int, max_pixels: int) 
     if short <= shorter_side:
         return None
     width, height = (max(1, round(side * shorter_side / short)) for side in image.size)
-    if not _is_lossless_jpeg(image, data):
+    frame = _jpeg_frame(image, data)
+    if frame is not None and frame.marker in _DCT_FRAMES:
         image.draft(None, (2 * width, 2 * height))  # DCT scaling stays at twice the target: no visible loss
     pixels = _decode(image)
     out = io.BytesIO()
     pixels.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def lossless_image(data: bytes, max_pixels: int) -> bytes:
+    """A PNG of 8 bits, gray or RGB, with the pixels that PIL decodes. Raises BadImageError."""
+    return _png(_decode(_open(data, max_pixels)))
+
+
+def eight_bit_image(data: bytes, max_pixels: int, rule: SixteenBitRule, window: tuple[int, int] | None) -> bytes:
+    """A PNG of 8 bits, gray or RGB, for an image that is ``deep``. Raises BadImageError, also where the rule does."""
+    _open(data, max_pixels)
+    try:
+        return _png(Image.fromarray(eight_bits(read_deep(data), rule, window)))
+    except SixteenBitError as error:
+        raise BadImageError(str(error)) from None
+    except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
+        raise BadImageError(_reason(error, "cannot be decoded")) from None
+
+
+def _png(pixels: Image.Image) -> bytes:
+    out = io.BytesIO()
+    pixels.save(out, "PNG")
     return out.getvalue()
 
 
@@ -103,28 +151,43 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImageError(f"larger than --max-pixels {max_pixels}")
     if max(image.size) > MAX_SIDE:
         raise BadImageError(f"a side longer than {MAX_SIDE} pixels")
-    _check_variant(image, data)
+    if _format(image) == "JPEG":
+        _check_segments(data)
+        _check_bounds(image, data, max_pixels)
+    if image.format == "PNG" and b"IEND" not in data:
+        raise BadImageError("truncated")
+    if image.format == "PPM" and image.mode == "F":
+        raise BadImageError("PPM with floating-point pixels is not supported")
+    if image.format == "TIFF" and image.mode in ("F", "I"):  # no rule maps such values to 8 bits
+        raise BadImageError(f"TIFF with {image.mode} pixels is not supported")
     return image
 
 
-def _check_variant(image: Image.Image, data: bytes) -> None:
-    """Refuse the variants that PIL reads but DALI 2.4 does not, or not alike (measured)."""
-    if _format(image) == "JPEG":
-        _check_segments(data)
-    if image.format == "PNG" and b"IEND" not in data:
-        raise BadImageError("truncated")
+def _variant_fault(image: Image.Image, data: bytes) -> str | None:
+    """Why DALI 2.4 does not read a variant that PIL reads, or not alike (measured); None for all others."""
     if image.format == "WEBP" and "exif" in image.info and b"VP8L" in data:
-        raise BadImageError("lossless WebP with EXIF is not supported")
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(Base.Orientation, 1) != 1:
-        raise BadImageError("TIFF with an orientation tag is not supported")  # PIL turns it, DALI does not
-    if image.format == "PPM" and image.mode == "F":
-        raise BadImageError("PPM with floating-point pixels is not supported")
-    if image.format == "TIFF":
+        return "lossless WebP with EXIF is not supported"
+    if isinstance(image, TiffImageFile):
         compression = image.info.get("compression", "raw")
+        if image.tag_v2.get(Base.Orientation, 1) != 1:
+            return "TIFF with an orientation tag is not supported"  # PIL turns it, DALI does not
         if compression not in _TIFF_COMPRESSIONS:
-            raise BadImageError(f"TIFF with {compression} compression is not supported")
+            return f"TIFF with {compression} compression is not supported"
         if image.mode not in _TIFF_MODES and not (image.mode == "1" and compression in ("group3", "group4")):
-            raise BadImageError(f"TIFF with {image.mode} pixels is not supported")
+            return f"TIFF with {image.mode} pixels is not supported"
+    return None
+
+
+def _check_bounds(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Refuse a JPEG that takes unreasonably long to decode for its size."""
+    pixels = image.width * image.height
+    scans = data.count(b"\xff\xda")  # inside a scan 0xff is followed by 0 or a restart marker, so these are scans
+    if scans > MAX_SCANS or scans * pixels > MAX_PASSES * max_pixels:
+        raise BadImageError("JPEG with too many scans: decoding takes a pass over all pixels for each")
+    if len(data) * PIXELS_PER_BYTE < pixels:
+        frame = jpeg_frame(data)
+        if frame is not None and frame.marker in _PLAIN_FRAMES:
+            raise BadImageError("truncated: far too few bytes for the pixels that its header announces")
 
 
 def _check_segments(data: bytes) -> None:
@@ -159,9 +222,8 @@ def _format(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG followed by further frames
 
 
-def _is_lossless_jpeg(image: Image.Image, data: bytes) -> bool:
-    frame = jpeg_frame(data) if _format(image) == "JPEG" else None
-    return frame is not None and frame.marker == 0xC3
+def _jpeg_frame(image: Image.Image, data: bytes) -> JpegFrame | None:
+    return jpeg_frame(data) if _format(image) == "JPEG" else None
 
 
 def _reason(error: Exception, what: str) -> str:
