@@ -97,7 +97,9 @@ def describe_classes(summary: Summary) -> list[str]:
     """What classes came out, and how many images have none."""
     if not summary.classes:
         return []
-    shown = ", ".join(summary.class_names[:CLASSES_SHOWN]) + (", ..." if summary.classes > CLASSES_SHOWN else "")
+    shown = ", ".join(map(quoted, summary.class_names[:CLASSES_SHOWN])) + (
+        ", ..." if summary.classes > CLASSES_SHOWN else ""
+    )
     origin = "" if summary.labels_from is None else f" from {summary.labels_from}"
     doubt = "; not classes? --labels none" if summary.labels_from == "folders" else ""
     lines = [f"{summary.classes} classes{origin}: {shown}{doubt}"]
@@ -106,6 +108,11 @@ def describe_classes(summary: Summary) -> list[str]:
             f"some images have no label, {summary.unlabelled} of {summary.images}: kNN and linear.py use the others"
         )
     return lines
+
+
+def quoted(name: str) -> str:
+    """A class name, in quotes if it holds a comma."""
+    return f'"{name}"' if "," in name else name
 
 
 def describe_reason(summary: Summary, reason: str) -> str:

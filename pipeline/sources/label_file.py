@@ -327,7 +327,7 @@ class _Table:
     def _width(self) -> int:
         """Columns of most lines."""
         widths = [len(cells) for _, cells in self._cells(self._body()[:_SNIFFED])]
-        return max(set(widths), key=lambda width: (widths.count(width), width)) if widths else len(self._header)
+        return max(set(widths), key=lambda width: (widths.count(width), -width)) if widths else len(self._header)
 
     def _choose_columns(self, column: str | None) -> tuple[int, int]:
         """(column of the names, column of the classes)."""

@@ -169,7 +169,8 @@ def _check_classes(classes: list[str], tops: list[str], names: list[str], source
         )
     splits = split_kinds(classes)
     if len(splits) == len(classes) or len(set(splits.values())) > 1:
+        example = next((name for name, kind in splits.items() if kind == "train"), next(iter(splits)))
         raise UserError(
             f"{source} holds the folders {', '.join(splits)}, which look like splits, not classes: "
-            f"choose one with --subtree {shlex.quote(next(iter(splits)))}, or say --labels folders or --labels none"
+            f"choose one with --subtree {shlex.quote(example)}, or say --labels folders or --labels none"
         )

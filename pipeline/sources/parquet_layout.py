@@ -53,7 +53,7 @@ def choose_files(path: Path, files: list[Path], subtree: str, split: str | None)
     if not chosen:
         known = set(names) | set(_KEYWORDS.values())
         if len(names) > 1 or (split is not None and names != ["(none)"] and wanted & known):
-            example = next(name for name in names if name != "(none)")
+            example = "train" if "train" in names else next(name for name in names if name != "(none)")
             problem = "" if split is None else f", and none of --split {split}"
             raise UserError(
                 f"{path} holds parquet files of the splits {', '.join(names)}: choose with --split {example}, or with "

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.dataset.dataset import ShardSet
+from tests.helpers.photos import image_bytes
 from tools.make_shards import main
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "make_shards.py"
@@ -104,3 +105,25 @@ def test_a_place_where_no_folder_can_be_made(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"OUT .* cannot be made: Not a directory; name another folder"):
         run(monkeypatch, "synthetic:4", tmp_path / "file" / "out")
+
+
+def test_the_summary_names_the_classes_and_counts_what_is_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for year in range(2019, 2025):
+        (tmp_path / "in" / str(year)).mkdir(parents=True)
+        (tmp_path / "in" / str(year) / "1.jpg").write_bytes(image_bytes(year))
+    for number in range(12):
+        (tmp_path / "in" / "2019" / f"{number}.heic").touch()
+    (tmp_path / "in" / "2019" / "clip.mp4").touch()
+    (tmp_path / "in" / "2019" / "broken\x1b[31m.jpg").write_bytes(b"x")
+    run(monkeypatch, tmp_path / "in", tmp_path / "out", "--workers", 1)
+    told = capsys.readouterr().out
+    assert "6 classes from folders: 2019, 2020, 2021, 2022, 2023, ...; not classes? --labels none" in told
+    assert "13  not an image file (12 .heic, 1 .mp4)" in told
+    (tmp_path / "labels.csv").write_text('2019/1.jpg,"crane, \u202ebird"\n')
+    run(monkeypatch, tmp_path / "in", tmp_path / "named", "--workers", 1, "--labels", tmp_path / "labels.csv")
+    told = capsys.readouterr().out
+    assert '1 classes from the file labels.csv: "crane, \\u202ebird"' in told
+    assert "some images have no label, 5 of 6" in told
+    assert told.replace("\n", "").isprintable()

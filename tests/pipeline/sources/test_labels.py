@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import random
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,69 @@ def test_matlab_structs() -> None:
 def test_a_damaged_matlab_file_is_a_users_error(damage: object) -> None:
     with pytest.raises(UserError, match="MATLAB"):
         read_struct_array(damage(base64.b64decode(META_MAT)), "synsets")  # type: ignore[operator]
+
+
+def kit_of(path: Path, truth: str = "1\n3\n1\n", meta: bytes | None = None, mode: str = "w:gz") -> Path:
+    """A devkit with another meta.mat."""
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data in (
+            ("kit/data/meta.mat", base64.b64decode(META_MAT) if meta is None else meta),
+            ("kit/data/ILSVRC2012_validation_ground_truth.txt", truth.encode()),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_a_plain_devkit_is_read_too(tmp_path: Path) -> None:
+    labelled = label_by_file(listing(*VALIDATION), kit_of(tmp_path / "kit.tar", mode="w"))
+    assert [labelled.classes[label] for label in labelled.labels] == ["n02119789", "n01440764", "n02119789"]
+
+
+def bomb() -> bytes:
+    """A meta.mat whose one element is 200 MB of zeros, compressed."""
+    content = zlib.compress(bytes(200 << 20), 1)
+    return base64.b64decode(META_MAT)[:128] + struct.pack("<II", 15, len(content)) + content
+
+
+DAMAGED_KITS = {
+    "a number that is none": ({"truth": "1\nx\n1\n"}, "is damaged"),
+    "a number of no class": ({"truth": "1\n9999\n1\n"}, "is damaged"),
+    "a number too large": ({"truth": "1\n" + "9" * 5000 + "\n1\n"}, "is damaged"),
+    "too few": ({"truth": "1\n"}, "has 1 labels for 3 images"),
+    "no meta.mat": ({"meta": b""}, "MATLAB"),
+    "half of meta.mat": ({"meta": base64.b64decode(META_MAT)[:200]}, "MATLAB"),
+    "a bomb": ({"meta": bomb()}, "MATLAB"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_KITS)
+def test_a_damaged_devkit_is_a_users_error(kind: str, tmp_path: Path) -> None:
+    changes, message = DAMAGED_KITS[kind]
+    with pytest.raises(UserError, match=message):
+        label_by_file(listing(*VALIDATION), kit_of(tmp_path / "kit.tar.gz", **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_devkits_of_any_bytes_are_read_or_refused(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    meta = bytearray(base64.b64decode(META_MAT))
+    if seed % 2:  # behind the compression, where the parser is
+        plain = bytearray(zlib.decompress(meta[136:]))
+        for _ in range(rng.randrange(1, 5)):
+            plain[rng.randrange(len(plain))] = rng.choice([0, 1, 127, 128, 255])
+        packed = zlib.compress(plain)
+        meta = meta[:128] + struct.pack("<II", 15, len(packed)) + packed
+    else:
+        meta[rng.randrange(len(meta))] = rng.randrange(256)
+    file = kit_of(tmp_path / "kit.tar.gz", meta=bytes(meta))
+    whole = bytearray(file.read_bytes())
+    if seed % 3 == 0:
+        whole[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        file.write_bytes(whole[: rng.choice([len(whole), len(whole) // 2])])
+    try:
+        labelled = label_by_file(listing(*VALIDATION), file)
+    except UserError:
+        return
+    assert len(labelled.labels) == 3

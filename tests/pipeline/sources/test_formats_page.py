@@ -1,0 +1,16 @@
+"""docs/formats.md says what becomes of each layout, as trying it shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.formats_page import PAGE, TABLES, section, table
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_says_what_happens(name: str) -> None:
+    if name == "parquet":
+        pytest.importorskip("pyarrow")
+    page = PAGE.read_text()
+    start, end = section(page, name)
+    assert page[start:end].splitlines() == table(name).splitlines()
