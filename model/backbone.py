@@ -125,6 +125,11 @@ def find_backbone(name: str, flag: str = "--backbone ") -> Backbone:
     raise UserError(f"{flag}{name} is unknown; known are {', '.join(BACKBONES)}, {own}{hint}")
 
 
+def is_users_own(name: str) -> bool:
+    """Whether the name is MODULE:FUNCTION, whose code is the user's."""
+    return name not in BACKBONES and is_foreign(name) and name.partition(":")[0] not in ("timm", "torchvision")
+
+
 def check_view_sides(name: str, sides: Iterable[int]) -> None:
     """Raise UserError unless the backbone makes pooled features of views with these sides, in px."""
     entry = find_backbone(name)

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from model.embedding_stats import wide
 from model.gather import rank_and_world, sum_over_ranks
+from pipeline.common.errors import UserError
 
 Kind = Literal["in a row", "strided"]
+TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -39,8 +41,12 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalised; the same shape and dtype."""
         if not self.training:
-            return super().forward(input)
-        return self._in_a_row(input) if self.kind == "in a row" else self._strided(input)
+            made = super().forward(input)
+        else:
+            made = self._in_a_row(input) if self.kind == "in a row" else self._strided(input)
+        for child in self.children():  # dropout and activation of timm's layers
+            made = child(made)
+        return made
 
     def _in_a_row(self, x: Tensor) -> Tensor:
         assert len(x) % self.images == 0, "checked by the method's configuration"
@@ -81,10 +87,13 @@ class GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
 def group_batch_norm(module: nn.Module, images: int, kind: Kind) -> nn.Module:
     """``module`` with a GroupBatchNorm in place of each batch norm, of the same weights and statistics; in place."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module.momentum is None or not (type(module) in TORCH_LAYERS or set(module._modules) == {"drop", "act"}):
+            raise UserError(f"batch norm in groups cannot take the place of {module}: take another --backbone")
         made = GroupBatchNorm(
             module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
         )
         made._parameters, made._buffers, made.training = module._parameters, module._buffers, module.training
+        made._modules.update(module._modules)
         made.images, made.kind, made.seen = images, kind, []
         return made
     for name, child in module.named_children():

@@ -25,7 +25,7 @@ import torchvision
 import tyro
 from typing_extensions import assert_never
 
-from model.backbone import Stem
+from model.backbone import Stem, find_backbone
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import atomic_file, disk_errors
 from pipeline.common.locations import LocalPath
@@ -60,6 +60,8 @@ def main() -> None:
     weights = read_weights(config.checkpoint, config.backbone, config.stem)
     if weights.stem == "default" and config.format in ("detectron2", "official"):
         raise UserError(f"--format {config.format} has names for ResNets only, and this is {weights.backbone}")
+    if find_backbone(weights.backbone).library == "timm" and config.format == "torchvision":
+        raise UserError(f"--format torchvision: {weights.backbone} has timm's layers: take --format timm")
     with disk_errors(f"writing {config.out}", f"cannot write {config.out}", "name another file"):
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write(config.out, config.format, weights)
@@ -101,7 +103,10 @@ def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
     name = weights.backbone
     ours_alone = not hasattr(torchvision.models, name) or weights.stem != "imagenet"
     build = f"m = torchvision.models.{name}(); m.fc = nn.Identity()"
-    if ours_alone:
+    if find_backbone(name).library == "timm":
+        ours_alone, name = False, name.removeprefix("timm:")
+        build = f'm = timm.create_model("{name}", num_classes=0)'
+    elif ours_alone:
         build = f'm, _ = model.backbone.build_backbone("{name}", "{weights.stem}")'
     match layout:
         case "detectron2" | "official" if ours_alone:

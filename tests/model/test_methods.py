@@ -204,6 +204,16 @@ def test_all_batch_norms_are_replaced_and_keep_their_names() -> None:
     assert [m for m in backbone.modules() if isinstance(m, GroupBatchNorm)]
 
 
+def test_the_activation_of_timms_layers_stays() -> None:
+    backbone, _ = build_backbone("timm:efficientnet_lite0")
+    twin = copy.deepcopy(backbone).train()
+    names = list(backbone.state_dict())
+    group_batch_norm(backbone.train(), 4, "in a row")
+    assert list(backbone.state_dict()) == names
+    x = rows(4, 3, 32, 32).detach()
+    torch.testing.assert_close(backbone(x), twin(x), atol=1e-4, rtol=1e-4)  # one group is the whole batch
+
+
 # ---- BYOL
 
 

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from model.backbone import BACKBONES, Stem, build_backbone, check_backbone
-from model.methods.simsiam import SimSiam
+from model.backbone import BACKBONES, Stem, build_backbone, check_backbone, find_backbone, is_users_own
+from model.methods.base import Method
 from pipeline.common.errors import UserError
 from pipeline.dataset.format import file_sha256
 from train.storage.checkpoints import HASH_DIGITS, is_damaged, newest_checkpoint
@@ -29,6 +29,7 @@ from train.storage.encoder_formats import EncoderState, State, recognise
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before torch 1.6
 UNTRAINED = "untrained:"
 METADATA = "siamstream"  # key of our entry in a safetensors header
+CLASSIFIERS = ("fc", "head", "heads", "classifier", "head_dist")  # modules of libraries that hold one
 _COUNTER = "num_batches_tracked"  # of BN; files from before torch 0.4.1 have none, and it changes no output
 
 
@@ -47,7 +48,7 @@ class LoadedEncoder:
 
     source: str  # the file, for messages
     parts: EncoderState
-    backbone: str  # key of BACKBONES
+    backbone: str  # as build_backbone takes it
     stem: Stem
     pixels: InputSpec | None  # None: the file does not say
     identity: str  # changes with the weights
@@ -55,7 +56,7 @@ class LoadedEncoder:
     def describe(self) -> str:
         """One line for people."""
         heads = [name for name in ("projector", "predictor") if getattr(self.parts, name)]
-        stem = "" if self.stem == BACKBONES[self.backbone].default_stem else f", {self.stem} stem"
+        stem = "" if self.stem == find_backbone(self.backbone).default_stem else f", {self.stem} stem"
         return f"{self.backbone}{stem} from {self.source} ({' + '.join([f'{self.parts.layout} names', *heads])})"
 
 
@@ -67,22 +68,30 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
     """
     path = _file_of(path)
     flat, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    parts = recognise(flat) or (
-        EncoderState(flat) if about.backbone else None
-    )  # safetensors of ours may hold any backbone
+    if about.backbone is not None and is_users_own(about.backbone) and backbone is None:
+        raise UserError(  # a file's word must not decide which code is run
+            f"{path} was trained with a backbone of your own: add --backbone {about.backbone} to build it"
+        )
+    known = backbone or about.backbone
+    parts = recognise(flat) or _of_library(flat, [known] if known else list(BACKBONES))
     if not flat:
         raise UserError(f"{path} holds no tensors by name: give a checkpoint, or a state_dict saved by torch.save")
     if parts is None:
         raise UserError(
             f"{path} holds no encoder: its entries ({_few(list(flat))}) are named neither as in siamstream's "
-            "checkpoints (backbone.*), nor the official SimSiam's (module.encoder.*), nor torchvision's (conv1.weight)"
+            "checkpoints (backbone.*), nor the official SimSiam's (module.encoder.*), nor as any of "
+            f"{', '.join(BACKBONES)} has them in torchvision or timm; say which model it is by --backbone timm:NAME or "
+            "torchvision:NAME"
         )
     known_backbone, known_stem = about.backbone, about.stem
     if known_backbone is None:
-        known_backbone, known_stem = _guess(parts.backbone, path)
+        if backbone is not None and len(find_backbone(backbone).stems) == 1:  # no first layers to be found out
+            known_backbone = backbone
+        else:
+            known_backbone, known_stem = _guess(parts.backbone, path)
     if backbone is not None or stem is not None:
         known_backbone, known_stem = _as_asked(known_backbone, known_stem, backbone, stem)
-    known_stem = known_stem or BACKBONES[known_backbone].default_stem
+    known_stem = known_stem or find_backbone(known_backbone).default_stem
     _check_shapes(parts.backbone, known_backbone, known_stem, str(path), about)
     identity = file_sha256(path)[:HASH_DIGITS]
     return LoadedEncoder(str(path), parts, known_backbone, known_stem, about.pixels, identity)
@@ -106,7 +115,7 @@ def open_encoder(
         module, width = build_backbone(name, stem or "default")
         digest = hashlib.sha256(f"{name} {stem} {seed}".encode()).hexdigest()[:HASH_DIGITS]
         parts = EncoderState(dict(module.state_dict()))
-        weights = LoadedEncoder(f"seed {seed}", parts, name, stem or BACKBONES[name].default_stem, None, digest)
+        weights = LoadedEncoder(f"seed {seed}", parts, name, stem or find_backbone(name).default_stem, None, digest)
     return module.eval().requires_grad_(False), width, weights
 
 
@@ -115,7 +124,7 @@ def load_backbone(backbone: nn.Module, weights: LoadedEncoder) -> None:
     backbone.load_state_dict(_with_counters(weights.parts.backbone, backbone))
 
 
-def initialise(model: SimSiam, weights: LoadedEncoder) -> str:
+def initialise(model: Method, weights: LoadedEncoder) -> str:
     """Start a model from weights: the backbone, and each head that the file has in the same shape.
 
     Returns one line that says what was taken. The backbones must have been compared by ``read_weights``.
@@ -123,7 +132,9 @@ def initialise(model: SimSiam, weights: LoadedEncoder) -> str:
     load_backbone(model.backbone, weights)
     taken, random = ["backbone"], []
     for name in ("projector", "predictor"):
-        head, state = getattr(model, name), getattr(weights.parts, name)
+        head, state = getattr(model, name, None), getattr(weights.parts, name)
+        if head is None:
+            continue
         expected = head.state_dict()
         if state and _difference(state, {key: value.shape for key, value in expected.items()}) is None:
             head.load_state_dict(_with_counters(state, head))
@@ -200,6 +211,19 @@ def _parse_metadata(text: str | None, path: Path) -> Any:
         ) from None
 
 
+def _of_library(flat: State, candidates: list[str]) -> EncoderState | None:
+    """The entries of the first candidate that are all there, as its library names them, without a classifier's."""
+    for name in candidates:
+        entry = find_backbone(name)
+        expected = _shapes(name, entry.default_stem)
+        rest = [key for key in flat if key not in expected]
+        missing = [key for key in expected if key not in flat and not key.endswith(_COUNTER)]
+        if not missing and all(key.split(".")[0] in CLASSIFIERS for key in rest):
+            backbone = {key: value for key, value in flat.items() if key in expected}
+            return EncoderState(backbone, layout="siamstream" if entry.library == "own" else entry.library)
+    return None
+
+
 def _tensors(content: Mapping[Any, Any]) -> State:
     """The weights among what a file holds: itself, or what is called model or state_dict in it."""
     for name in ("model", "state_dict"):
@@ -221,7 +245,7 @@ def _about(config: Any, arch: Any) -> FileMetadata:
 
 
 def _is_known(backbone: Any) -> bool:
-    return isinstance(backbone, str) and backbone in BACKBONES
+    return isinstance(backbone, str) and (backbone in BACKBONES or ":" in backbone)
 
 
 def _pixels(views: Any) -> InputSpec | None:
@@ -244,7 +268,7 @@ def _as_asked(known: str, known_stem: Stem | None, backbone: str | None, stem: S
     wanted = backbone or known
     if stem is None or stem == "default":
         stem = known_stem if backbone in (None, known) else None
-    stem = stem or BACKBONES[wanted].default_stem
+    stem = stem or find_backbone(wanted).default_stem
     check_backbone(wanted, stem)
     return wanted, stem
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-LayoutName = Literal["siamstream", "official", "torchvision"]
+LayoutName = Literal["siamstream", "official", "torchvision", "timm"]
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these before every name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -83,3 +84,48 @@ def test_weights_of_another_backbone_are_told_from_it(tmp_path: Path) -> None:
     torch.save({"backbone.0.weight": torch.zeros(12, 3, 5, 5)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"another architecture than resnet18, .*, plain"):
         read_weights(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "vit_small_patch16_224", "timm:efficientnet_lite0"])
+def test_timms_backbones_train_and_leave_as_timm_knows_them(
+    photo_dataset_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    more = ["--backbone", name, "--image-size", "32", "--knn-every", "0"]
+    assert train(monkeypatch, photo_dataset_path, tmp_path / "run", *more, "--max-steps", "1") == 0
+    assert train(monkeypatch, photo_dataset_path, tmp_path / "run", *more, "--max-steps", "2", "--resume") == 0
+    assert call(monkeypatch, export_backbone, tmp_path / "run", tmp_path / "x.pth") == 2
+    assert f"--format torchvision: {name} has timm's layers: take --format timm" in capsys.readouterr().err
+    out = tmp_path / "out.pth"
+    assert call(monkeypatch, export_backbone, tmp_path / "run", out, "--format", "timm") == 0
+    assert f'timm.create_model("{name.removeprefix("timm:")}", num_classes=0' in capsys.readouterr().out
+    settings = {"dynamic_img_size": True} if "vit" in name else {}
+    theirs = timm.create_model(name.removeprefix("timm:"), num_classes=0, checkpoint_path=str(out), **settings).eval()
+    images = torch.linspace(-2, 2, 2 * 3 * 32 * 32).sin().reshape(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = open_encoder(str(tmp_path / "run"))[0](images)
+        torch.testing.assert_close(theirs(images), expected, atol=1e-5, rtol=1e-5)
+    # And back again, with a classifier that timm's own files have.
+    classifier = {"head.fc.weight": torch.zeros(10, 3)} if "convnext" in name else {"head.weight": torch.zeros(10, 3)}
+    torch.save({**theirs.state_dict(), **classifier}, tmp_path / "timms.pth")
+    read = read_weights(tmp_path / "timms.pth", name)
+    assert (read.backbone, read.parts.layout) == (name, "timm")
+    assert all(torch.equal(value, read.parts.backbone[key]) for key, value in theirs.state_dict().items())
+    if ":" not in name:
+        assert read_weights(tmp_path / "timms.pth").backbone == name  # found out
+
+
+def test_code_of_the_users_own_is_run_only_where_the_user_names_it(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "from tests.train.storage.test_other_backbones import plain_network as network"
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    more = ["--backbone", "mine:network", "--max-steps", "1"]
+    assert train(monkeypatch, photo_dataset_path, tmp_path / "run", *more) == 0
+    with pytest.raises(UserError, match="trained with a backbone of your own: add --backbone mine:network"):
+        read_weights(tmp_path / "run")
+    assert open_encoder(str(tmp_path / "run"), "mine:network")[1] == 12
