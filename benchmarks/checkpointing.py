@@ -70,7 +70,7 @@ class Bench:
             if self._sleep_s > 0:
                 time.sleep(self._sleep_s)
                 continue
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad()
             simsiam_loss(*self._model(*self._views)).backward()
             self._optimizer.step()
         if self._device.type == "cuda":

@@ -341,7 +341,7 @@ def train_step(run: Finetuning, batch: ViewBatch) -> Tensor:
         group["lr"] = group["peak"] * factor
     labels = on_device(run.train.dataset.labels(batch.sources).astype(np.int64), run.dist.device)
     x, share = mixed(batch.views[0], tune.mixup, run.config.encoder.seed, run.step)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     with run.precision.autocast():
         logits = run.parallel(x)
     loss = share * F.cross_entropy(logits, labels, label_smoothing=tune.label_smoothing)

@@ -219,7 +219,7 @@ def train_epoch(
     for step in range(epoch * work.steps, (epoch + 1) * work.steps):
         features, labels = next(batches)
         set_rates(optimizer, step, work.config.probe.epochs * work.steps)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses = head_losses(heads(features), labels)
         losses.sum().backward()
         optimizer.step()

@@ -124,7 +124,7 @@ def _parallel(model: SimSiam, config: PretrainConfig, dist: DistContext) -> nn.M
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
         parallel = DistributedDataParallel(model, **options)
-    return torch.compile(parallel) if config.compile else parallel  # type: ignore[return-value]
+    return torch.compile(parallel, dynamic=False) if config.compile else parallel  # type: ignore[return-value]
 
 
 def describe(run: Run) -> Iterator[str]:

@@ -95,7 +95,7 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
     """
     config, scaler = run.config, run.precision.scaler
     lr = set_rates(run.optimizer, run.plan.schedule, run.step)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()  # to None, torch's default; Apex's takes no argument
     run.guard.remember()
     losses, stds, ids, wait_s = [], [], [], 0.0
     passes = config.accumulate * config.model.pairs

@@ -14,6 +14,7 @@ from torch import nn
 import train.openmp  # noqa: F401
 from model.methods.base import ParamGroup
 from pipeline.loader.loader import ViewBatch
+from tests.helpers import apex_stand_in
 from tests.helpers.toy_runs import CPU, TINY, call
 from train import pretrain
 from train.engine import loop as loop_module
@@ -203,3 +204,38 @@ def test_a_limit_below_one_is_refused(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(monkeypatch, photo_dataset_path, tmp_path / "run", "--max-bad-steps", "0") == (2, [])
+
+
+# With Apex, as a stand-in with its signatures runs on a CPU.
+
+
+def test_apex_trains_checkpoints_and_resumes_as_foreach_does(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 3 of the interrupted run is a bad one, too: the kernel changes nothing when the flag is set."""
+    apex_stand_in.install(monkeypatch)
+    data, bad = photo_dataset_path, range(3, 4)
+    losses: dict[str, list[float]] = {}
+    for name in ("foreach", "apex"):
+        code, lines = run(monkeypatch, data, tmp_path / name, "--optimizer", name, poisoned=bad)
+        assert code == 0
+        losses[name] = [line["loss"] for line in lines]
+    assert losses["apex"] == pytest.approx(losses["foreach"], abs=1e-6, nan_ok=True)
+    apart = tmp_path / "apart"
+    code, _ = run(monkeypatch, data, apart, "--optimizer", "apex", "--max-steps", "6", poisoned=bad)
+    assert code == 0
+    code, lines = run(monkeypatch, data, apart, "--optimizer", "apex", "--resume", poisoned=bad)
+    assert code == 0
+    assert [line["loss"] for line in lines] == pytest.approx(losses["apex"], abs=0, nan_ok=True)
+
+
+def test_the_first_step_with_apex_may_be_bad(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apex_stand_in.install(monkeypatch)
+    runs = [
+        run(monkeypatch, photo_dataset_path, tmp_path / name, "--optimizer", name, poisoned=range(0, 1))
+        for name in ("foreach", "apex")
+    ]
+    losses = [[line["loss"] for line in lines] for _, lines in runs]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6, nan_ok=True)

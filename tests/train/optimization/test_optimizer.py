@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import types
 from dataclasses import replace
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from model.methods.base import ParamGroup
 from model.methods.simsiam import SimSiam, SimSiamConfig
 from pipeline.common.errors import UserError
-from train.optimization import optimizer as optim
+from tests.helpers import apex_stand_in
 from train.optimization.optimizer import (
     OptimConfig,
     Schedule,
@@ -179,16 +177,18 @@ def test_choice_is_named_with_its_reason() -> None:
         build_optimizer(OptimConfig(optimizer="apex"), tiny().parameter_groups(), 0.1, CPU)
 
 
-@pytest.mark.parametrize(("scaled", "kind"), [(False, "apex FusedSGD"), (True, "torch SGD, fused")])
-def test_a_loss_scaler_takes_torchs_own_fused_sgd(monkeypatch: pytest.MonkeyPatch, scaled: bool, kind: str) -> None:
-    """Where Apex is built, as these stand-ins for its modules say."""
-    monkeypatch.setattr(optim, "_why_no_apex", lambda device: None)
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    stand_in = types.ModuleType("apex.optimizers")
-    stand_in.FusedSGD = torch.optim.SGD  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "apex.optimizers", stand_in)
-    _, line = build_optimizer(OptimConfig(), tiny().parameter_groups(), 0.1, torch.device("cuda"), scaled)
-    assert line.startswith(kind)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_torchs_own_fused_sgd_is_the_default_where_apex_is_built_too(
+    monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    apex_stand_in.install(monkeypatch)
+    device = torch.device("cuda")
+    _, line = build_optimizer(OptimConfig(), tiny().parameter_groups(), 0.1, device, scaled)
+    assert line.startswith("torch SGD, fused (auto: as fast as Apex's")
+    made, line = build_optimizer(OptimConfig(optimizer="apex"), tiny().parameter_groups(), 0.1, device, scaled)
+    assert isinstance(made, apex_stand_in.FusedSGD)
+    assert line.startswith("apex FusedSGD (as asked")
+    assert ("makes the host wait" in line) == scaled
 
 
 @pytest.mark.gpu
