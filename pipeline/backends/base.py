@@ -95,7 +95,12 @@ class DaliConfig:
 
     decoder: Literal["mixed", "cpu"] = "mixed"  # on a GPU: nvJPEG and the hardware decoder, or the CPU
     hw_decoder_load: float = 0.65  # share of a batch for the hardware decoder (DALI's default)
-    preallocate_side: int = 0  # px; GPU memory for images of this side is set aside at the start; 0: grows as needed
+    # px; set aside GPU memory for images of this side at the start: hw_decoder_load x batch x 3 x side^2 bytes (16 GB
+    # of 4000 px at a batch of 512), for the hardware decoder alone. 0: it grows as needed
+    preallocate_side: int = 0
+    # MiB of GPU memory that each decoding thread sets aside for the decoder that is not hardware; DALI's default
+    device_memory_padding: int = 16
+    host_memory_padding: int = 8  # MiB of pinned memory, twice for each decoding thread, for the same; DALI's default
     prefetch: int = 2  # batches in DALI's own queue
     # On a GPU: interpolate the colours of JPEGs as PIL does; off, they are repeated, and views differ more from PIL's
     smooth_chroma: bool = True
@@ -106,7 +111,24 @@ class DaliConfig:
             "--dali.hw-decoder-load", self.hw_decoder_load, 0 <= self.hw_decoder_load <= 1, "a share lies in 0 .. 1"
         )
         require("--dali.preallocate-side", self.preallocate_side, self.preallocate_side >= 0, "it is 0 px or more")
+        for name in ("device_memory_padding", "host_memory_padding"):
+            padding = getattr(self, name)
+            require(f"--dali.{name.replace('_', '-')}", padding, padding >= 0, "it is 0 MiB or more")
         require("--dali.prefetch", self.prefetch, self.prefetch >= 1, "DALI's queue holds at least 1 batch")
+
+    def describe_memory(self, max_batch: int, threads: int) -> str | None:
+        """What the decoders of a GPU set aside for batches of ``max_batch`` images, for people; None for CPU decoding.
+
+        The hardware decoder's part follows from nvImageCodec's source (0.9): it has not been measured.
+        """
+        if self.decoder == "cpu":
+            return None
+        hardware = round(self.hw_decoder_load * max_batch) * 3 * self.preallocate_side**2 / 1e9
+        device, host = threads * self.device_memory_padding, 2 * threads * self.host_memory_padding
+        sides = (
+            f"{hardware:.1f} GB (--dali.preallocate-side)" if hardware else "no memory ahead (--dali.preallocate-side)"
+        )
+        return f"hardware decoder {sides}; the other {device} MiB and {host} MiB pinned (--dali.*-memory-padding)"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,14 @@ class _Inputs:
         self.pulled: deque[tuple[Batch, str | None]] = (
             deque()
         )  # in order, with the reason if DALI was not given the batch
+        self._fed: deque[list[NDArray]] = deque()  # windows that DALI may still read: it need not copy them
         self.failed = False  # whether the batches' own iterator failed; DALI's errors are of the same class
 
-    def pull(self) -> list[list[NDArray]]:
-        """One batch's inputs, in the order of the graph; StopIteration at the end."""
+    def pull(self) -> list[list[NDArray] | NDArray]:
+        """One batch's inputs, in the order of the graph: images as a list, windows as one array each.
+
+        StopIteration at the end. A list of windows would cost DALI 13 us an image, an array costs 0.8.
+        """
         while True:
             batch, self._next = (self._read() if self._next is None else self._next), None
             refusal = _unreadable_header(batch) if self._encoded else None
@@ -76,7 +80,15 @@ class _Inputs:
                 windows = [crop[:, view, corner : corner + 2] for view in range(views) for corner in (0, 2)]
             case CentreCrops(start=start, end=end):
                 windows = [start, end]
-        return [batch.encoded, *(list(np.ascontiguousarray(window)) for window in windows)]
+        self._fed.append(arrays := [np.ascontiguousarray(window) for window in windows])
+        return [batch.encoded, *arrays]
+
+    def taken(self) -> tuple[Batch, str | None]:
+        """The oldest batch that was pulled, once DALI has read it or has refused it."""
+        batch, refusal = self.pulled.popleft()
+        if refusal is None:
+            self._fed.popleft()
+        return batch, refusal
 
     def _read(self) -> Batch:
         try:
@@ -125,7 +137,7 @@ class DaliImages:
             self._made = self._run()
         if not self._inputs.pulled:
             raise StopIteration
-        batch, refusal = self._inputs.pulled.popleft()
+        batch, refusal = self._inputs.taken()
         if refusal is not None:
             raise UndecodableBatchError(batch, refusal)
         made, self._made = self._made, None
@@ -150,12 +162,20 @@ class DaliImages:
 
     def _graph(self) -> list[DataNode]:
         inputs = self._inputs
-        return [self._decode(fn.external_source(source=lambda: inputs.pull()[0], batch=True))]
+        return [self._decode(self._source(lambda: inputs.pull()[0]))]
 
     def _tensors(self, outputs: Any) -> list[Tensor]:
         if self._device.type == "cuda":  # decoded for profiling only
             return []
         return [torch.from_dlpack(image) for image in outputs[0]]
+
+    def _source(self, pull: Callable[[], Any], **options: Any) -> Any:
+        """DALI's way to ask for inputs.
+
+        On a CPU it reads them where they lie: they are kept until the outputs that were made of them have come. On a
+        GPU it copies: its kernels and copies may read them after that.
+        """
+        return fn.external_source(source=pull, batch=True, no_copy=self._device.type == "cpu", **options)
 
     def _decode(self, encoded: DataNode) -> DataNode:
         mixed = self._device.type == "cuda" and self._config.decoder == "mixed"
@@ -163,6 +183,8 @@ class DaliImages:
             "hw_decoder_load": self._config.hw_decoder_load,
             "preallocate_width_hint": self._config.preallocate_side,
             "preallocate_height_hint": self._config.preallocate_side,
+            "device_memory_padding": self._config.device_memory_padding << 20,
+            "host_memory_padding": self._config.host_memory_padding << 20,
             "jpeg_fancy_upsampling": self._config.smooth_chroma,  # as PIL and DALI's CPU decoder do
         }
         decoded = fn.decoders.image(
@@ -205,7 +227,7 @@ class DaliSquares(DaliImages):
 
     def _view_squares(self, views: int) -> list[DataNode]:
         """Cut, then resize: nothing outside the window may bleed in."""
-        encoded, *windows = fn.external_source(source=self._inputs.pull, num_outputs=1 + 2 * views, batch=True)
+        encoded, *windows = self._source(self._inputs.pull, num_outputs=1 + 2 * views)
         return self._cut(self._decode(encoded), windows)
 
     def _cut(self, images: DataNode, windows: list[DataNode]) -> list[DataNode]:
@@ -216,7 +238,7 @@ class DaliSquares(DaliImages):
 
     def _centre_squares(self) -> list[DataNode]:
         """Resize as if the whole image were resized, but compute its centre alone."""
-        encoded, start, end = fn.external_source(source=self._inputs.pull, num_outputs=3, batch=True)
+        encoded, start, end = self._source(self._inputs.pull, num_outputs=3)
         return [_resize(self._decode(encoded), self._recipe.image_size, roi_start=start, roi_end=end)]
 
 
@@ -358,15 +380,19 @@ def _own_message(image: NDArray[np.uint8]) -> str | None:
 class DaliBackend:
     """Decodes with DALI; the colours follow in the compiled photometric stage."""
 
+    def __init__(self) -> None:
+        """Keeps squares that a GPU's queued kernels will read, also when the iterator that made them is gone."""
+        self._held = HeldUntilRead()
+
     def views(self, context: BackendContext, batches: Iterator[Batch]) -> Iterator[ViewBatch]:
         """The views of each batch; the iterator raises UndecodableBatchError, after which it may go on."""
-        photometric, held = _photometric(context), HeldUntilRead()
+        photometric = _photometric(context)
 
         def finish(cut: tuple[Batch, list[UInt8[Tensor, "n _ _ 3"]]]) -> ViewBatch:
             batch, squares = cut
             views = photometric(squares, batch.windows)
             if context.device.type == "cuda":
-                held.keep(squares)
+                self._held.keep(squares)
             return ViewBatch.of(batch, views)
 
         return map(finish, cut_squares(context, batches))  # not a generator, which would end at the first error

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 from typing import Literal
 
+import torch
 from typing_extensions import assert_never
 
 from pipeline.backends.base import Backend
@@ -33,6 +39,26 @@ def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[B
             return "torchvision", "DALI is not installed; this back end is several times slower"
         case _:
             assert_never(requested)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where the GPU's kernels cannot be launched: Triton compiles a launcher in C for each of them."""
+    if device.type != "cuda":
+        return
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    asked = os.environ.get("CC")
+    found = shutil.which(asked) if asked else shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        what = f"CC={asked} is not found" if asked else "there is no C compiler (gcc or clang)"
+    elif not header.is_file():
+        what = f"Python's headers are missing ({header})"
+    else:
+        return
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    raise UserError(
+        f"{what}, and Triton needs one to launch the kernels of the views on a GPU: install it "
+        f"(Debian, Ubuntu: apt install gcc {package}; conda: conda install gcc), or name it in CC"
+    )
 
 
 def open_backend(requested: Literal["auto", "dali", "torchvision"]) -> Backend:

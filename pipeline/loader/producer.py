@@ -16,7 +16,7 @@ from PIL import UnidentifiedImageError
 
 from pipeline.backends.base import BackendContext, Batch, UndecodableBatchError, ViewBatch
 from pipeline.backends.reference import decode
-from pipeline.backends.select import open_backend
+from pipeline.backends.select import check_compiler, open_backend
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.shard_store import PrefetchPlan
@@ -91,9 +91,13 @@ class ViewMaker:
     """Turns batches of ids into views on one device; bad images are found and replaced."""
 
     def __init__(self, assembler: Assembler, config: LoaderConfig, context: BackendContext) -> None:
-        """``assembler`` reads the batches; ``config`` chooses the back end, which works with ``context``."""
+        """``assembler`` reads the batches; ``config`` chooses the back end, which works with ``context``.
+
+        Raises UserError for what the machine lacks.
+        """
         self._assembler = assembler
         self._read_ahead = config.read_ahead
+        check_compiler(context.device)
         self._backend = open_backend(config.backend)
         self._context = context
 
@@ -180,7 +184,7 @@ def _on_side_stream(batches: Iterator[ViewBatch], device: torch.device) -> Itera
 
     The event with each batch marks its end on that stream.
     """
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device, priority=0)  # the lowest there is: the model's kernels go first
     with torch.cuda.device(device), torch.cuda.stream(stream):
         try:
             for batch in batches:

@@ -175,6 +175,8 @@ def distributed(
     dist = DistContext(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, own_device)
     if dist.device.type == "cuda":
         torch.cuda.set_device(dist.device)
+        # Before the loader's kernels, whose stream has the lowest priority: batches are made ahead, steps are not.
+        torch.cuda.set_stream(torch.cuda.Stream(dist.device, priority=-1))
     if dist.world_size == 1:
         yield dist
         return

@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from model.backbone import find_backbone, has_imagenet_stem
 from model.methods.simsiam import SimSiam
 from model.sync_batchnorm import prepare_batch_norm
-from pipeline.backends.select import choose_backend
+from pipeline.backends.select import check_compiler, choose_backend
 from pipeline.common.errors import UserError
+from pipeline.common.system import share_of_cores
 from pipeline.loader.loader import check_cache, open_dataset
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import make_plan
@@ -56,6 +57,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     """The part of one rank, without DDP. Raises UserError. Contains no collective."""
     precision = choose_precision(config.precision, dist.device)
     backend, reason = choose_backend(config.loader.backend)
+    check_compiler(dist.device)
     dist.status.work("opening the dataset")
     dataset = open_dataset(config.data, config.loader)
     check_cache(dataset, config.order, config.loader, config.global_batch, dist)
@@ -82,7 +84,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
         knn=knn,
         timer=CheckpointTimer(config.checkpoint_every),
         guard=SkipNonFinite(model, optimizer, dist.device),
-        origins=Origins(weights_from, implementation, f"{backend} ({reason})"),
+        origins=Origins(weights_from, implementation, _loader(config, dist, f"{backend} ({reason})", plan.micro_batch)),
     )
 
 
@@ -144,6 +146,14 @@ def describe(run: Run) -> Iterator[str]:
         yield f"  kNN          {run.knn.describe()}"
     elif config.knn.every > 0:
         yield "  kNN          none: the dataset has no labels"
+
+
+def _loader(config: PretrainConfig, dist: DistContext, backend: str, micro_batch: int) -> str:
+    if dist.device.type != "cuda" or not backend.startswith("dali"):
+        return backend
+    threads = config.loader.threads or share_of_cores(dist.local_world_size)
+    memory = config.loader.dali.describe_memory(micro_batch, threads)
+    return backend if memory is None else f"{backend}; {memory}"
 
 
 def _machine(dist: DistContext) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.backends.base import BackendContext, Batch, DaliConfig, UndecodableBatchError
-from pipeline.backends.select import choose_backend
+from pipeline.backends.select import check_compiler, choose_backend
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.bad_samples import BadSamples
@@ -97,3 +99,24 @@ def test_an_undecodable_batch_names_its_reason() -> None:
     error = UndecodableBatchError(batch, "because")
     assert error.batch is batch
     assert str(error) == error.reason == "because"
+
+
+@pytest.mark.parametrize("cc", [None, "no-such-compiler"])
+def test_a_gpu_without_a_c_compiler_is_refused_with_the_remedy(
+    cc: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_compiler(torch.device("cpu"))
+    check_compiler(torch.device("cuda"))  # of the machine that runs the tests
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if cc is not None:
+        monkeypatch.setenv("CC", cc)
+    check_compiler(torch.device("cpu"))
+    with pytest.raises(UserError, match=r"(no C compiler|CC=no-such-compiler).*apt install gcc python3\.\d+-dev"):
+        check_compiler(torch.device("cuda"))
+
+
+def test_a_gpu_without_pythons_headers_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    with pytest.raises(UserError, match=r"headers are missing \(/nowhere/Python.h\).*apt install"):
+        check_compiler(torch.device("cuda"))

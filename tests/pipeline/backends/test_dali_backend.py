@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 from pipeline.backends import reference
-from pipeline.backends.base import Batch, DaliConfig, UndecodableBatchError
+from pipeline.backends.base import BackendContext, Batch, DaliConfig, UndecodableBatchError
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.views import CentreCrops, ViewGroup, ViewParams, ViewRecipe, centre_crops, draw_views
@@ -283,13 +284,67 @@ def test_the_graph_of_a_gpu_is_as_configured(
     outputs: list[Any] = []
     monkeypatch.setattr(dali.Pipeline, "set_outputs", lambda pipeline, *nodes: outputs.extend(nodes))
     batch, _ = photo_batch(photo_dataset, SIDE, centre)
-    config = DaliConfig(decoder=decoder, hw_decoder_load=0.5, smooth_chroma=True)
+    config = DaliConfig(decoder=decoder, hw_decoder_load=0.5, smooth_chroma=True, device_memory_padding=32)
+    sources: list[dict[str, Any]] = []
+    external_source = dali.fn.external_source
+
+    def source(**options: Any) -> Any:
+        sources.append(options)
+        return external_source(**options)
+
+    monkeypatch.setattr(dali.fn, "external_source", source)
     DaliSquares(iter([batch]), RECIPE, len(batch), 2, torch.device("cuda", 0), config)
     assert [node.device for node in outputs] == ["gpu"] * (1 if centre else 2)
     assert seen["device"] == decoder
     assert seen["adjust_orientation"] is False
     if decoder == "mixed":
         assert (seen["hw_decoder_load"], seen["jpeg_fancy_upsampling"]) == (0.5, True)
+        assert (seen["device_memory_padding"], seen["host_memory_padding"]) == (32 << 20, 8 << 20)
+    assert all(source["no_copy"] is False for source in sources)  # a GPU reads inputs later
+
+
+def test_what_is_set_aside_for_the_decoders_is_said() -> None:
+    text = DaliConfig(preallocate_side=4000).describe_memory(512, 4)
+    assert text is not None
+    assert "hardware decoder 16.0 GB (--dali.preallocate-side)" in text
+    assert "the other 64 MiB and 64 MiB pinned" in text
+    assert "no memory ahead" in str(DaliConfig().describe_memory(512, 4))
+    assert DaliConfig(decoder="cpu").describe_memory(512, 4) is None
+    with pytest.raises(UserError, match=r"--dali\.host-memory-padding"):
+        DaliConfig(host_memory_padding=-1)
+
+
+def test_a_gpu_keeps_squares_when_their_iterator_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a replaced image: the batch is made by an iterator of its own, whose kernels are still queued."""
+
+    class Event:
+        def query(self) -> bool:
+            return False
+
+    class Stream:
+        def record_event(self) -> Event:
+            return Event()
+
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def cut(context: Any, batches: Iterator[Batch]) -> Iterator[Any]:
+        for batch in batches:
+            squares = torch.zeros(len(batch), 2, 2, 3, dtype=torch.uint8)
+            made.append(weakref.ref(squares))
+            yield batch, [squares]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    monkeypatch.setattr(dali, "cut_squares", cut)
+    monkeypatch.setattr(dali, "_photometric", lambda context: lambda squares, windows: [torch.zeros(4, 3, 2, 2)] * 2)
+    pool = ThreadPoolExecutor(1)
+    context = BackendContext(RECIPE, DaliConfig(), 4, torch.device("cuda", 0), torch.float32, pool, 1)
+    backend = dali.DaliBackend()
+    next(backend.views(context, iter([good_batch(0)])))
+    gc.collect()
+    assert made[0]() is not None
+    del backend
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_an_error_of_the_gpu_is_no_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
