@@ -55,10 +55,11 @@ IsNeeded = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (
 class CacheConfig:
     """The local cache of remote datasets."""
 
-    cache_dir: LocalPath | None = None  # on a disk of this machine; default: siamstream in the user's cache folder
+    # Folder of fetched shards, on a disk of this machine; None: siamstream in the user's cache folder
+    cache_dir: LocalPath | None = None
     cache_size: str = "200GB"  # limit of the cache on the disk, such as 500MB or 1.5TB
     fetch_threads: int = 8  # shards fetched at a time by one machine
-    retry_minutes: float = 30.0  # of consecutive failures before a run ends
+    retry_minutes: float = 30.0  # minutes of consecutive failures before a run ends
     cache_shared: bool = False  # accept a cache folder that other users can write to: all of them must be trusted
 
     def __post_init__(self) -> None:

@@ -130,30 +130,30 @@ _GROUPS = tyro.constructors.PrimitiveConstructorSpec(
 class ViewRecipe:
     """How views are drawn. The defaults are SimSiam's for ImageNet (appendix A, after MoCo v2)."""
 
-    image_size: int = 224  # side of a view, px
-    # Views of each image that are drawn alike; --more-views adds unlike ones
+    image_size: int = 224  # side of each view, px
+    # Number of views of each image, all drawn alike; --more-views adds unlike ones
     count: Annotated[int, tyro.conf.arg(name="views")] = 2
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
-    interpolation: Interpolation = "bilinear"  # of the resize; bicubic in SimCLR's and BYOL's own code
-    flip_prob: float = 0.5  # horizontal
-    jitter_prob: float = 0.8  # of the four colour operations together
-    brightness: float = 0.4  # factor from 1 - x to 1 + x
-    contrast: float = 0.4  # factor from 1 - x to 1 + x
-    saturation: float = 0.4  # factor from 1 - x to 1 + x
-    hue: float = 0.1  # shift from -x to x, in turns of the colour circle
-    gray_prob: float = 0.2  # all three channels made the gray value
-    blur_prob: float = 0.5  # Gaussian; off in the paper's CIFAR-10 recipe (appendix D)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # px of the view
-    blur_radius: int = 11  # px; the window of 23 that SimCLR takes at 224 px, 5.5 times the largest sigma
-    solarize_prob: float = 0.0  # BYOL's addition; SimSiam does without
-    solarize_threshold: int = 128  # of 255: bytes from here up are inverted
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, per channel, of 1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of ImageNet, per channel, of 1
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # smallest and largest crop, as a share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop, log-uniform
+    interpolation: Interpolation = "bilinear"  # method of the resize; SimCLR's and BYOL's own code take bicubic
+    flip_prob: float = 0.5  # probability of a horizontal flip
+    jitter_prob: float = 0.8  # probability of the colour jitter, its four operations together
+    brightness: float = 0.4  # strength x of the brightness jitter: a factor from 1 - x to 1 + x
+    contrast: float = 0.4  # strength x of the contrast jitter: a factor from 1 - x to 1 + x
+    saturation: float = 0.4  # strength x of the saturation jitter: a factor from 1 - x to 1 + x
+    hue: float = 0.1  # strength x of the hue jitter: a shift from -x to x, in turns of the colour circle
+    gray_prob: float = 0.2  # probability of a gray view, with three equal channels
+    blur_prob: float = 0.5  # probability of Gaussian blur; 0 in the paper's CIFAR-10 recipe (appendix D)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # smallest and largest standard deviation of the blur, px of the view
+    blur_radius: int = 11  # reach of the blur, px; SimCLR's window of 23 at 224 px, 5.5 times the largest sigma
+    solarize_prob: float = 0.0  # probability of solarization; BYOL's addition, SimSiam has none
+    solarize_threshold: int = 128  # smallest byte that solarization inverts, of 255
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # mean colour that is subtracted, of 1; ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # standard deviation to divide by, of 1; ImageNet's
     # Further groups of views, each in quotes, such as 'count=6 image-size=96 crop-scale=0.05,0.14'; what a group does
     # not name is as in the first. SwAV's multi-crop (Caron et al. 2020), BYOL's unlike views (Grill et al. 2020)
     more_views: Annotated[tuple[ViewGroup, ...], _GROUPS] = ()
-    # Beyond the paper's, and off by default; they follow in the order of their fields
+    # Further augmentations, off by default; they are applied last, in the order of their fields
     extra: Annotated[Augmentations, tyro.conf.arg(name="")] = field(default_factory=Augmentations)
 
     def __post_init__(self) -> None:
