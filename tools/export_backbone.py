@@ -15,6 +15,7 @@ CHECKPOINT has them
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,12 +86,13 @@ def write(out: Path, layout: FormatName, weights: LoadedEncoder) -> None:
     with atomic_file(out) as file:
         match layout:
             case "torchvision" | "timm":
-                torch.save(backbone, file)
+                torch.save(_described(backbone, weights), file)
             case "detectron2":
                 content: dict[str, Any] = {"model": to_detectron2(backbone)}
                 torch.save({**content, "__author__": "siamstream", "matching_heuristics": True}, file)
             case "official":
-                torch.save({"arch": weights.backbone, "state_dict": _plain(to_official(weights.parts))}, file)
+                named = {"arch": weights.backbone, "state_dict": _plain(to_official(weights.parts))}
+                torch.save({**named, METADATA: _about(weights)}, file)
             case "safetensors":
                 file.write(safetensors.torch.save(backbone, {METADATA: json.dumps(_about(weights)), "format": "pt"}))
             case unreachable:
@@ -142,6 +144,13 @@ def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
 def _plain(state: State) -> State:
     """Copies in contiguous layout: other programs do not expect channels-last."""
     return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+
+
+def _described(backbone: State, weights: LoadedEncoder) -> OrderedDict[str, torch.Tensor]:
+    """The state_dict as others load it; what we know of it is an attribute, as torch's own _metadata are."""
+    described = OrderedDict(backbone)
+    setattr(described, METADATA, _about(weights))
+    return described
 
 
 def _about(weights: LoadedEncoder) -> dict[str, Any]:

@@ -207,7 +207,22 @@ def labelled_features(
     mine = split_ids(samples.ids, dist.world_size)[dist.rank]
     labels = samples.dataset.labels(mine).astype(np.int64)
     labels[np.isin(mine, list(bad))] = NOT_SEEN
+    broken = ~features.isfinite().all(dim=1)
+    if tolerant:  # a run in training: its own guard says what is wrong with it
+        labels[broken.cpu().numpy()] = NOT_SEEN
+        features[broken] = 0
+    else:
+        on_all_ranks(dist, lambda: check_finite(int(broken.sum()), len(broken)))
     return features, torch.from_numpy(labels).to(dist.device)
+
+
+def check_finite(broken: int, images: int) -> None:
+    """Raise UserError if features are nan or inf: what is computed from them would look like an accuracy."""
+    if broken:
+        raise UserError(
+            f"features of {broken:,} of {images:,} images are nan or inf, so the encoder is broken, or its numbers do "
+            "not fit the format: try --precision fp32, or an earlier checkpoint"
+        )
 
 
 def split_ids(ids: Int64[np.ndarray, " n"], parts: int) -> list[Int64[np.ndarray, " part"]]:

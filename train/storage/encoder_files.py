@@ -1,15 +1,16 @@
-"""Owns encoders in files: reading ours, the official code's, torchvision's, timm's, safetensors; building them.
+"""Encoders in files: read ours and those of many other projects, build them, start a model from them.
 
 Nothing is unpickled with code: torch's files are read with weights_only, the others are safetensors.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +26,13 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.format import file_sha256
 from train.storage.checkpoints import HASH_DIGITS, is_damaged, newest_checkpoint
 from train.storage.encoder_formats import EncoderState, State, recognise
+from train.storage.encoder_layouts import summary
 
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before torch 1.6
 UNTRAINED = "untrained:"
-METADATA = "siamstream"  # key of our entry in a safetensors header
 CLASSIFIERS = ("fc", "head", "heads", "classifier", "head_dist")  # modules of libraries that hold one
+METADATA = "siamstream"  # key of our entry in a safetensors header, a checkpoint or a state_dict
+NESTED = 3  # dictionaries inside each other that are looked into
 _COUNTER = "num_batches_tracked"  # of BN; files from before torch 0.4.1 have none, and it changes no output
 
 
@@ -52,12 +55,17 @@ class LoadedEncoder:
     stem: Stem
     pixels: InputSpec | None  # None: the file does not say
     identity: str  # changes with the weights
+    stem_is_guess: bool = False  # the file does not say, and the weights fit two kinds of first layers
 
     def describe(self) -> str:
         """One line for people."""
         heads = [name for name in ("projector", "predictor") if getattr(self.parts, name)]
         stem = "" if self.stem == find_backbone(self.backbone).default_stem else f", {self.stem} stem"
-        return f"{self.backbone}{stem} from {self.source} ({' + '.join([f'{self.parts.layout} names', *heads])})"
+        about = f"{self.backbone}{stem} from {self.source} ({' + '.join([f'{self.parts.layout} names', *heads])})"
+        if not self.stem_is_guess:
+            return about
+        other = "cifar (stride 1)" if self.stem == "small" else "small (stride 2)"
+        return f"{about}; the stem is a guess, as the weights do not tell: --stem may also be {other}"
 
 
 def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = None) -> LoadedEncoder:
@@ -78,23 +86,29 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
         raise UserError(f"{path} holds no tensors by name: give a checkpoint, or a state_dict saved by torch.save")
     if parts is None:
         raise UserError(
-            f"{path} holds no encoder: its entries ({_few(list(flat))}) are named neither as in siamstream's "
+            f"{path} holds no encoder: its entries ({summary(flat)}) are named neither as in siamstream's "
             "checkpoints (backbone.*), nor the official SimSiam's (module.encoder.*), nor as any of "
             f"{', '.join(BACKBONES)} has them in torchvision or timm; say which model it is by --backbone timm:NAME or "
             "torchvision:NAME"
         )
     known_backbone, known_stem = about.backbone, about.stem
+    guessed = None
     if known_backbone is None:
         if backbone is not None and len(find_backbone(backbone).stems) == 1:  # no first layers to be found out
             known_backbone = backbone
         else:
             known_backbone, known_stem = _guess(parts.backbone, path)
+            guessed = known_stem
+    elif known_stem is None and not about.is_ours:
+        known_stem = guessed = _fitting_stem(parts.backbone, known_backbone)
     if backbone is not None or stem is not None:
         known_backbone, known_stem = _as_asked(known_backbone, known_stem, backbone, stem)
     known_stem = known_stem or find_backbone(known_backbone).default_stem
     _check_shapes(parts.backbone, known_backbone, known_stem, str(path), about)
+    _check_finite(parts, path)
     identity = file_sha256(path)[:HASH_DIGITS]
-    return LoadedEncoder(str(path), parts, known_backbone, known_stem, about.pixels, identity)
+    unsure = stem is None and guessed == known_stem and known_stem in ("cifar", "small")
+    return LoadedEncoder(str(path), parts, known_backbone, known_stem, about.pixels, identity, unsure)
 
 
 def open_encoder(
@@ -152,12 +166,16 @@ class FileMetadata:
     backbone: str | None = None
     stem: Stem | None = None
     pixels: InputSpec | None = None
+    is_ours: bool = False  # this project wrote it: a stem that it does not name is the backbone's own
 
 
 def _file_of(path: Path) -> Path:
     if not path.is_dir():
         return path
     newest = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
+    for name in ("backbone.safetensors", "model.safetensors"):  # of a run; of timm's and transformers' folders
+        if newest is None and (path / name).is_file():
+            return path / name
     if newest is None:
         raise UserError(f"there is no checkpoint in {path}: name a file, or the folder of a run that has saved one")
     return newest
@@ -170,7 +188,8 @@ def _read_torch(path: Path) -> tuple[State, FileMetadata]:
             if not zipfile.is_zipfile(file) and start != LEGACY_START:
                 raise UserError(f"{path} is no checkpoint, or a truncated one: torch.save writes other files")
             file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints hold their flags
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:
@@ -184,7 +203,8 @@ def _read_torch(path: Path) -> tuple[State, FileMetadata]:
         raise UserError(f"the checkpoint {path} is damaged: its bytes are not those that were written")
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no weights but a {type(content).__name__}")
-    return _tensors(content), _about(content.get("config"), content.get("arch"))
+    ours = content.get("config") or content.get(METADATA) or getattr(content, METADATA, None)
+    return _tensors(content), _about(ours, content.get("arch"))
 
 
 def _read_safetensors(path: Path) -> tuple[State, FileMetadata]:
@@ -231,7 +251,18 @@ def _tensors(content: Mapping[Any, Any]) -> State:
         if isinstance(inner, Mapping):
             content = inner
             break
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return dict(_flat(content, ""))
+
+
+def _flat(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """(dotted name, tensor) of all tensors in dictionaries inside each other, as DINO's teacher and student are."""
+    for key, value in content.items():
+        if not isinstance(key, str) or key.startswith("optim"):
+            continue
+        if isinstance(value, Tensor):
+            yield prefix + key, value
+        elif isinstance(value, Mapping) and prefix.count(".") < NESTED:
+            yield from _flat(value, f"{prefix}{key}.")
 
 
 def _about(config: Any, arch: Any) -> FileMetadata:
@@ -240,7 +271,8 @@ def _about(config: Any, arch: Any) -> FileMetadata:
         model = config["model"]
         if _is_known(model.get("backbone")):
             stem: Stem | None = model.get("stem") if model.get("stem") in get_args(Stem) else None
-            return FileMetadata(model["backbone"], None if stem == "default" else stem, _pixels(config.get("views")))
+            stem = None if stem == "default" else stem
+            return FileMetadata(model["backbone"], stem, _pixels(config.get("views")), is_ours=True)
     return FileMetadata(arch) if _is_known(arch) else FileMetadata()
 
 
@@ -284,6 +316,24 @@ def _guess(state: State, path: Path) -> tuple[str, Stem]:
     raise UserError(
         f"{path} holds another architecture than {', '.join(BACKBONES)}; nearest is {nearest}, and there {difference}"
     )
+
+
+def _fitting_stem(state: State, backbone: str) -> Stem | None:
+    """The first of the backbone's stems that the weights fit, its own before the others; None if none does."""
+    entry = find_backbone(backbone)
+    stems = (entry.default_stem, *entry.stems)
+    return next((stem for stem in stems if _difference(state, _shapes(backbone, stem)) is None), None)
+
+
+def _check_finite(parts: EncoderState, path: Path) -> None:
+    """Raise UserError for weights with nan or inf: accuracies of such an encoder would look like numbers."""
+    named = {**parts.backbone, **parts.projector, **parts.predictor}
+    broken = [name for name, value in named.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path} holds a broken encoder: nan or inf in {_few(broken)}. Take an earlier checkpoint, of before the "
+            "training went wrong"
+        )
 
 
 def _check_shapes(state: State, backbone: str, stem: Stem, source: str, about: FileMetadata) -> None:

@@ -1,9 +1,10 @@
-"""Owns the names that weights go by in other people's files. Pure: dictionaries of tensors in, dictionaries out.
+"""The names of weights in files, ours and others'. Pure: dictionaries of tensors in, dictionaries out.
 
 - siamstream: ``backbone.*``, ``projector.*``, ``predictor.*``; the backbone's own keys are torchvision's
 - official (facebookresearch/simsiam, and what is derived from it): ``module.encoder.*`` is torchvision's ResNet whose
   ``fc`` is the projector, ``module.predictor.*`` the predictor
 - torchvision, and timm, which took its names for ResNets from there: ``conv1.*`` to ``layer4.*``, classifier ``fc.*``
+- a ResNet in the checkpoint of another project, by any prefix: encoder_layouts.py
 - detectron2: ``stem.conv1.*``, ``res2.0.conv1.norm.*``, ..., as its tools/convert-torchvision-to-d2.py names them
 """
 
@@ -11,13 +12,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from torch import Tensor
 
-State = dict[str, Tensor]
-LayoutName = Literal["siamstream", "official", "torchvision", "timm"]
+from pipeline.common.errors import UserError
+from train.storage.encoder_layouts import State, find_resnets, torchvision_names
+from train.storage.encoder_layouts import below as _below
+
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these before every name
 
 
@@ -28,7 +29,7 @@ class EncoderState:
     backbone: State  # torchvision's keys, no classifier
     projector: State = field(default_factory=dict)  # keys of model.heads.Projector; empty: the file has none
     predictor: State = field(default_factory=dict)  # keys of model.heads.Predictor; empty: the file has none
-    layout: LayoutName = "siamstream"
+    layout: str = "siamstream"  # whose names the file had, for people
 
 
 def recognise(flat: State) -> EncoderState | None:
@@ -37,16 +38,32 @@ def recognise(flat: State) -> EncoderState | None:
         if flat and all(key.startswith(wrapper) for key in flat):
             flat = _below(flat, wrapper)
     if any(key.startswith("backbone.") for key in flat):
+        backbone = _below(flat, "backbone.")
         return EncoderState(
-            _below(flat, "backbone."), _below(flat, "projector."), _below(flat, "predictor."), "siamstream"
+            torchvision_names(backbone) or backbone,
+            _below(flat, "projector."),
+            _below(flat, "predictor."),
+            "siamstream",
         )
-    if any(key.startswith("encoder.") for key in flat):
+    if "encoder.conv1.weight" in flat:
         encoder = _below(flat, "encoder.")
         return EncoderState(
             _without_classifier(encoder), _projector(_below(encoder, "fc.")), _below(flat, "predictor."), "official"
         )
     if "conv1.weight" in flat:
         return EncoderState(_without_classifier(flat), layout="torchvision")
+    prefixes = find_resnets(flat)
+    if len(prefixes) > 1:
+        raise UserError(
+            f"the file holds {len(prefixes)} encoders, below {', '.join(prefixes)}: save the one that you mean in a "
+            "file of its own"
+        )
+    for prefix in prefixes:
+        found = torchvision_names(_below(flat, prefix))
+        assert found is not None
+        return EncoderState(
+            found, _projector(_below(flat, f"{prefix}fc.")), layout=f"{prefix}*" if prefix else "transformers"
+        )
     return None
 
 
@@ -78,6 +95,8 @@ def _projector(state: State) -> State:
 
     The BN of such a bias only shifts its running mean, so taking it off the mean leaves every output as it was.
     """
+    if not all(key.split(".")[0].isdigit() for key in state):
+        return {}  # a classifier
     last = _last_linear(state)
     if last is None or f"{last}.bias" not in state or f"{last + 1}.running_mean" not in state:
         return state
@@ -94,10 +113,6 @@ def _last_linear(head: State) -> int | None:
 
 def _without_classifier(state: State) -> State:
     return {key: value for key, value in state.items() if not key.startswith("fc.")}
-
-
-def _below(state: State, prefix: str) -> State:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _under(prefix: str, state: State) -> State:
