@@ -154,6 +154,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if _format(image) == "JPEG":
         _check_segments(data)
         _check_bounds(image, data, max_pixels)
+    if image.format == "PNG" and data[12:16] == b"CgBI":
+        raise BadImageError("PNG as Xcode writes it for iPhones (CgBI) is not supported")
     if image.format == "PNG" and b"IEND" not in data:
         raise BadImageError("truncated")
     if image.format == "PPM" and image.mode == "F":

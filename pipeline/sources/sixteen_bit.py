@@ -47,7 +47,8 @@ def is_deep(image: Image.Image, data: bytes) -> bool:
     """Whether an opened image has more than 8 bits a sample. Reads the header only."""
     match image.format:
         case "PNG":
-            return data[12:16] == b"IHDR" and data[24] > 8  # the bit depth        case "TIFF":
+            return data[12:16] == b"IHDR" and data[24] > 8  # the bit depth
+        case "TIFF":
             assert isinstance(image, TiffImageFile)
             return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
         case "PPM":

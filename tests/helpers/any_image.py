@@ -84,13 +84,13 @@ def options_of(encoding: str, rng: random.Random) -> dict[str, object]:
             return {}
 
 
-def random_image(rng: random.Random) -> tuple[str, bytes]:
-    """(what it is, its bytes): one image of a random format, mode and size, with random options."""
+def random_image(rng: random.Random, only: str | None = None) -> tuple[str, bytes]:
+    """(what it is, its bytes): an image of a random format, or ``only`` one, mode and size, with random options."""
     Image.init()
     encodings = sorted(set(Image.SAVE) - {"PDF", "BUFR", "GRIB", "HDF5", "WMF", "EPS", "AVIF"})
     while True:
         common = rng.choices(["PNG", "TIFF", "WEBP", "BMP", "PPM", "JPEG", None], [5, 7, 3, 3, 3, 2, 2])[0]
-        encoding = common or rng.choice(encodings)
+        encoding = only or common or rng.choice(encodings)
         mode = rng.choice(MODES)
         height, width = rng.randint(1, 40), rng.randint(1, 40)
         options = options_of(encoding, rng)
