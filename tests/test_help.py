@@ -10,14 +10,19 @@ import tyro
 from tools import (
     check_shards,
     demo,
+    embed,
     export_backbone,
     make_shards,
+    neighbours,
     plot_run,
+    predict,
     preview_views,
+    report,
 )
 from tools.reproduction import sweep as sweep_module
 from tools.throughput import workload as workload_module
 from train.config.run_config import PretrainConfig
+from train.finetune import FinetuneConfig
 from train.knn import KnnEvalConfig
 from train.linear import LinearConfig
 
@@ -25,6 +30,11 @@ COMMANDS = [
     PretrainConfig,
     LinearConfig,
     KnnEvalConfig,
+    FinetuneConfig,
+    embed.EmbedConfig,
+    neighbours.NeighboursConfig,
+    predict.PredictConfig,
+    report.ReportConfig,
     make_shards.Command,
     check_shards.Command,
     demo.DemoConfig,
@@ -70,3 +80,30 @@ def test_every_flag_says_what_it_is(command: type, capsys: pytest.CaptureFixture
     said = entries(capsys.readouterr().out)
     assert len(said) > 2  # they were found at all
     assert [name for name, text in said.items() if not text] == []
+
+
+PLAIN = [command for command in COMMANDS if command not in (PretrainConfig, workload_module.ProfileConfig)]
+# A help text says first what the flag does; where its default comes from stands behind that.
+NOT_A_BEGINNING = re.compile(
+    r"(section|table|figure|appendix|chen|wu|you|arxiv|of|for|with|in|on|that|which|where|when|if|the same|as|at|by|px"
+    r"|between|horizontal|gaussian|cosine|see)\b|\W|\d",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("command", PLAIN, ids=lambda command: command.__module__)
+def test_every_help_text_begins_with_what_the_flag_does(command: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tyro.cli(command, args=["--help"])
+    said = entries(capsys.readouterr().out)
+    assert [f"{name}: {text}" for name, text in said.items() if NOT_A_BEGINNING.match(text)] == []
+    assert [f"{name}: {text}" for name, text in said.items() if text[0].islower() and not text.startswith("show")] == []
+
+
+def test_flags_of_a_component_stand_in_a_box_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tyro.cli(LinearConfig, args=["--help"])
+    text = capsys.readouterr().out
+    for box in ("encoder", "classifier", "loader", "remote"):
+        assert f"{box} options" in text
+    assert "--loader." not in text

@@ -26,6 +26,7 @@ import tyro
 from torch import Tensor
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location
 from pipeline.common.system import duration, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
@@ -52,10 +53,11 @@ class EmbedConfig:
     out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write."""
     format: Format = "npy"
-    """npy: one array and a list of names. parquet: columns id, name, label, vector (needs pyarrow: pip install
-    'siamstream[parquet]'). webdataset: tars of KEY.npy and KEY.json."""
+    """Kind of files to write. npy: one array and a list of names. parquet: columns id, name, label, vector (needs
+    pyarrow: pip install 'siamstream[parquet]'). webdataset: tars of KEY.npy and KEY.json."""
     features: Literal["backbone", "projector"] = "backbone"
-    """backbone: what linear.py and knn.py judge, for search and classification. projector: what the loss sees."""
+    """Output of the encoder to write. backbone: what linear.py and knn.py judge, for search and classification.
+    projector: what the loss sees."""
     dtype: Literal["float16", "float32"] = "float32"
     """Number format of the written vectors; float16 takes half the disk."""
     normalise: bool = False
@@ -63,14 +65,14 @@ class EmbedConfig:
     overwrite: bool = False
     """Delete the embeddings in OUT and write them again."""
     backbone: str | None = None
-    """Which backbone the checkpoint holds, where it does not say; default: found out."""
+    """Backbone that the checkpoint holds, where it does not say; default: found out."""
     image_size: int | None = None
     """Side of the images in pixels; default: as in training if the checkpoint says so, else 224."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute; auto: the GPUs if there are any."""
+    """Device that computes; auto: the GPUs if there are any."""
     precision: PrecisionName = "auto"
     """Number format of the forward pass; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU."""
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from pipeline.backends.reference import centre_crop, decode, normalise
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, exit_on_user_error, require
 from pipeline.common.files import atomic_file, check_writable, disk_errors
+from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -69,8 +70,8 @@ class NeighboursConfig:
     checkpoint: str | None = None
     """The encoder of the embeddings, to embed a --query that is a file; default: as _embeddings.json records it."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where an encoder computes; auto: a GPU if there is one."""
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    """Device that computes; auto: a GPU if there is one."""
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for values that make no sense."""

@@ -45,7 +45,7 @@ class PredictConfig:
     top: int = 1
     """Classes to give for each image, the most likely first."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute; auto: a GPU if there is one."""
+    """Device that computes; auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         """Raise UserError for values that make no sense."""

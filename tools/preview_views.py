@@ -30,6 +30,7 @@ from pipeline.backends.reference import decode
 from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, check_seed, exit_on_user_error, require
 from pipeline.common.files import disk_errors
+from pipeline.common.flags import group
 from pipeline.common.locations import Location
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -74,7 +75,7 @@ class PreviewConfig:
     """Back end that makes the views; auto: DALI where it is installed."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device of DALI."""
-    views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
+    views: Annotated[ViewRecipe, group("views")] = field(default_factory=ViewRecipe)
 
     def __post_init__(self) -> None:
         """Raise UserError for what cannot be shown, whatever the dataset."""

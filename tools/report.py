@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.files import atomic_file, check_writable, disk_errors
+from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location, location
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -85,12 +86,12 @@ class ReportConfig:
     out: LocalPath | None = None
     """The page to write; default: report.html in the (first) run folder."""
     data: Location | None = None
-    """Where the dataset is now; default: where the run read it."""
+    """Dataset of the run; default: where the run read it."""
     samples: int = 1000
     """Images on the map of embeddings, spread over the dataset."""
     seed: int = 0
     """Seed of the images whose neighbours are shown."""
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for values that make no sense."""

@@ -33,6 +33,7 @@ from pipeline.backends.base import ViewBatch
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_at_least_1, check_divisible, exit_on_user_error, require
 from pipeline.common.files import disk_errors, write_json
+from pipeline.common.flags import group, own_flags
 from pipeline.common.locations import LocalPath, Location
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
@@ -70,6 +71,7 @@ CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop; SimCLR, BYOL and Sw
 RecipeName = Literal["simclr-1", "simclr-10", "byol-1", "byol-10", "swav-1", "swav-10"]
 
 
+@own_flags
 @dataclass(frozen=True)
 class TuneConfig:
     """How the network is trained."""
@@ -87,7 +89,7 @@ class TuneConfig:
     decay_epochs: tuple[int, ...] = ()
     """Epochs after which the rates are multiplied by --decay-factor; none: half a cosine down to 0."""
     decay_factor: float = 0.2
-    """See --decay-epochs (SwAV: 12 16 and 0.2)."""
+    """Factor of --decay-epochs (SwAV: 12 16 and 0.2)."""
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     weight_decay: float = 0.0
@@ -95,7 +97,7 @@ class TuneConfig:
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     mixup: float = 0.0
-    """alpha of mixup (Zhang et al. 2018); 0: off. Partners are images of the same process."""
+    """Strength alpha of mixup (Zhang et al. 2018); 0: off. Partners are images of the same process."""
 
     def __post_init__(self) -> None:
         """Raise UserError for values that make no sense."""
@@ -144,7 +146,7 @@ class FinetuneConfig:
     """Labelled dataset to measure on, of the same classes (make_shards.py --hold-out makes one)."""
     run_dir: LocalPath
     """Folder for checkpoints, metrics.jsonl, summary.json and the classifier."""
-    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
+    encoder: Annotated[EncoderConfig, group("encoder")]
     recipe: RecipeName | None = None
     """Take the defaults of a method's semi-supervised table; with --help it shows them."""
     fraction: float = 1.0
@@ -156,11 +158,11 @@ class FinetuneConfig:
     sync_bn: bool = True
     """Take batch statistics over all processes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute; auto: the GPUs if there are any."""
+    """Device that computes; auto: the GPUs if there are any."""
     precision: PrecisionName = "auto"
     """Number format; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU."""
-    tune: Annotated[TuneConfig, tyro.conf.arg(name="")] = field(default_factory=TuneConfig)
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    tune: Annotated[TuneConfig, group("training")] = field(default_factory=TuneConfig)
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for values that make no sense."""
@@ -218,7 +220,7 @@ def parse_config(arguments: list[str] | None = None, prints: bool = True) -> Fin
     kind: type[FinetuneConfig] = FinetuneConfig
     if named and named[-1] in RECIPES:
         tune = field(default_factory=lambda: RECIPES[named[-1]])
-        fields = [("recipe", RecipeName, named[-1]), ("tune", Annotated[TuneConfig, tyro.conf.arg(name="")], tune)]
+        fields = [("recipe", RecipeName, named[-1]), ("tune", Annotated[TuneConfig, group("training")], tune)]
         kind = make_dataclass("FinetuneConfig", fields, bases=(FinetuneConfig,), frozen=True)
     return tyro.cli(kind, args=words, console_outputs=prints)
 
@@ -337,8 +339,8 @@ def train_step(run: Finetuning, batch: ViewBatch) -> Tensor:
     tune, scaler = run.config.tune, run.precision.scaler
     run.model.train()
     factor = tune.rate(run.step, run.total_steps, run.per_epoch)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+    for params in run.optimizer.param_groups:
+        params["lr"] = params["peak"] * factor
     labels = on_device(run.train.dataset.labels(batch.sources).astype(np.int64), run.dist.device)
     x, share = mixed(batch.views[0], tune.mixup, run.config.encoder.seed, run.step)
     run.optimizer.zero_grad()

@@ -25,6 +25,7 @@ import tyro
 
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.files import disk_errors, write_json
+from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location
 from pipeline.loader.config import LoaderConfig
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
@@ -46,18 +47,26 @@ from train.optimization.precision import Precision, PrecisionName, choose_precis
 class KnnEvalConfig:
     """Weighted kNN accuracy of an encoder: the images of --val-data are classified by their neighbours in --data."""
 
-    data: Location  # labelled dataset to compare with
-    val_data: Location  # labelled dataset to classify, of the same classes; every image counts exactly once
-    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
-    k: str = "20"  # neighbours; several separated by commas cost one pass
-    temperature: float = 0.07  # Wu et al. 2018, section 4
-    bank_size: int | None = None  # take only so many samples of --data, spread over it; None: all
-    feature_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the memory of the training features
-    json: LocalPath | None = None  # write the accuracies to this file as well
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
-    # Of the forward pass; auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
+    # Labelled dataset to compare with.
+    data: Location
+    # Labelled dataset to classify, of the same classes; every image counts exactly once.
+    val_data: Location
+    encoder: Annotated[EncoderConfig, group("encoder")]
+    # Neighbours that vote; several numbers separated by commas cost one pass.
+    k: str = "20"
+    # Temperature of their weights [Wu et al. 2018, section 4].
+    temperature: float = 0.07
+    # Samples of --data to compare with, spread over it; default: all.
+    bank_size: int | None = None
+    # Number format of the kept training features; float16 halves their memory.
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    # File to write the accuracies to as well.
+    json: LocalPath | None = None
+    # Device that computes; auto: the GPUs if there are any.
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    # Number format of the forward pass; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU.
     precision: PrecisionName = "auto"
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers that make no evaluation."""

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_divisible, exit_on_user_error, require
+from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
@@ -72,22 +73,27 @@ Batch = tuple[Float[Tensor, "n d"], Int64[Tensor, " n"]]  # features and labels 
 class LinearConfig:
     """Linear evaluation of a frozen encoder."""
 
-    data: Location  # labelled dataset to train the classifier on
-    val_data: Location  # labelled dataset to measure on, of the same classes; every image counts exactly once
-    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")]
-    run_dir: LocalPath | None = None  # folder for metrics.jsonl, summary.json and what --resume needs; None: print only
-    resume: bool = False  # go on after the last whole epoch in run_dir; from the start if there is none
-    # Train on this share of each class only, 0.01 or 0.1 for low-label evaluation; --seed draws other samples
+    # Labelled dataset to train the classifier on.
+    data: Location
+    # Labelled dataset to measure on, of the same classes; every image counts exactly once.
+    val_data: Location
+    encoder: Annotated[EncoderConfig, group("encoder")]
+    # Folder for metrics.jsonl, summary.json and what --resume needs; default: print only.
+    run_dir: LocalPath | None = None
+    # Go on after the last whole epoch in --run-dir; from the start if there is none.
+    resume: bool = False
+    # Share of each class to train on, 0.01 or 0.1 for low-label evaluation; --seed draws other samples.
     fraction: float = 1.0
     # Compute the training features once, from centre crops, instead of new crops in each epoch: an epoch takes seconds,
-    # and the accuracy is another, usually some points lower one, as there is no augmentation. For small sets: every
-    # process holds all features
+    # and the accuracy is usually some points lower, as there is no augmentation. For small sets: every process holds
+    # all features.
     features_cache: bool = False
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
-    # Of the encoder's forward pass; auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
+    # Device that computes; auto: the GPUs if there are any.
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    # Number format of the encoder's forward pass; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU.
     precision: PrecisionName = "auto"
-    probe: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
+    probe: Annotated[ProbeConfig, group("classifier")] = field(default_factory=ProbeConfig)
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for flags that do not go together."""

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError, require
 from pipeline.common.files import disk_errors
+from pipeline.common.flags import own_flags
 from pipeline.common.locations import LocalPath
 from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
 
@@ -51,6 +52,7 @@ class _Claim(Enum):
 IsNeeded = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (False), unknown (None)
 
 
+@own_flags
 @dataclass(frozen=True)
 class CacheConfig:
     """The local cache of remote datasets."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import tyro
-
 from pipeline.backends.base import DaliConfig
 from pipeline.common.errors import require
+from pipeline.common.flags import group, own_flags
 from pipeline.dataset.remote_cache import CacheConfig
 
 RANKS_APART = 2  # steps by which one rank of a machine may be behind another
 
 
+@own_flags
 @dataclass(frozen=True)
 class LoaderConfig:
     """How one rank's loader works."""
@@ -32,7 +32,7 @@ class LoaderConfig:
     verify_checksums: bool = True
     max_bad_samples: int = 100  # bad images that are replaced before the run stops
     dali: DaliConfig = field(default_factory=DaliConfig)
-    cache: Annotated[CacheConfig, tyro.conf.arg(name="")] = field(default_factory=CacheConfig)
+    cache: Annotated[CacheConfig, group("remote")] = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers with which no batch would ever come, or all at once."""

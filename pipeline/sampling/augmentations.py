@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import require
+from pipeline.common.flags import own_flags
 
 DRAWS = 8  # uniform numbers that each augmentation gets for a view; the first decides whether it is applied
 Finished = Float[Tensor, "n 3 s s"]  # normalised, so that 0 is the mean colour
@@ -29,7 +30,8 @@ Uniforms = Float64[np.ndarray, "n 7"]
 class Augmentation:
     """What is done to some views, each chosen with probability ``prob``."""
 
-    prob: float = 0.0  # of each view
+    # Probability for each view; 0 is off.
+    prob: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise UserError for options that cannot be."""
@@ -70,8 +72,10 @@ class QuarterTurns(Augmentation):
 class Erasing(Augmentation):
     """A rectangle in the mean colour (Zhong et al. 2017, "Random Erasing"; the defaults are torchvision's)."""
 
-    area: tuple[float, float] = (0.02, 0.33)  # share of the view
-    ratio: tuple[float, float] = (0.3, 3.3)  # height / width, log-uniform
+    # Share of the view that the rectangle covers, lowest and highest.
+    area: tuple[float, float] = (0.02, 0.33)
+    # Height / width of the rectangle, lowest and highest, drawn log-uniformly.
+    ratio: tuple[float, float] = (0.3, 3.3)
 
     def __post_init__(self) -> None:
         """Raise UserError for options that cannot be."""
@@ -95,6 +99,7 @@ class Erasing(Augmentation):
         return views.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.0)
 
 
+@own_flags
 @dataclass(frozen=True)
 class Augmentations:
     """All of them, in the order in which they are applied. SimSiam uses none."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from typing_extensions import assert_never
 
 from pipeline.common.errors import UserError, require
+from pipeline.common.flags import own_flags
 from pipeline.sampling.counter_rng import philox4x32, seed_key, splitmix64
 
 FEISTEL_ROUNDS = 12  # six per half; four in all are proven enough for large halves (Luby & Rackoff 1988)
@@ -33,6 +34,7 @@ ONLY_ONE = np.zeros(1, dtype=np.int64)  # number of a stream's permutation that 
 Order = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]  # (epoch, positions in it) -> sample ids
 
 
+@own_flags
 @dataclass(frozen=True)
 class OrderConfig:
     """In which order an epoch visits the samples."""

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float32, Float64, Int8, Int32, UInt32
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError, require
+from pipeline.common.flags import own_flags
 from pipeline.sampling.augmentations import DRAWS, Augmentations
 from pipeline.sampling.counter_rng import philox4x32, seed_key, uniforms
 
@@ -126,6 +127,7 @@ _GROUPS = tyro.constructors.PrimitiveConstructorSpec(
 )
 
 
+@own_flags
 @dataclass(frozen=True)
 class ViewRecipe:
     """How views are drawn. The defaults are SimSiam's for ImageNet (appendix A, after MoCo v2)."""

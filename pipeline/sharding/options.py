@@ -28,9 +28,9 @@ class ShardingOptions:
     seed: int = 0
     """Seed of the global shuffle (and of the images of synthetic:N)."""
     verify: Verify = "full"
-    """full: decode every image and refuse the broken ones; those other than JPEGs of 1 or 3 components with every
-    back end that is installed, and refuse what differs. header: refuse by format and size only. none: the same as
-    header, since height and width must be known."""
+    """How far to check images. full: decode every image and refuse the broken ones; those other than JPEGs of 1 or 3
+    components with every back end that is installed, and refuse what differs. header: refuse by format and size only.
+    none: the same as header, since height and width must be known."""
     sixteen_bit: SixteenBitRule = "auto"
     """Map images of more than 8 bits a sample to 8 bits, stored as PNG. full-range: the whole range of the format.
     min-max: from each image's smallest to its largest value. window LO HI: these values, as in --sixteen-bit window 0
@@ -72,8 +72,8 @@ class ShardingOptions:
     """Record this name in dataset.json, as in --split train. Of parquet files of several splits, take this one, or
     several, as in --split train+test."""
     part: str | None = None
-    """i/n: build only part i of n (i from 0 to n - 1), for machines that share OUT; the last one to end completes the
-    dataset."""
+    """Part of the work, written i/n: build only part i of n (i from 0 to n - 1), for machines that share OUT; the last
+    one to end completes the dataset."""
     overwrite: bool = False
     """Delete the complete or unfinished dataset in OUT and write it again."""
 

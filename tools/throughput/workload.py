@@ -13,6 +13,7 @@ import tyro
 
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError, require
+from pipeline.common.flags import group
 from pipeline.common.locations import Location
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
@@ -77,10 +78,10 @@ class ProfileConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
-    views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
-    order: Annotated[OrderConfig, tyro.conf.arg(name="")] = field(default_factory=OrderConfig)
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
-    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
+    views: Annotated[ViewRecipe, group("views")] = field(default_factory=ViewRecipe)
+    order: Annotated[OrderConfig, group("data")] = field(default_factory=OrderConfig)
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
+    optim: Annotated[OptimConfig, group("optimizer")] = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for what cannot be measured."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model.backbone import Stem
 from pipeline.common.errors import UserError, check_seed
+from pipeline.common.flags import own_flags
 from pipeline.common.locations import Url
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -28,17 +29,22 @@ IMAGES_PER_PASS = 256
 NOT_SEEN = -1  # label of an image that could not be read
 
 
+@own_flags
 @dataclass(frozen=True)
 class EncoderConfig:
     """Which encoder is evaluated."""
 
-    # Checkpoint of train/pretrain.py or the folder of a run (its newest), official SimSiam checkpoint, weights of
-    # torchvision or timm, .safetensors; or untrained:BACKBONE, as in untrained:resnet50
+    # Encoder to take: a run folder (its newest checkpoint), a checkpoint of train/pretrain.py or of the official
+    # SimSiam, weights of torchvision or timm, .safetensors, or untrained:BACKBONE.
     checkpoint: str
-    backbone: str | None = None  # what the checkpoint holds; None: found out
-    stem: Stem | None = None  # its first layers, where their shape leaves it open; None: found out
-    image_size: int | None = None  # px; None: as in training if the checkpoint says so, else 224
-    seed: int = 0  # of untrained weights, and of all that is drawn
+    # Backbone that the checkpoint holds, where it does not say; default: found out.
+    backbone: str | None = None
+    # First layers of it, where their shape leaves it open; default: found out.
+    stem: Stem | None = None
+    # Side of the images in pixels; default: as in training if the checkpoint says so, else 224.
+    image_size: int | None = None
+    # Seed of untrained weights, and of all that is drawn.
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise UserError for a seed or a size that cannot be."""

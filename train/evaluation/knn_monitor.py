@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from pipeline.common.errors import UserError, check_at_least_1, require
+from pipeline.common.flags import own_flags
 from pipeline.common.locations import Location
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.order import epoch_order
@@ -35,16 +36,21 @@ HELD_OUT = 0.1  # share of the bank's samples that become queries where no --knn
 MAX_QUERIES_HELD_OUT = 10_000
 
 
+@own_flags
 @dataclass(frozen=True)
 class KnnConfig:
     """The online kNN accuracy of the backbone's features, where the dataset has labels."""
 
-    # Labelled dataset to classify, of the same classes; None: a tenth of the bank, held out
+    # Labelled dataset to classify, of the same classes as --data; default: a tenth of the compared samples, held out.
     data: Annotated[Location | None, tyro.conf.arg(name="knn-data")] = None
-    k: Annotated[int, tyro.conf.arg(name="knn-k")] = 20  # neighbours; Wu et al. take 200
-    temperature: Annotated[float, tyro.conf.arg(name="knn-temperature")] = 0.07  # Wu et al., section 4
-    bank_size: Annotated[int, tyro.conf.arg(name="knn-bank-size")] = 50_000  # training samples to compare with
-    every: Annotated[int, tyro.conf.arg(name="knn-every")] = 1  # epochs between two evaluations; 0 = never
+    # Neighbours that vote; Wu et al. 2018 take 200.
+    k: Annotated[int, tyro.conf.arg(name="knn-k")] = 20
+    # Temperature of their weights [Wu et al. 2018, section 4].
+    temperature: Annotated[float, tyro.conf.arg(name="knn-temperature")] = 0.07
+    # Training samples to compare with.
+    bank_size: Annotated[int, tyro.conf.arg(name="knn-bank-size")] = 50_000
+    # Epochs between two evaluations; 0: never.
+    every: Annotated[int, tyro.conf.arg(name="knn-every")] = 1
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers that make no evaluation."""

@@ -14,6 +14,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from pipeline.common.errors import UserError, check_at_least_1
+from pipeline.common.flags import own_flags
 from pipeline.sampling.order import epoch_order
 from train.optimization.optimizer import Schedule, check_sgd, lr_at
 
@@ -22,20 +23,25 @@ TOP = (1, 5)
 FEATURES_AT_ONCE = 8192
 
 
+@own_flags
 @dataclass(frozen=True)
 class ProbeConfig:
     """How the classifier is trained. The defaults are the official code's (main_lincls.py --lars)."""
 
-    epochs: int = 90  # Chen & He 2020, appendix A
-    global_batch: int = 4096  # appendix A
-    # lr at a global batch of 256, scaled linearly. TRAP: the paper's text says 0.02, the official code's default is
-    # 0.1, and a reimplementation got 66.0 with 0.02 and 67.8 with 0.1 (ResNet-50, 100 epochs)
+    # Passes over the training samples [Chen & He 2020, appendix A].
+    epochs: int = 90
+    # Images of a step over all processes [appendix A].
+    global_batch: int = 4096
+    # Learning rate at a global batch of 256, scaled linearly. TRAP: the paper's text says 0.02, the official code's
+    # default is 0.1, and a reimplementation got 66.0 with 0.02 and 67.8 with 0.1 (ResNet-50, 100 epochs).
     base_lr: float = 0.1
-    # Several base_lr separated by commas, as in 0.02,0.1,0.3: a classifier for each, trained in the same pass over the
-    # data on the same features
+    # Several rates separated by commas, as in 0.02,0.1,0.3: a classifier for each, trained in the same pass over the
+    # data on the same features.
     lr_sweep: str = ""
-    momentum: float = 0.9  # appendix A
-    weight_decay: float = 0.0  # appendix A
+    # Momentum of LARS [appendix A].
+    momentum: float = 0.9
+    # Weight decay [appendix A].
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers with which nothing can be trained."""

@@ -17,29 +17,38 @@ from typing_extensions import assert_never
 
 from model.methods.base import ParamGroup
 from pipeline.common.errors import UserError, require
+from pipeline.common.flags import own_flags
 
 
+@own_flags
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its schedule. The defaults are the paper's (arXiv:2011.10566)."""
 
-    base_lr: float = 0.05  # lr at a global batch of 256: section 3; scaled linearly with the global batch
-    momentum: float = 0.9  # section 3
-    weight_decay: float = 1e-4  # section 3; on BN scales and biases too
-    # Linear warm-up. None: 10 from a global batch of 1024 on (section 4.3), at most a tenth of the run; 0 below
+    # Learning rate at a global batch of 256; scaled with the batch [Chen & He 2020, section 3].
+    base_lr: float = 0.05
+    # Momentum of SGD and LARS, first beta of AdamW [section 3].
+    momentum: float = 0.9
+    # Weight decay, on BN scales and biases too [section 3].
+    weight_decay: float = 1e-4
+    # Epochs of linear warm-up. Default: 10 from a global batch of 1024 on (section 4.3), at most a tenth of the run; 0
+    # below.
     warmup_epochs: float | None = None
-    # Share of the peak that the warm-up starts from; SwAV 1/16. 0: the first step has the first stair of the warm-up
+    # Share of the peak that the warm-up starts from; SwAV takes 1/16. 0: the first step has the first stair.
     warmup_start: float = 0.0
-    lr_end: float = 0.0  # share of the peak that the cosine ends at; SwAV 1/1000
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # of base_lr with global_batch / 256; SimCLR's README has both
-    weight_decay_end: float | None = None  # weight decay at the end, by half a cosine; DINO 0.4. None: constant
-    # How often the rate moves. The official code moves it once an epoch; "step" follows the same curve, and a run of
-    # few epochs neither falls in stairs nor stays on one rate for a whole epoch of warm-up
+    # Share of the peak that the cosine ends at; SwAV takes 1/1000.
+    lr_end: float = 0.0
+    # How --base-lr grows with the batch: linear, or with its square root (SimCLR's README has both).
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    # Weight decay at the end, reached by half a cosine; DINO takes 0.4. Default: it stays constant.
+    weight_decay_end: float | None = None
+    # How often the rate moves. The official code moves it once an epoch; step follows the same curve without stairs.
     schedule_unit: Literal["step", "epoch"] = "step"
-    # SGD in an implementation (auto: torch's fused SGD on a GPU, foreach on a CPU; apex: its FusedSGD, which moves the
-    # same bytes, where Apex is built), or LARS, or AdamW with momentum as its first beta
+    # SGD in an implementation (auto: torch's fused SGD on a GPU, foreach on a CPU; apex: its FusedSGD, where Apex is
+    # built), or LARS, or AdamW with momentum as its first beta.
     optimizer: Literal["auto", "apex", "fused", "foreach", "lars", "adamw"] = "auto"
-    trust_coefficient: float = 0.001  # of LARS: You et al. 2017, and SimCLR's, BYOL's and SwAV's code
+    # Trust coefficient of LARS [You et al. 2017, and SimCLR's, BYOL's and SwAV's code].
+    trust_coefficient: float = 0.001
 
     def __post_init__(self) -> None:
         """Raise UserError for rates and a decay that are none."""

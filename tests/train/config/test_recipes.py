@@ -65,10 +65,10 @@ def shown(arguments: list[str], capsys: Any) -> str:
 def test_help_shows_the_values_of_a_recipe(capsys: Any) -> None:
     text = shown(["--recipe", "cifar10-800ep", "--help"], capsys)
     assert "appendix D takes 2 for CIFAR-10 (default: 2)" in text
-    assert "scaled linearly with the global batch (default: 0.03)" in text
+    assert "section 3]. (default: 0.03)" in text
     assert "--data DIR|URL Dataset folder" in text
     plain = shown(["--help"], capsys)
-    assert "scaled linearly with the global batch (default: 0.05)" in plain
+    assert "section 3]. (default: 0.05)" in plain
 
 
 def test_an_unknown_recipe_is_told_with_the_known_ones(capsys: Any) -> None:
