@@ -1,8 +1,9 @@
-"""Owns the photometric stage on a GPU: three Triton kernels that together touch each byte a handful of times.
+"""The photometric stage on a GPU: four Triton kernels that together touch each byte a handful of times.
 
-Colour (one program an image, because contrast needs the image's mean), horizontal blur, and vertical blur with
-solarize, normalise and flip. The operations and their rounding are those of photometric_cpu.py, and the tests
-compare the two: on a GPU, and everywhere else through Triton's interpreter (TRITON_INTERPRET=1).
+The image's mean gray, which contrast needs; colour; horizontal blur; and vertical blur with solarize, normalise and
+flip. Every kernel has several programs an image, so that 64 images fill a GPU. The operations and their rounding are
+those of photometric_cpu.py. The tests compare the two: on a GPU, and elsewhere through Triton's interpreter
+(TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,11 +21,12 @@ from pipeline.sampling.views import ViewParams, ViewRecipe
 
 COLOUR_BLOCK = 1024  # pixels a program handles at a time
 ROW_BLOCK = 1024  # values of one channel
-# Columns of the tables that go to the GPU.
+# Columns of the table that goes to the GPU, a row an image: whole numbers, then real ones.
 JITTER, ORDER, GRAY, SOLARIZE, FLIP = (tl.constexpr(column) for column in (0, 1, 5, 6, 7))
-FLAGS = tl.constexpr(8)
-SIGMA = tl.constexpr(4)
-NUMBERS = tl.constexpr(5)
+FLAGS = tl.constexpr(8)  # columns of whole numbers; those of real ones count from here
+SIGMA, SCALE, OFFSET = (tl.constexpr(column) for column in (4, 5, 8))
+REACH = tl.constexpr(4.0)  # BLUR_REACH of photometric_cpu.py
+ROW = tl.constexpr(19)
 
 
 def transform_on_gpu(
@@ -40,14 +42,19 @@ def transform_on_gpu(
     count, side = squares.shape[:2]
     pixels = side * side
     squares = squares.contiguous()
-    flags, numbers = _tables(params, view, squares.device)
+    table = on_device(_table(params, view, scale, offset), squares.device)
+    flags, numbers = table, table[:, FLAGS.value :].view(torch.float32)
     coloured = torch.empty((count, 3, pixels), dtype=torch.uint8, device=squares.device)
     rows = torch.empty((count, 3, pixels), dtype=torch.float32, device=squares.device)
     out = torch.empty((count, side, side, 3), dtype=dtype, device=squares.device)
     blocks = triton.cdiv(pixels, ROW_BLOCK)
     radius = recipe.blur_window // 2
     # Colours are truncated to bytes as on the CPU, where a * b + c is rounded twice; sums of the blur may be fused.
-    _colour[(count,)](squares, coloured, flags, numbers, pixels, BLOCK=COLOUR_BLOCK, enable_fp_fusion=False)
+    parts = triton.cdiv(pixels, COLOUR_BLOCK)
+    sums = torch.empty((count, parts), dtype=torch.float32, device=squares.device)
+    grid = (count, parts)
+    _gray_sums[grid](squares, sums, flags, numbers, pixels, BLOCK=COLOUR_BLOCK, enable_fp_fusion=False)
+    _colour[grid](squares, sums, coloured, flags, numbers, pixels, parts, BLOCK=COLOUR_BLOCK, enable_fp_fusion=False)
     _blur_rows[(count, 3, blocks)](coloured, rows, numbers, side, RADIUS=radius, BLOCK=ROW_BLOCK, enable_fp_fusion=True)
     _finish[(count, 3, blocks)](
         coloured,
@@ -55,8 +62,6 @@ def transform_on_gpu(
         out,
         flags,
         numbers,
-        on_device(scale, squares.device),
-        on_device(offset, squares.device),
         recipe.solarize_threshold,
         side,
         RADIUS=radius,
@@ -66,8 +71,10 @@ def transform_on_gpu(
     return out.permute(0, 3, 1, 2)
 
 
-def _tables(params: ViewParams, view: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The parameters of one view as two tables, a row an image: whole numbers and real ones."""
+def _table(
+    params: ViewParams, view: int, scale: NDArray[np.float32], offset: NDArray[np.float32]
+) -> Int32[np.ndarray, "n 19"]:
+    """The parameters of one view as one table, so that one upload takes them all; real numbers by their bits."""
     flags = np.column_stack(
         [
             params.jitter[:, view],
@@ -77,8 +84,9 @@ def _tables(params: ViewParams, view: int, device: torch.device) -> tuple[Tensor
             params.flip[:, view],
         ]
     )
-    numbers = np.column_stack([params.factors[:, view], params.sigma[:, view]])
-    return on_device(flags.astype(np.int32), device), on_device(numbers.astype(np.float32), device)
+    of_all = np.tile(np.concatenate([scale, offset]), (len(flags), 1))
+    numbers = np.column_stack([params.factors[:, view], params.sigma[:, view], of_all]).astype(np.float32)
+    return np.hstack([flags.astype(np.int32), numbers.view(np.int32)])
 
 
 @triton.jit
@@ -142,45 +150,56 @@ def _load_pixels(image, at, mask):
 
 
 @triton.jit
-def _colour(squares, coloured, flags, numbers, pixels: tl.constexpr, BLOCK: tl.constexpr):
-    """Jitter and grayscale of one image: interleaved bytes in, one plane a channel out."""
+def _gray_sums(squares, sums, flags, numbers, pixels: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the gray values of a part of one image, as contrast finds them; whole numbers, exact in float32."""
     index = tl.program_id(0).to(tl.int64)
-    image = squares + index * pixels * 3
-    planes = coloured + index * pixels * 3
-    flags += index * FLAGS
-    numbers += index * NUMBERS
-    jitter = tl.load(flags + JITTER)
-    mean = 0.0
-    if jitter != 0:
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, pixels, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            mask = at < pixels
-            red, green, blue = _load_pixels(image, at, mask)
-            before_contrast = 1
-            for position in range(4):
-                operation = tl.load(flags + ORDER + position)
-                before_contrast = tl.where(operation == 1, 0, before_contrast)
-                if before_contrast != 0:
-                    red, green, blue = _operate(operation, tl.load(numbers + operation), 0.0, red, green, blue)
-            total += tl.where(mask, _luma(red, green, blue), 0.0)
-        mean = tl.sum(total) / pixels
-    gray = tl.load(flags + GRAY)
-    for start in range(0, pixels, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    part = tl.program_id(1)
+    flags += index * ROW
+    numbers += index * ROW
+    if tl.load(flags + JITTER) != 0:
+        at = part * BLOCK + tl.arange(0, BLOCK)
         mask = at < pixels
-        red, green, blue = _load_pixels(image, at, mask)
-        if jitter != 0:
-            for position in range(4):
-                operation = tl.load(flags + ORDER + position)
-                red, green, blue = _operate(operation, tl.load(numbers + operation), mean, red, green, blue)
-        if gray != 0:
-            red = _luma(red, green, blue)
-            green = red
-            blue = red
-        tl.store(planes + at, red.to(tl.uint8), mask=mask)
-        tl.store(planes + pixels + at, green.to(tl.uint8), mask=mask)
-        tl.store(planes + 2 * pixels + at, blue.to(tl.uint8), mask=mask)
+        red, green, blue = _load_pixels(squares + index * pixels * 3, at, mask)
+        before_contrast = 1
+        for position in range(4):
+            operation = tl.load(flags + ORDER + position)
+            before_contrast = tl.where(operation == 1, 0, before_contrast)
+            if before_contrast != 0:
+                red, green, blue = _operate(operation, tl.load(numbers + operation), 0.0, red, green, blue)
+        total = tl.sum(tl.where(mask, _luma(red, green, blue), 0.0))
+        tl.store(sums + index * tl.num_programs(1) + part, total)
+
+
+@triton.jit
+def _colour(squares, sums, coloured, flags, numbers, pixels: tl.constexpr, parts: tl.constexpr, BLOCK: tl.constexpr):
+    """Jitter and grayscale of a part of one image: interleaved bytes in, one plane a channel out."""
+    index = tl.program_id(0).to(tl.int64)
+    planes = coloured + index * pixels * 3
+    flags += index * ROW
+    numbers += index * ROW
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < pixels
+    red, green, blue = _load_pixels(squares + index * pixels * 3, at, mask)
+    if tl.load(flags + JITTER) != 0:
+        every = tl.arange(0, triton.next_power_of_2(parts))
+        mean = tl.sum(tl.load(sums + index * parts + every, mask=every < parts, other=0.0)) / pixels
+        for position in range(4):
+            operation = tl.load(flags + ORDER + position)
+            red, green, blue = _operate(operation, tl.load(numbers + operation), mean, red, green, blue)
+    if tl.load(flags + GRAY) != 0:
+        red = _luma(red, green, blue)
+        green = red
+        blue = red
+    tl.store(planes + at, red.to(tl.uint8), mask=mask)
+    tl.store(planes + pixels + at, green.to(tl.uint8), mask=mask)
+    tl.store(planes + 2 * pixels + at, blue.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _blur_radius(sigma, RADIUS: tl.constexpr):
+    """As on the CPU: beyond REACH sigmas a tap adds less than 0.02 of 255."""
+    whole = (sigma * REACH).to(tl.int32)
+    return tl.minimum(whole + (whole < sigma * REACH).to(tl.int32), RADIUS)
 
 
 @triton.jit
@@ -194,7 +213,7 @@ def _reflect(at, side):
 def _blur_rows(coloured, rows, numbers, side: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
     """Horizontal blur of a part of one channel; nothing where the image is not blurred."""
     index = tl.program_id(0).to(tl.int64)
-    sigma = tl.load(numbers + index * NUMBERS + SIGMA)
+    sigma = tl.load(numbers + index * ROW + SIGMA)
     if sigma > 0.0:
         plane = (index * 3 + tl.program_id(1)) * side * side
         at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -202,7 +221,8 @@ def _blur_rows(coloured, rows, numbers, side: tl.constexpr, RADIUS: tl.constexpr
         row, column = at // side, at % side
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         weights = 0.0
-        for tap in range(-RADIUS, RADIUS + 1):
+        radius = _blur_radius(sigma, RADIUS)
+        for tap in range(-radius, radius + 1):
             weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
             weights += weight
             value = tl.load(coloured + plane + row * side + _reflect(column + tap, side), mask=mask, other=0)
@@ -217,8 +237,6 @@ def _finish(
     out,
     flags,
     numbers,
-    scale,
-    offset,
     threshold: tl.constexpr,
     side: tl.constexpr,
     RADIUS: tl.constexpr,
@@ -231,22 +249,24 @@ def _finish(
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     mask = at < side * side
     row, column = at // side, at % side
-    sigma = tl.load(numbers + index * NUMBERS + SIGMA)
+    sigma = tl.load(numbers + index * ROW + SIGMA)
     if sigma > 0.0:
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         weights = 0.0
-        for tap in range(-RADIUS, RADIUS + 1):
+        radius = _blur_radius(sigma, RADIUS)
+        for tap in range(-radius, radius + 1):
             weight = tl.exp(-0.5 * (tap / sigma) * (tap / sigma))
             weights += weight
             total += weight * tl.load(rows + plane + _reflect(row + tap, side) * side + column, mask=mask, other=0.0)
         value = tl.floor(total / weights + 0.5)
     else:
         value = tl.load(coloured + plane + at, mask=mask, other=0).to(tl.float32)
-    flags += index * FLAGS
+    flags += index * ROW
     if tl.load(flags + SOLARIZE) != 0:
         value = tl.where(value < threshold, value, 255.0 - value)
     if tl.load(flags + FLIP) != 0:
         column = side - 1 - column
-    value = value * tl.load(scale + channel) + tl.load(offset + channel)
+    numbers += index * ROW
+    value = value * tl.load(numbers + SCALE + channel) + tl.load(numbers + OFFSET + channel)
     target = out + (index * side * side + row * side + column) * 3 + channel
     tl.store(target, value.to(out.dtype.element_ty), mask=mask)

@@ -38,6 +38,7 @@ if __name__ == "__main__":
                 "more than a block": compare(
                     37, 4, ViewRecipe(image_size=37, jitter_prob=1, blur_prob=1, blur_radius=2)
                 ),
+                "fewer taps than the window": compare(24, 6, ViewRecipe(image_size=24, blur_prob=1)),
                 "window wider than the view": compare(3, 4, ViewRecipe(image_size=3, blur_prob=1)),
             }
         )

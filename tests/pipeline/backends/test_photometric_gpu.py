@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,38 +21,61 @@ from tests.helpers.crafted import difference, squares, transformed
 pytest.importorskip("triton", reason="Triton comes with torch on Linux only")
 
 KERNELS = {
-    "_colour": "squares:*u8 coloured:*u8 flags:*i32 numbers:*fp32 pixels=50176 BLOCK=1024",
+    "_gray_sums": "squares:*u8 sums:*fp32 flags:*i32 numbers:*fp32 pixels=50176 BLOCK=1024",
+    "_colour": "squares:*u8 sums:*fp32 coloured:*u8 flags:*i32 numbers:*fp32 pixels=50176 parts=49 BLOCK=1024",
     "_blur_rows": "coloured:*u8 rows:*fp32 numbers:*fp32 side=224 RADIUS=11 BLOCK=1024",
-    "_finish": "coloured:*u8 rows:*fp32 out:*{out} flags:*i32 numbers:*fp32 scale:*fp32 offset:*fp32 "
+    "_finish": "coloured:*u8 rows:*fp32 out:*{out} flags:*i32 numbers:*fp32 "
     "threshold=128 side=224 RADIUS=11 BLOCK=1024",
 }
+COLOURS = ("_gray_sums", "_colour")  # are rounded as on the CPU
+# 4 warps a program and 65,536 registers an SM: with so many a thread, 5 programs run side by side there
+MOST_REGISTERS = 96
 
 
-@pytest.mark.parametrize("out", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_a_gpu(capability: int, out: str) -> None:
+def assembled(name: str, capability: int, out: str = "fp16") -> Any:
+    """The kernel for a GPU that need not be here."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from pipeline.backends import photometric_gpu
 
-    for name, text in KERNELS.items():
-        if out != "fp16" and "{out}" not in text:
-            continue  # compiled once: it does not depend on the type of the views
-        words = text.format(out=out).split()
-        signature = dict(word.split(":") for word in words if ":" in word)
-        constants = {key: int(value) for key, value in (word.split("=") for word in words if "=" in word)}
-        source = ASTSource(
-            fn=getattr(photometric_gpu, name),
-            signature=signature | dict.fromkeys(constants, "constexpr"),
-            constexprs=constants,
-        )
-        options = {"enable_fp_fusion": name != "_colour"}  # as the stage asks for
-        compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert ("fma.rn.f32" in compiled.asm["ptx"]) == options["enable_fp_fusion"]
+    words = KERNELS[name].format(out=out).split()
+    signature = dict(word.split(":") for word in words if ":" in word)
+    constants = {key: int(value) for key, value in (word.split("=") for word in words if "=" in word)}
+    source = ASTSource(
+        fn=getattr(photometric_gpu, name),
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    options = {"enable_fp_fusion": name not in COLOURS}  # as the stage asks for
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers of a thread, and its bytes of stack and of local memory, to which registers are spilled."""
+    import triton
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"  # comes with Triton
+    said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
+    assert found is not None, said
+    return dict(zip(("registers", "stack", "spilled"), map(int, found.groups()), strict=True))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_without_a_gpu(capability: int, name: str, tmp_path: Path) -> None:
+    """Without registers that spill to memory, and with few enough to fill a GPU."""
+    for out in ("fp16", "bf16", "fp32") if name == "_finish" else ("fp16",):
+        compiled = assembled(name, capability, out)
+        assert ("fma.rn.f32" in compiled.asm["ptx"]) == (name not in COLOURS)
         assert f".target sm_{capability}" in compiled.asm["ptx"]
-        assert len(compiled.asm["cubin"]) > 0
+        usage = resource_usage(compiled.asm["cubin"], tmp_path)
+        assert 0 < usage["registers"] <= MOST_REGISTERS, (out, usage)
+        assert usage["stack"] == usage["spilled"] == 0, (out, usage)
 
 
 def test_interpreted_kernels_equal_the_cpu() -> None:
@@ -58,7 +83,7 @@ def test_interpreted_kernels_equal_the_cpu() -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     cases = json.loads(done.stdout.splitlines()[-1])
-    assert len(cases) == 3
+    assert len(cases) == 4
     for name, case in cases.items():
         assert case["channels_last"], name
         assert case["mean"] <= 0.02, name
