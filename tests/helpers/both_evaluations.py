@@ -1,4 +1,4 @@
-"""Owns one kNN and two linear evaluations on any number of ranks; torchrun runs this file, tests import it."""
+"""Runs one kNN and two linear evaluations on any number of ranks; torchrun runs this file, tests import it."""
 
 from __future__ import annotations
 

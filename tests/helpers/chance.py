@@ -1,4 +1,4 @@
-"""Owns the statistics that tests of randomness use. Seeds are fixed, so a test passes always or never."""
+"""Statistics for tests of randomness. Seeds are fixed, so a test passes always or never."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns view parameters and squares made by hand, so that a test can look at one operation at a time."""
+"""View parameters and squares made by hand, so that a test can check one operation at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns damage to a written dataset: bytes that changed on the disk, and images that no decoder takes."""
+"""Damages a written dataset: bytes that changed on the disk, and images that no decoder takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns encoded images of every kind that a dataset may hold, good and bad, and batches made of them."""
+"""Encoded images of every kind that a dataset may hold, good and bad, and batches made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns an HTTP proxy that harms what passes, by a schedule that is a pure function of its seed and the requests."""
+"""An HTTP proxy that injects faults, by a schedule that is a pure function of its seed and the requests."""
 
 from __future__ import annotations
 

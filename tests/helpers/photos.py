@@ -1,4 +1,4 @@
-"""Owns the images that tests draw: small, smooth, a pure function of a seed."""
+"""The images that tests draw: small, smooth, a pure function of a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the places of a run at which a test lets a signal strike, some of them in the middle of writing a file."""
+"""The points of a run at which a test sends a signal, some of them in the middle of writing a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns real servers on the loopback for remote datasets: nginx over a folder, and moto's S3 server over a bucket."""
+"""Real servers on the loopback for remote datasets: nginx over a folder, and moto's S3 server over a bucket."""
 
 from __future__ import annotations
 

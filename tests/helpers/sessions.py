@@ -1,4 +1,4 @@
-"""Owns runs of the training script in processes that may be killed: each is a fork of one that has imported everything.
+"""Runs the training script in processes that may be killed: each is a fork of one that has imported everything.
 
 A fork starts in a tenth of a second, where a fresh Python would first import torch.
 """

@@ -1,4 +1,4 @@
-"""Owns how tests call a script in this process, and the flags with which a training takes a moment."""
+"""Calls scripts in the test's process, and the flags of a training run that takes a moment."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_training_and_evaluation_may_run_at_once(photo_dataset: ShardSet, backen
 
 
 class Reports(list[BadSampleError]):
-    """Hears of bad samples."""
+    """Collects reports of bad samples."""
 
     @property
     def ids(self) -> list[int]:
