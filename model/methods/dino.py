@@ -122,6 +122,7 @@ class DINO(Method):
 
     config: DINOConfig
     centre: Tensor
+    temperature: Tensor
 
     def __init__(self, config: DINOConfig) -> None:
         """Weights come from torch's global generator."""
@@ -132,19 +133,20 @@ class DINO(Method):
         self.prototypes = Prototypes(config.dim, config.prototypes, normalised=True)
         self.teacher = Teacher(self._student())
         self.register_buffer("centre", torch.zeros(config.prototypes))
+        # Of this step. A tensor, as reading the step in forward would recompile it every time
+        self.register_buffer("temperature", torch.tensor(config.warmup_teacher_temperature), persistent=False)
         self._seen: list[Tensor] = []  # mean of the teacher's outputs in this step's passes
 
     def forward(self, views: list[Tensor], info: StepInfo) -> MethodOutput:
         """Views of one size in a row are one pass."""
         z = encode_jointly(nn.Sequential(self.backbone, self.head), views)
         targets = encode_jointly(self.teacher, views[:TEACHER_VIEWS])
-        temperature = self.config.temperature_at(info)
         with torch.autocast(z[0].device.type, enabled=False):
             logits = [self.prototypes(embedding) for embedding in z]
-            loss = distillation(logits, targets, self.centre, self.config.student_temperature, temperature)
+            loss = distillation(logits, targets, self.centre, self.config.student_temperature, self.temperature)
             together = torch.cat(targets)
             self._seen.append(together.mean(dim=0))
-            used = distribution_entropy((together - self.centre) / temperature)
+            used = distribution_entropy((together - self.centre) / self.temperature)
         return MethodOutput(loss, z[0].detach(), {"z_std": mean_z_std(z[:TEACHER_VIEWS]), "prototype_entropy": used})
 
     def parameter_groups(self) -> list[ParamGroup]:
@@ -152,8 +154,9 @@ class DINO(Method):
         return weights_apart(self)
 
     def before_step(self, info: StepInfo) -> None:
-        """Forget the outputs of the step before."""
+        """Forget the outputs of the step before; set the teacher's temperature."""
         self._seen = []
+        self.temperature.fill_(self.config.temperature_at(info))
 
     @torch.no_grad()
     def before_optimizer(self, info: StepInfo) -> None:
@@ -213,7 +216,7 @@ def distillation(
     teacher: list[Float[Tensor, "n k"]],
     centre: Float[Tensor, " k"],
     student_temperature: float,
-    teacher_temperature: float,
+    teacher_temperature: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Algorithm 1 of the paper: the mean cross-entropy of each student view with each other view of the teacher."""
     predictions = [F.log_softmax(wide(logits) / student_temperature, dim=1) for logits in student]

@@ -122,6 +122,7 @@ class SwAV(Method):
         self.prototypes = Prototypes(config.dim, config.prototypes, normalised=False)
         count = ASSIGNED if config.queue else 0
         self.queues = nn.ModuleList([FeatureQueue(config.queue, config.dim) for _ in range(count)])
+        self._queue_in_use = False  # set before each step; reading the step in forward would recompile it every time
         self._assigned: list[list[Tensor]] = []  # embeddings of this step's passes, a tensor for each assigned view
 
     def forward(self, views: list[Tensor], info: StepInfo) -> MethodOutput:
@@ -131,16 +132,16 @@ class SwAV(Method):
         with torch.autocast(z[0].device.type, enabled=False):
             unit = [unit_rows(embedding) for embedding in z]
             scores = [self.prototypes(unit_rows(embedding)) for embedding in predicting]
-            assignments = [self._assign(view, unit[view], info) for view in range(ASSIGNED)]
+            assignments = [self._assign(view, unit[view]) for view in range(ASSIGNED)]
             loss = swapped_prediction(scores, assignments, self.config.temperature)
             used = distribution_entropy(torch.cat(scores[:ASSIGNED]).detach() / self.config.temperature)
         self._assigned.append([embedding.detach() for embedding in unit[:ASSIGNED]])
         return MethodOutput(loss, z[0].detach(), {"z_std": mean_z_std(z[:ASSIGNED]), "prototype_entropy": used})
 
-    def _assign(self, view: int, unit: Float[Tensor, "n d"], info: StepInfo) -> Float[Tensor, "n k"]:
+    def _assign(self, view: int, unit: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """The assignments of one view, together with the queue's where that is in use."""
         config, rows = self.config, unit
-        if self._uses_queue(info):
+        if self._queue_in_use:
             rank, world = rank_and_world()
             rows = torch.cat([self.queues[view].rows.chunk(world)[rank], unit])  # type: ignore[operator]
         with torch.set_grad_enabled(not config.stop_gradient):
@@ -152,8 +153,9 @@ class SwAV(Method):
         return bool(self.config.queue) and info.step >= max(full, self.config.queue_from_epoch * info.steps_per_epoch)
 
     def before_step(self, info: StepInfo) -> None:
-        """Forget the embeddings of the step before."""
+        """Forget the embeddings of the step before; see whether the queue is in use."""
         self._assigned = []
+        self._queue_in_use = self._uses_queue(info)
 
     def before_optimizer(self, info: StepInfo) -> None:
         """Freeze the prototypes at first: without a gradient neither decay nor momentum moves them."""

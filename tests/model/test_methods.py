@@ -386,6 +386,7 @@ def test_the_queue_is_assigned_along_with_the_batch_once_it_is_full_and_due() ->
         together = torch.cat([twin.queues[a].rows.double(), z[a]]) @ prototypes.T
         q = written_out_sinkhorn(together.detach())[-GLOBAL_BATCH:]
         expected = expected - (q * torch.log_softmax(z[1 - a] @ prototypes.T / 0.1, dim=1)).sum(dim=1).mean() / 2
+    method.before_step(info_of(2))
     assert method(views, info_of(2)).loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
