@@ -93,17 +93,18 @@ class UndecodableBatchError(Exception):
 class DaliConfig:
     """How DALI works."""
 
-    # JPEG decoder on a GPU: mixed is nvJPEG and the hardware decoder, cpu the CPU
+    # Decoder on a GPU: mixed is nvJPEG with the hardware decoder, cpu is libjpeg-turbo.
     decoder: Literal["mixed", "cpu"] = "mixed"
-    hw_decoder_load: float = 0.65  # share of a batch for the hardware decoder (DALI's default)
-    # Side, px, of images to set aside GPU memory for at the start: hw_decoder_load x batch x 3 x side^2 bytes (16 GB
-    # of 4000 px at a batch of 512), for the hardware decoder alone. 0: it grows as needed
+    # Share of a batch for the hardware decoder [DALI].
+    hw_decoder_load: float = 0.65
+    # Set GPU memory aside at the start for images of this side in pixels; 0: it grows as needed.
     preallocate_side: int = 0
     # MiB of GPU memory that each decoding thread sets aside for the decoder that is not hardware; DALI's default
     device_memory_padding: int = 16
     host_memory_padding: int = 8  # MiB of pinned memory, twice for each decoding thread, for the same; DALI's default
-    prefetch: int = 2  # batches in DALI's own queue
-    # Interpolate the colours of JPEGs on a GPU, as PIL does; off, they are repeated, and views differ more from PIL's
+    # Batches in DALI's own queue.
+    prefetch: int = 2
+    # Interpolate the colours of JPEGs on a GPU as PIL does; off, they are repeated, and views differ more from PIL's.
     smooth_chroma: bool = True
 
     def __post_init__(self) -> None:

@@ -57,12 +57,17 @@ IsNeeded = Callable[[str], bool | None]  # sha256 -> needed (True), not needed (
 class CacheConfig:
     """The local cache of remote datasets."""
 
-    # Folder of fetched shards, on a disk of this machine; None: siamstream in the user's cache folder
+    # Folder on a disk of this machine for the shards of a remote dataset; default: siamstream in the user's cache
+    # folder.
     cache_dir: LocalPath | None = None
-    cache_size: str = "200GB"  # limit of the cache on the disk, such as 500MB or 1.5TB
-    fetch_threads: int = 8  # shards fetched at a time by one machine
-    retry_minutes: float = 30.0  # minutes of consecutive failures before a run ends
-    cache_shared: bool = False  # accept a cache folder that other users can write to: all of them must be trusted
+    # Limit of that folder, such as 500MB or 1.5TB.
+    cache_size: str = "200GB"
+    # Shards that a machine fetches at a time.
+    fetch_threads: int = 8
+    # Minutes of failures in a row before a run ends.
+    retry_minutes: float = 30.0
+    # Accept a cache folder that other users can write to; all of them must be trusted.
+    cache_shared: bool = False
 
     def __post_init__(self) -> None:
         """Raise UserError for values that are not a size, a number of threads, or a time."""

@@ -22,15 +22,19 @@ RANKS_APART = 2  # steps by which one rank of a machine may be behind another
 class LoaderConfig:
     """How one rank's loader works."""
 
-    # Library that decodes and cuts; auto: DALI where it is installed
+    # Library that decodes and cuts; auto: DALI where it is installed, else torchvision.
     backend: Literal["auto", "dali", "torchvision"] = "auto"
-    threads: int = 0  # threads that decode and transform; 0: the machine's cores / its ranks
-    prefetch: int = 2  # finished batches that may wait for the model
-    read_ahead: int = 4  # batches whose bytes are read before they are needed
-    # Compare each image's bytes with their crc32 when they are read: 0.03 ms of a core for an image of 110 KB.
-    # Without it an image that has changed on the disk is found only if it can no longer be decoded
+    # Threads that decode and transform in each process; 0: the machine's cores divided by its processes.
+    threads: int = 0
+    # Finished batches that may wait for the model.
+    prefetch: int = 2
+    # Batches whose bytes are read before they are needed.
+    read_ahead: int = 4
+    # Compare each image's bytes with their CRC-32 when they are read: 0.03 ms of a core for 110 KB. Without it an image
+    # that has changed on the disk is found only if it can no longer be decoded.
     verify_checksums: bool = True
-    max_bad_samples: int = 100  # bad images that are replaced before the run stops
+    # Images that may turn out bad and be replaced before the run stops.
+    max_bad_samples: int = 100
     dali: DaliConfig = field(default_factory=DaliConfig)
     cache: Annotated[CacheConfig, group("remote")] = field(default_factory=CacheConfig)
 

@@ -39,11 +39,13 @@ Order = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]  # (epoch, positio
 class OrderConfig:
     """In which order an epoch visits the samples."""
 
-    # Order of the samples; blocks: a few shards at a time, for storage with slow random reads
+    # Order of the samples in an epoch. random: over the whole dataset; blocks: a few shards at a time, for storage with
+    # slow random reads.
     epoch_order: Literal["random", "blocks"] = "random"
-    block_shards: int = 16  # shards whose samples are shuffled together; at 2048 ImageNet images each, 3.6 GB
-    # Equal parts of a batch, each from shards of its own, with --epoch-order blocks. If the number of machines divides
-    # it, each machine reads only its part of the shards; a batch then holds samples of that many groups
+    # Shards whose samples are shuffled together with --epoch-order blocks; 16 of 2048 ImageNet images are 3.6 GB.
+    block_shards: int = 16
+    # Parts of a batch that come from shards of their own, with --epoch-order blocks. If the number of machines divides
+    # it, each machine reads only its part of the shards.
     block_streams: int = 1
 
     def __post_init__(self) -> None:

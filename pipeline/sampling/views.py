@@ -132,28 +132,46 @@ _GROUPS = tyro.constructors.PrimitiveConstructorSpec(
 class ViewRecipe:
     """How views are drawn. The defaults are SimSiam's for ImageNet (appendix A, after MoCo v2)."""
 
-    image_size: int = 224  # side of each view, px
-    # Number of views of each image, all drawn alike; --more-views adds unlike ones
+    # Side of a view in pixels [Chen & He 2020, section 3].
+    image_size: int = 224
+    # Views of each image that are drawn alike; --more-views adds unlike ones.
     count: Annotated[int, tyro.conf.arg(name="views")] = 2
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # smallest and largest crop, as a share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height of a crop, log-uniform
-    interpolation: Interpolation = "bilinear"  # method of the resize; SimCLR's and BYOL's own code take bicubic
-    flip_prob: float = 0.5  # probability of a horizontal flip
-    jitter_prob: float = 0.8  # probability of the colour jitter, its four operations together
-    brightness: float = 0.4  # strength x of the brightness jitter: a factor from 1 - x to 1 + x
-    contrast: float = 0.4  # strength x of the contrast jitter: a factor from 1 - x to 1 + x
-    saturation: float = 0.4  # strength x of the saturation jitter: a factor from 1 - x to 1 + x
-    hue: float = 0.1  # strength x of the hue jitter: a shift from -x to x, in turns of the colour circle
-    gray_prob: float = 0.2  # probability of a gray view, with three equal channels
-    blur_prob: float = 0.5  # probability of Gaussian blur; 0 in the paper's CIFAR-10 recipe (appendix D)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # smallest and largest standard deviation of the blur, px of the view
-    blur_radius: int = 11  # reach of the blur, px; SimCLR's window of 23 at 224 px, 5.5 times the largest sigma
-    solarize_prob: float = 0.0  # probability of solarization; BYOL's addition, SimSiam has none
-    solarize_threshold: int = 128  # smallest byte that solarization inverts, of 255
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # mean colour that is subtracted, of 1; ImageNet's
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # standard deviation to divide by, of 1; ImageNet's
+    # Share of the image's area that a crop covers, lowest and highest [appendix A, after MoCo v2].
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    # Width / height of a crop, lowest and highest, drawn log-uniformly [torchvision].
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    # How a crop is resized; SimCLR's and BYOL's own code take bicubic.
+    interpolation: Interpolation = "bilinear"
+    # Probability of a horizontal flip.
+    flip_prob: float = 0.5
+    # Probability of the four colour operations together [appendix A].
+    jitter_prob: float = 0.8
+    # Change brightness by a factor from 1 - x to 1 + x.
+    brightness: float = 0.4
+    # Change contrast by a factor from 1 - x to 1 + x.
+    contrast: float = 0.4
+    # Change saturation by a factor from 1 - x to 1 + x.
+    saturation: float = 0.4
+    # Shift the hue by -x to x turns of the colour circle.
+    hue: float = 0.1
+    # Probability that all three channels become the gray value.
+    gray_prob: float = 0.2
+    # Probability of a Gaussian blur (the CIFAR-10 recipe has none: appendix D).
+    blur_prob: float = 0.5
+    # Standard deviation of the blur in pixels of the view, lowest and highest.
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    # Reach of the blur's window in pixels [a window of 23, which SimCLR takes at 224 px].
+    blur_radius: int = 11
+    # Probability that bright pixels are inverted; BYOL's addition, SimSiam does without.
+    solarize_prob: float = 0.0
+    # Smallest byte that solarizing inverts, 0 (all) to 256 (none).
+    solarize_threshold: int = 128
+    # Mean of each channel, of 1, that is subtracted [ImageNet].
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    # Standard deviation of each channel, of 1, that is divided by [ImageNet].
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # Further groups of views, each in quotes, such as 'count=6 image-size=96 crop-scale=0.05,0.14'; what a group does
-    # not name is as in the first. SwAV's multi-crop (Caron et al. 2020), BYOL's unlike views (Grill et al. 2020)
+    # not name is as in the first. SwAV's multi-crop (Caron et al. 2020), BYOL's unlike views (Grill et al. 2020).
     more_views: Annotated[tuple[ViewGroup, ...], _GROUPS] = ()
     # Further augmentations, off by default; they are applied last, in the order of their fields
     extra: Annotated[Augmentations, tyro.conf.arg(name="")] = field(default_factory=Augmentations)
