@@ -79,7 +79,7 @@ def run_to_the_end(config: PretrainConfig, dist: DistContext, stop: StopRequest)
     costs, stalls = ReadCosts(len(run.dataset.shards)), Stalls()
     epoch, step = divmod(run.step, run.plan.steps_per_epoch)
     with (
-        Reporter(dist, config, run.plan, run.step, stalls) as reporter,
+        Reporter(dist, config, run.plan, run.step, stalls, run.model.collapse(run.plan.batch_shape())) as reporter,
         open_views(
             run.dataset,
             config.views,
@@ -89,7 +89,7 @@ def run_to_the_end(config: PretrainConfig, dist: DistContext, stop: StopRequest)
             dtype=run.precision.view_dtype,
             order=config.order,
             bad_samples_file=config.run_dir / BAD_SAMPLES_FILE,
-            pairs=config.model.pairs,
+            pairs=config.model.passes_per_batch,
             read_costs=costs,
             give_up=stop.is_urgent,
             stalls=stalls,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,7 @@ class MethodConfig:
     # Apply batch norm by the method's own rule, which --sync-bn would break
     own_batch_norm: ClassVar[bool] = False
     most_views: ClassVar[int | None] = 2  # of an image; None: any number from 2 up
+    batch_coupled: ClassVar[bool] = False  # the loss of a sample depends on which others are in the pass
 
     # Backbone: one of this project's (resnet_tiny suits 32 px on a CPU), any timm:NAME or torchvision:NAME, at random,
     # or MODULE:FUNCTION of your own. Default: Chen & He 2020, section 3, "Baseline settings"
@@ -126,6 +127,11 @@ class MethodConfig:
     def passes_per_batch(self) -> int:
         """How many times in a row a step sees each sample, each time in other views."""
         return 1
+
+    @property
+    def memory_place(self) -> Literal["ram", "disk"]:
+        """Where each process keeps the sample memory, for methods with a memory_dim."""
+        return "ram"
 
     def identity(self) -> dict[str, Any]:
         """What decides the run's numbers, flat: resuming compares it."""
@@ -150,8 +156,12 @@ class Method(nn.Module):
 
     config: MethodConfig
     backbone: nn.Module
-    batch_coupled: bool = False  # the loss of a sample depends on which others are in the pass
     memory_dim: int | None = None  # width of the sample memory that it needs, if any
+
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether the loss of a sample depends on which others are in the pass."""
+        return self.config.batch_coupled
 
     def forward(self, views: list[Tensor], info: StepInfo) -> MethodOutput:
         """The loss of one pass. ``views``: float images ``[n, 3, h, w]``, each view of the same n samples."""
@@ -160,6 +170,9 @@ class Method(nn.Module):
     def parameter_groups(self) -> list[ParamGroup]:
         """All trained parameters, each in one group."""
         return [ParamGroup("all", trained(self))]
+
+    def copy_student(self) -> None:
+        """Let a teacher start as the student, whose weights --init has replaced."""
 
     def before_step(self, info: StepInfo) -> None:
         """Called before a step's first pass."""

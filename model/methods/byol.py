@@ -105,6 +105,11 @@ class BYOL(Method):
         predictor = weights_apart(self.predictor, "predictor", self.config.predictor_lr_scale)
         return [*weights_apart(self._encoder(), "encoder"), *predictor]
 
+    def copy_student(self) -> None:
+        """Let the teacher start as the student."""
+        if self.teacher is not None:
+            self.teacher.copy_every(self._encoder(), 0, 1)
+
     def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
         """Move the target network, with this step's tau, after the optimizer (byol_experiment.py)."""
         if self.teacher is not None:

@@ -166,6 +166,10 @@ class DINO(Method):
         if info.step < self.config.frozen_steps(info):
             self.prototypes.weight.grad = None
 
+    def copy_student(self) -> None:
+        """Let the teacher start as the student."""
+        self.teacher.copy_every(self._student(), 0, 1)
+
     @torch.no_grad()
     def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
         """Move the teacher and the centre."""

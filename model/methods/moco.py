@@ -137,6 +137,10 @@ class MoCo(Method):
         """Forget the keys of the step before."""
         self._keys = []
 
+    def copy_student(self) -> None:
+        """Let the teacher start as the student."""
+        self.teacher.copy_every(self._encoder(), 0, 1)
+
     @torch.no_grad()
     def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
         """Move the key encoder, enqueue the keys, update batch norm's running statistics.

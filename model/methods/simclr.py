@@ -42,6 +42,7 @@ class SimCLRConfig(MethodConfig):
     """SimCLR's architecture and loss. The defaults are its paper's, with the projector of SimSiam's comparison."""
 
     name: ClassVar[str] = "simclr"
+    batch_coupled: ClassVar[bool] = True
 
     dim: int = 128  # width of z: paper section 2.2; run.py proj_out_dim
     projector_layers: int = 3  # SimSiam, appendix C; the paper has 2, its code 3 (num_proj_layers)
@@ -72,7 +73,6 @@ class SimCLR(Method):
     """``backbone`` and ``projector``; a predictor where asked for."""
 
     config: SimCLRConfig
-    batch_coupled = True
 
     def __init__(self, config: SimCLRConfig) -> None:
         """Weights come from torch's global generator."""

@@ -104,6 +104,11 @@ class SimSiamConfig(MethodConfig):
         """One for each pair of views."""
         return self.pairs
 
+    @property
+    def memory_place(self) -> Literal["ram", "disk"]:
+        """As --target-memory says."""
+        return self.target_memory
+
     def identity(self) -> dict[str, Any]:
         """Named as in the first checkpoints, which hold no other method, and in which switches of later are absent."""
         fields = {f"model.{name}": value for name, value in asdict(self).items()}

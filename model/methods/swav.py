@@ -46,6 +46,7 @@ class SwAVConfig(MethodConfig):
     """SwAV's architecture and loss. The defaults are its scripts', with the projector of SimSiam's comparison."""
 
     name: ClassVar[str] = "swav"
+    batch_coupled: ClassVar[bool] = True
     most_views: ClassVar[int | None] = None
 
     dim: int = 128  # width of z: --feat_dim
@@ -109,7 +110,6 @@ class SwAV(Method):
     """``backbone``, ``projector``, ``prototypes``; a predictor and queues where asked for."""
 
     config: SwAVConfig
-    batch_coupled = True
 
     def __init__(self, config: SwAVConfig) -> None:
         """Weights come from torch's global generator. The prototypes have length 1 between any two steps."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 import pipeline.common.files
 import pipeline.dataset.remote_files
 import pipeline.loader.read_batches
@@ -95,7 +97,7 @@ def torn_line(strike: Callable[[], None]) -> None:
 
 
 PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
-    "between forward and backward": lambda strike: before(train.engine.loop, "simsiam_loss", strike),
+    "between forward and backward": lambda strike: before(torch.amp.GradScaler, "scale", strike),
     "before the step is counted": lambda strike: after(train.engine.loop, "train_step", strike),
     "after the step is written": lambda strike: after(Reporter, "step", strike),
     "half a line of metrics": torn_line,

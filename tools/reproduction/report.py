@@ -17,10 +17,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from model.embedding_stats import least_share
 from pipeline.common.files import atomic_file, disk_errors
 from tools.common.plot_style import INK, QUIET
 from tools.reproduction.paper_tables import PAPER_SCALE, PaperTable, Variant
-from train.monitoring.collapse import least_share
 from train.storage.run_folder import SUMMARY_FILE, RunHistory, read_run
 
 COLOURS = ("#1f5fa8", "#b4511d", "#1d7a4f", "#7a3b9a", "#a8871f", "#3a8fa3", "#a33a5f")

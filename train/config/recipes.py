@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import sys
+from dataclasses import fields
 from typing import Any
 
 import tyro
 
+from model.methods.base import MethodConfig
+from model.methods.registry import DEFAULT_METHOD, METHODS, method_config
 from model.methods.simsiam import SimSiamConfig
-from pipeline.common.errors import UserError
+from pipeline.common.errors import UserError, require
 from pipeline.sampling.views import ViewRecipe
 from train.config.run_config import PretrainConfig, RecipeName
 from train.evaluation.knn_monitor import KnnConfig
@@ -26,9 +30,46 @@ def parse_config(arguments: list[str] | None = None, prints: bool = True) -> Pre
 
     Unknown flags end the process with code 2; ``prints``: with a message. Raises UserError for values that cannot be.
     """
-    recipe = recipe_in(arguments)
-    default = tyro.MISSING_NONPROP if recipe is None else recipe
-    return tyro.cli(PretrainConfig, args=arguments, default=default, console_outputs=prints)
+    words = sys.argv[1:] if arguments is None else arguments
+    default = defaults(words)
+    _check_flags(words, default.model)
+    return tyro.cli(PretrainConfig, args=words, default=default, console_outputs=prints)
+
+
+def defaults(words: list[str]) -> PretrainConfig:
+    """The configuration that a command line's --recipe and --method name, before its other flags.
+
+    Raises UserError for an unknown method, or one that is not the recipe's. The parser reports an unknown recipe.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?")
+    parser.add_argument("--method", nargs="?")
+    named = parser.parse_known_args(words)[0]
+    recipe = RECIPES.get(named.recipe)
+    method = method_config(named.method or (recipe.method if recipe else DEFAULT_METHOD))
+    if recipe is not None:
+        rule = f"--recipe {recipe.recipe} is for --method {recipe.method}: leave one of them out"
+        require("--method", method.name, method.name == recipe.method, rule)
+        return recipe
+    return PretrainConfig(
+        data=tyro.MISSING,
+        run_dir=tyro.MISSING,
+        method=method.name,
+        model=method(),
+        views=method.default_views(),
+        sync_bn=not method.own_batch_norm,
+    )
+
+
+def _check_flags(words: list[str], model: MethodConfig) -> None:
+    """Raise UserError for a flag of another method."""
+    flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")}
+    own = {field.name for field in fields(model)}
+    for flag in sorted(flags):
+        name = flag.replace("-", "_")
+        owners = [other for other, config in METHODS.items() if name in {field.name for field in fields(config)}]
+        if owners and name not in own:
+            raise UserError(f"--{flag} is a flag of --method {' and '.join(owners)}, not of {model.name}: leave it out")
 
 
 def config_of(**flags: Any) -> PretrainConfig:
@@ -101,10 +142,3 @@ RECIPES: dict[RecipeName, PretrainConfig] = {
         optim=OptimConfig(base_lr=1.0, weight_decay=5e-4),
     ),
 }
-
-
-def recipe_in(arguments: list[str] | None) -> PretrainConfig | None:
-    """The recipe that a command line names; None if it names none that is known, which the real parser then tells."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?")
-    return RECIPES.get(parser.parse_known_args(arguments)[0].recipe)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from model.methods.base import MethodConfig
+from model.methods.registry import DEFAULT_METHOD, METHODS
 from model.methods.simsiam import SimSiamConfig
-from pipeline.common.errors import check_at_least_1, check_seed, require
+from pipeline.common.errors import UserError, check_at_least_1, check_seed, require
 from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.order import OrderConfig
@@ -20,17 +22,22 @@ from train.optimization.optimizer import OptimConfig
 from train.optimization.precision import PrecisionName
 from train.storage.checkpoints import parse_interval
 
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 # Those of train/config/recipes.py; the tests compare them
 RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"]
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """SimSiam pretraining from a dataset that tools/make_shards.py wrote."""
+    """Self-supervised pretraining from a dataset that tools/make_shards.py wrote."""
 
     # Dataset folder; or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into --cache-dir
     data: Location
     run_dir: LocalPath  # where checkpoints, metrics and the plan go; on a file system that all machines share
+    method: MethodName = DEFAULT_METHOD  # self-supervised method; with --help it shows the method's flags
     recipe: RecipeName | None = None  # take the defaults from train/config/recipes.py; with --help it shows them
     # Start from these weights: a checkpoint or run folder of ours, an official SimSiam checkpoint, torchvision's or
     # timm's weights, .safetensors. Heads of the same shape are taken too
@@ -62,7 +69,7 @@ class PretrainConfig:
     record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
     # Nested fields are flags of their own name, without their component's; --dali.* and the augmentations beyond the
     # paper's (--erasing.* and so on) keep a prefix.
-    model: Annotated[SimSiamConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
+    model: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
     views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
     order: Annotated[OrderConfig, tyro.conf.arg(name="")] = field(default_factory=OrderConfig)
     loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
@@ -71,6 +78,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for what no run can do, whatever its dataset and the number of processes."""
+        if self.model.name != self.method:
+            raise UserError(f"--method {self.method}, but the model is one of {self.model.name}: name that method")
         for name in ("epochs", "global_batch", "accumulate", "max_bad_steps", "keep_checkpoints", "log_every"):
             check_at_least_1(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.max_steps is not None:
@@ -97,13 +106,15 @@ class PretrainConfig:
 
         The number of processes, the loader, the precision and the optimizer's implementation are free to change: they
         decide no batch and no draw, only how sums, and with --backend and some of --dali.* also pixels, are rounded.
-        Nor is --accumulate held fast, by which a run may go on on fewer GPUs: over how many images batch norm takes
-        its statistics may then be another number, which resuming says.
+        So is --accumulate, so that a run may go on on fewer GPUs; batch norm may then use other numbers of images,
+        which a resumed run prints. Where the loss couples the images of a pass, --accumulate counts as well.
         """
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
         fields = {f"views.{name}": value for name, value in self.views.identity().items()}
         if self.init is not None:
             fields["init"] = str(self.init)
+        if self.model.batch_coupled and self.accumulate > 1:
+            fields["accumulate"] = self.accumulate
         fields = {**fields, **self.model.identity(), **self.optim.identity()}
         return _plain({**run, **fields, "dataset": dataset_fingerprint})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from model.methods.base import BatchShape
 from pipeline.common.errors import UserError, check_divisible
 from pipeline.sampling.sampler import steps_per_epoch
 from train.config.run_config import PretrainConfig
@@ -20,6 +21,7 @@ class RunPlan:
     rank_batch: int  # of them on one rank
     micro_batch: int  # of them in one forward pass
     accumulate: int  # forward passes of an optimizer step
+    sync_bn: bool  # whether batch norm takes its statistics over all ranks
     bn_batch: int  # source images over which batch norm takes its statistics
     epochs: int
     steps_per_epoch: int
@@ -43,13 +45,20 @@ class RunPlan:
             lines.append(f"stop         after step {self.stop_step:,} (--max-steps)")
         return "\n".join("  " + line for line in lines)
 
+    def batch_shape(self, memory_bytes: int | None = None) -> BatchShape:
+        """How batches are divided, for the method."""
+        return BatchShape(self.global_batch, self.micro_batch, self.world_size, self.sync_bn, memory_bytes)
+
     def as_json(self) -> dict[str, object]:
         """The plan for plan.json."""
         return asdict(self)
 
 
-def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunPlan:
-    """Compute the plan. Raises UserError for numbers that do not fit together."""
+def make_plan(config: PretrainConfig, num_samples: int, world_size: int, memory_bytes: int | None = None) -> RunPlan:
+    """Compute the plan. Raises UserError for numbers that do not fit together.
+
+    ``memory_bytes``: of a rank's device, for methods with large tables.
+    """
     parts = world_size * config.accumulate
     by = f"{world_size} processes" + (f" x --accumulate {config.accumulate}" if config.accumulate > 1 else "")
     check_divisible(config.global_batch, parts, by)
@@ -69,13 +78,14 @@ def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunP
     if schedule.warmup_steps >= schedule.total_steps:
         raise UserError(f"--warmup-epochs {config.optim.warmup_epochs} is not shorter than --epochs {config.epochs}")
     total = config.epochs * steps
-    return RunPlan(
+    plan = RunPlan(
         num_samples=num_samples,
         world_size=world_size,
         global_batch=config.global_batch,
         rank_batch=config.global_batch // world_size,
         micro_batch=micro_batch,
         accumulate=config.accumulate,
+        sync_bn=config.sync_bn,
         bn_batch=micro_batch * (world_size if config.sync_bn else 1),
         epochs=config.epochs,
         steps_per_epoch=steps,
@@ -83,3 +93,5 @@ def make_plan(config: PretrainConfig, num_samples: int, world_size: int) -> RunP
         stop_step=total if config.max_steps is None else min(total, config.max_steps),
         schedule=schedule,
     )
+    config.model.check(plan.batch_shape(memory_bytes), config.views)
+    return plan

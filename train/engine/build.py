@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.backbone import find_backbone, has_imagenet_stem
-from model.methods.simsiam import SimSiam
+from model.methods.base import Method
 from model.sync_batchnorm import prepare_batch_norm
 from pipeline.backends.select import check_compiler, choose_backend
 from pipeline.common.errors import UserError
@@ -26,7 +27,7 @@ from train.config.run_plan import make_plan
 from train.distributed.collectives import Mark, on_all_ranks
 from train.distributed.process_group import DistContext
 from train.engine.run import Origins, Run
-from train.engine.sample_memory import make_targets
+from train.engine.sample_memory import SampleMemory
 from train.evaluation.features import ImageSource
 from train.evaluation.knn_monitor import OnlineKnn
 from train.optimization.optimizer import build_optimizer
@@ -61,10 +62,12 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     dist.status.work("opening the dataset")
     dataset = open_dataset(config.data, config.loader)
     check_cache(dataset, config.order, config.loader, config.global_batch, dist)
-    plan = make_plan(config, dataset.num_samples, dist.world_size)
+    plan = make_plan(config, dataset.num_samples, dist.world_size, memory_bytes(dist))
     dist.status.work("building the model")
     model, weights_from = build_model(config, dist)
-    targets = make_targets(model, plan.steps_per_epoch, dataset.num_samples, dist)
+    memory = None
+    if model.memory_dim is not None:
+        memory = SampleMemory(dataset.num_samples, model.memory_dim, config.model.memory_place, dist)
     lr, scaled = plan.schedule.peak_lr, precision.scaler.is_enabled()
     optimizer, implementation = build_optimizer(config.optim, model.parameter_groups(), lr, dist.device, scaled)
     knn = None
@@ -79,7 +82,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
         precision=precision,
         model=model,
         parallel=model,
-        targets=targets,
+        memory=memory,
         optimizer=optimizer,
         knn=knn,
         timer=CheckpointTimer(config.checkpoint_every),
@@ -88,11 +91,11 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     )
 
 
-def build_model(config: PretrainConfig, dist: DistContext) -> tuple[SimSiam, str]:
-    """The model on its device, the same on all ranks, and where its weights are from. Raises UserError."""
+def build_model(config: PretrainConfig, dist: DistContext) -> tuple[Method, str]:
+    """The method on its device, the same on all ranks, and where its weights are from. Raises UserError."""
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    model = SimSiam(config.model)
+    model = config.model.build()
     weights_from = start_weights(config, model)
     _prepare_batch_norm(model, config, dist)
     return model.to(device=dist.device, memory_format=torch.channels_last), weights_from  # type: ignore[call-overload]
@@ -106,7 +109,7 @@ def _prepare_batch_norm(model: nn.Module, config: PretrainConfig, dist: DistCont
         raise UserError(f"--sync-bn, but in --backbone {config.model.backbone} {error}: take --no-sync-bn") from error
 
 
-def start_weights(config: PretrainConfig, model: SimSiam) -> str:
+def start_weights(config: PretrainConfig, model: Method) -> str:
     """Put the weights of --init into a new model; returns where they are from. A resumed run brings its own."""
     if config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None:
         return "of the checkpoint"
@@ -114,10 +117,12 @@ def start_weights(config: PretrainConfig, model: SimSiam) -> str:
         return f"random, seed {config.seed}"
     name, stem = config.model.backbone, config.model.stem
     stem = find_backbone(name).default_stem if stem == "default" else stem
-    return initialise(model, read_weights(config.init, name, stem))
+    origin = initialise(model, read_weights(config.init, name, stem))
+    model.copy_student()
+    return origin
 
 
-def _parallel(model: SimSiam, config: PretrainConfig, dist: DistContext) -> nn.Module:
+def _parallel(model: Method, config: PretrainConfig, dist: DistContext) -> nn.Module:
     parallel: nn.Module = model
     if dist.world_size > 1:
         # BN statistics differ between ranks only where BN is local; share_buffers evens them out before they are used.
@@ -129,6 +134,13 @@ def _parallel(model: SimSiam, config: PretrainConfig, dist: DistContext) -> nn.M
     return torch.compile(parallel, dynamic=False) if config.compile else parallel  # type: ignore[return-value]
 
 
+def memory_bytes(dist: DistContext) -> int:
+    """Memory of the device that this rank computes on; of a CPU its share of the machine's."""
+    if dist.device.type == "cuda":
+        return torch.cuda.get_device_properties(dist.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // dist.local_world_size
+
+
 def describe(run: Run) -> Iterator[str]:
     """The lines that a run prints before its first step."""
     config, side = run.config, run.config.views.image_size
@@ -137,6 +149,7 @@ def describe(run: Run) -> Iterator[str]:
         yield f"note: the ImageNet stem takes views of {side} px down to a quarter at once; {hint}"
     weights = sum(p.numel() for p in run.model.backbone.parameters()) / 1e6
     yield f"plan for {config.run_dir}\n{run.plan.describe()}"
+    yield f"  method       {config.method}{_coupling(run)}"
     yield f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {side} px"
     yield f"  weights      {run.origins.weights}"
     yield f"  optimizer    {run.origins.optimizer}"
@@ -156,6 +169,13 @@ def _loader(config: PretrainConfig, dist: DistContext, backend: str, micro_batch
     return backend if memory is None else f"{backend}; {memory}"
 
 
+def _coupling(run: Run) -> str:
+    if not run.model.batch_coupled or run.plan.accumulate == 1:
+        return ""
+    images = run.plan.micro_batch * run.plan.world_size
+    return f", whose loss compares the {images:,} images of a pass: a resumed run keeps --accumulate"
+
+
 def _machine(dist: DistContext) -> str:
     if dist.device.type == "cuda":
         return f"{dist.world_size} x {torch.cuda.get_device_name(dist.device)}"
@@ -163,10 +183,12 @@ def _machine(dist: DistContext) -> str:
 
 
 def _has_sync_bn(config: PretrainConfig, dist: DistContext) -> bool:
-    return config.sync_bn and dist.world_size > 1
+    return config.sync_bn and not config.model.own_batch_norm and dist.world_size > 1
 
 
 def _batch_norm(config: PretrainConfig, dist: DistContext) -> str:
+    if config.model.own_batch_norm:
+        return f"batch norm by the rule of {config.method}"
     if dist.world_size == 1:
         return "batch norm over the whole batch of a pass"
     if _has_sync_bn(config, dist):

@@ -1,4 +1,4 @@
-"""The training loop, and one optimizer step: forward, backward, update. Chen & He 2020, algorithm 1."""
+"""The training loop, and one optimizer step of any method: forward, backward, update."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from model.embedding_stats import z_std
-from model.methods.simsiam import SimSiamOutput, simsiam_loss
+from model.methods.base import MethodOutput
 from pipeline.loader.loader import ViewBatch
 from pipeline.loader.prefetch_queue import StarvedError
 from train.distributed.collectives import FlagConsensus, on_rank0, print0, share_buffers
@@ -90,36 +89,49 @@ def stop_without_images(run: Run, stop: StopRequest) -> bool:
 def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
     """Forward and backward over the step's micro-batches, then one optimizer step.
 
-    The host waits for the device only where targets are kept in the host's memory. A step whose gradients are not
-    finite changes no weight and no statistic, and is counted.
+    The host waits for the device only where a sample memory is kept by the host. A step whose gradients are not finite
+    changes no weight, no statistic and no state of the method, and is counted.
     """
-    config, scaler = run.config, run.precision.scaler
+    model, scaler, info = run.model, run.precision.scaler, run.info
     lr = set_rates(run.optimizer, run.plan.schedule, run.step)
     run.optimizer.zero_grad()  # to None, torch's default; Apex's takes no argument
     run.guard.remember()
-    losses, stds, ids, wait_s = [], [], [], 0.0
-    passes = config.accumulate * config.model.pairs
+    model.before_step(info)
+    outputs, ids, wait_s = [], [], 0.0
+    passes = run.config.accumulate * run.config.model.passes_per_batch
     for number in range(passes):
         run.dist.status.work(f"step {run.step + 1}: waiting for the loader")
-        views = next(batches)
+        batch = next(batches)
         run.midway = True
         run.dist.status.wait(f"step {run.step + 1}: forward, backward, averaging gradients over the ranks")
+        if run.memory is not None:
+            info = info._replace(memory=run.memory.read(batch.ids))
         with no_sync(run, last=number == passes - 1):
             with run.precision.autocast():
-                out: SimSiamOutput = run.parallel(views.x1, views.x2)
-                drawn = run.targets(run.step, out, views)
-            loss = simsiam_loss(*drawn, config.model.similarity, config.model.symmetric)
-            scaler.scale(loss / passes).backward()
-        losses.append(loss.detach())
-        stds.append((z_std(out.z1) + z_std(out.z2)) / 2)
-        if views.pair == 0:
-            ids.append(views.ids)
-        wait_s += views.wait_s
-    run.guard.step(scaler)
+                out: MethodOutput = run.parallel(batch.views, info)
+            scaler.scale(out.loss / passes).backward()
+        if run.memory is not None:
+            assert out.memory is not None
+            run.memory.write(batch.ids, out.memory)
+        outputs.append(out._replace(loss=out.loss.detach()))
+        if batch.pair == 0:
+            ids.append(batch.ids)
+        wait_s += batch.wait_s
+    scaler.unscale_(run.optimizer)
+    model.before_optimizer(info)
+    model.after_step(info, run.guard.step(scaler))
     run.midway = False
     run.dist.status.work(f"step {run.step + 1}: between two steps")
-    loss, std = torch.stack(losses).mean(), torch.stack(stds).mean()
-    return StepResult(loss, std, out.z1.detach(), run.guard.skipped, lr, wait_s, np.concatenate(ids))
+    return StepResult(
+        loss=torch.stack([out.loss for out in outputs]).mean(),
+        metrics={name: torch.stack([out.metrics[name] for out in outputs]).mean() for name in outputs[0].metrics},
+        schedules=model.schedules(info),
+        z=outputs[-1].embedding,
+        skipped=run.guard.skipped,
+        lr=lr,
+        wait_s=wait_s,
+        ids=np.concatenate(ids),
+    )
 
 
 def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:

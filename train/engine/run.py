@@ -5,14 +5,15 @@ train/engine/build.py makes a ``Run``; train/engine/loop.py trains it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model.methods.simsiam import SimSiam
+from model.methods.base import Method, StepInfo
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, write_json
 from pipeline.dataset.dataset import ShardSet
@@ -21,7 +22,7 @@ from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan
 from train.distributed.collectives import on_all_ranks, on_rank0, print0, share_buffers
 from train.distributed.process_group import DistContext
-from train.engine.sample_memory import Targets
+from train.engine.sample_memory import SampleMemory
 from train.evaluation.knn_monitor import OnlineKnn
 from train.optimization.precision import Precision, SkipNonFinite
 from train.storage.checkpoints import (
@@ -55,9 +56,9 @@ class Run:
     dataset: ShardSet
     plan: RunPlan
     precision: Precision
-    model: SimSiam
+    model: Method
     parallel: nn.Module  # the model as the loop calls it: under DDP, compiled
-    targets: Targets
+    memory: SampleMemory | None  # for a method that asks for it
     optimizer: torch.optim.Optimizer
     knn: OnlineKnn | None  # None: switched off, or the dataset has no labels
     timer: CheckpointTimer
@@ -66,6 +67,12 @@ class Run:
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
     midway: bool = False  # the next one has begun
+
+    @property
+    def info(self) -> StepInfo:
+        """The place of the next step, for the method."""
+        plan = self.plan
+        return StepInfo(self.step, plan.total_steps, plan.steps_per_epoch, plan.global_batch, self.dist.rank)
 
 
 def check_run_dir(run: Run) -> None:
@@ -85,7 +92,9 @@ def check_run_dir(run: Run) -> None:
 def write_run_files(run: Run) -> None:
     """Write config.json and plan.json, after all checks. Raises SharedError if the folder cannot be written."""
     run_dir = run.config.run_dir
-    on_all_ranks(run.dist, lambda: run.targets.allocate(run_dir))
+    if run.memory is not None:
+        memory = run.memory
+        on_all_ranks(run.dist, lambda: memory.allocate(run_dir))
 
     def write() -> None:
         with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
@@ -120,14 +129,21 @@ def _load(run: Run, path: Path) -> int:
     """Load a checkpoint; returns the former session's plan.bn_batch. Raises UserError."""
     state = load_checkpoint(path)
     check_same_run(state["identity"], run.config.identity(run.dataset.fingerprint), path)
-    run.model.load_state_dict(state["model"])
+    run.model.load_state_dict(_method_state(state))
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
     if run.precision.scaler.is_enabled() and state["scaler"]:
         run.precision.scaler.load_state_dict(state["scaler"])
-    run.targets.allocate(run.config.run_dir)
-    run.targets.load(state.get("targets", {}), path.parent)
+    if run.memory is not None:
+        run.memory.allocate(run.config.run_dir)
+        run.memory.load(state["targets"], path.parent)
     run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
     return int(state.get("bn_batch", run.plan.bn_batch))  # older checkpoints do not say
+
+
+def _method_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The method's weights and buffers. The first checkpoints of --targets frozen hold the copy apart from them."""
+    frozen = state.get("targets", {}).get("frozen", {})
+    return {**state["model"], **{f"frozen.module.{name}": value for name, value in frozen.items()}}
 
 
 def _cut_off(run: Run) -> None:
@@ -160,11 +176,11 @@ def _start_write(run: Run) -> None:
         "identity": run.config.identity(run.dataset.fingerprint),
     }
     tensors = host_copy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]})
-    targets = run.targets.save(folder, done)
+    rows: Callable[[], dict[str, Any]] = dict if run.memory is None else run.memory.save(folder, done)
 
     def write() -> Path:
         run.dataset.wait_until_verified()  # rows that are not the recorded ones must not leave a trace in a checkpoint
-        return save_checkpoint(folder, {**numbers, **tensors(), "targets": targets()}, done, keep)
+        return save_checkpoint(folder, {**numbers, **tensors(), "targets": rows()}, done, keep)
 
     run.writer.start(write)
 

@@ -29,8 +29,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from model.embedding_stats import RANK_ROWS, least_share
-from model.methods.simsiam import SimSiamConfig
+from model.embedding_stats import RANK_ROWS
+from model.methods.base import CollapseProfile
 from pipeline.sampling.views import ViewRecipe
 
 PATIENCE = 3  # log lines that a sign has to last
@@ -45,23 +45,32 @@ RANK, RANK_SHARE = 4.0, 0.1  # but at most this share of the most that the batch
 KNN_SHARE = 0.6
 
 
+# Loss of an encoder that tells no two samples apart, where the method has one: a sign if it is reached to 1 % after a
+# tenth of the run, as every run begins near it. Threads that report it: Spijkervet/SimCLR 30, swav 12, lightly 736
+STUCK_SHARE, STUCK_FROM = 0.99, 0.1
+
+
 @dataclass(frozen=True)
 class CollapseReading:
-    """What one log line says about z."""
+    """The numbers of one log line that show a collapse."""
 
     z_std: float
     rank: float
     rows: int  # samples of a pass, of which z_std is; the rank is of RANK_ROWS at most
+    loss: float = math.nan
 
 
 class CollapseGuard:
-    """Says once when an encoder collapses, and again only after it had recovered. The same on every rank."""
+    """Warns once when an encoder collapses, and again only after it had recovered. The same on every rank."""
 
-    def __init__(self, model: SimSiamConfig, views: ViewRecipe, peak_lr: float) -> None:
-        """What is trained, for the likely causes."""
-        self._model, self._views, self._peak_lr = model, views, peak_lr
-        self._healthy = 1 / math.sqrt(model.dim)
-        self._std_lines = self._rank_lines = self._knn_evaluations = 0
+    def __init__(
+        self, profile: CollapseProfile, views: ViewRecipe, peak_lr: float, total_steps: int | None = None
+    ) -> None:
+        """``profile`` is the method's; ``views`` and ``peak_lr`` are for the likely causes."""
+        self._profile, self._views, self._peak_lr = profile, views, peak_lr
+        self._stuck_from = math.inf if total_steps is None else STUCK_FROM * total_steps
+        self._healthy = 1 / math.sqrt(profile.dim)
+        self._std_lines = self._rank_lines = self._stuck_lines = self._knn_evaluations = 0
         self._reading: CollapseReading | None = None
         self._knn, self._best_knn = math.nan, 0.0
         self._told = False
@@ -73,6 +82,9 @@ class CollapseGuard:
         at_once = not reading.z_std >= STD_SHARE_AT_ONCE * self._healthy
         self._std_lines = max(PATIENCE, self._std_lines + 1) if at_once else (self._std_lines + 1) * low
         self._rank_lines = (self._rank_lines + 1) * (not reading.rank >= self._lowest_rank(reading))
+        stuck = self._profile.stuck_loss
+        is_stuck = stuck is not None and step >= self._stuck_from and reading.loss >= STUCK_SHARE * stuck
+        self._stuck_lines = (self._stuck_lines + 1) * is_stuck
         return self._verdict(step)
 
     def check_knn(self, step: int, top1: float) -> str | None:
@@ -86,11 +98,11 @@ class CollapseGuard:
         self._knn_evaluations = (self._knn_evaluations + 1) * (top1 < KNN_SHARE * self._best_knn)
 
     def _lowest_share(self, reading: CollapseReading) -> float:
-        floor = least_share(reading.rows) if self._model.projector_bn == "all" else 0.0
+        floor = self._profile.floor(reading.rows)
         return min(STD_SHARE_MOST, floor + STD_SHARE * (1 - floor))
 
     def _most_directions(self, reading: CollapseReading) -> int:
-        return min(min(reading.rows, RANK_ROWS) - 1, self._model.dim)
+        return min(min(reading.rows, RANK_ROWS) - 1, self._profile.dim)
 
     def _lowest_rank(self, reading: CollapseReading) -> float:
         return min(RANK, RANK_SHARE * self._most_directions(reading))
@@ -112,20 +124,17 @@ class CollapseGuard:
         if self._reading is not None and self._rank_lines >= PATIENCE:
             most = self._most_directions(self._reading)
             signs.append(f"z spreads in {self._reading.rank:.2g} directions (effective rank) of {most}")
+        if self._reading is not None and self._stuck_lines >= PATIENCE:
+            stuck = f"{self._profile.stuck_name} = {self._profile.stuck_loss:.4g}"
+            loss = f"the loss is {self._reading.loss:.4g}"
+            signs.append(f"{loss}, as of an encoder that tells no two samples apart ({stuck})")
         if self._knn_evaluations >= KNN_PATIENCE:
             signs.append(f"kNN accuracy has fallen from {self._best_knn:.1f} to {self._knn:.1f} %")
         return signs
 
     def _causes(self) -> str:
         """What is unlike the paper's recipe comes first."""
-        model, views = self._model, self._views
-        surely = []
-        if not model.stop_gradient:
-            surely.append("the stop-gradient is off (--no-stop-gradient)")
-        if model.predictor != "mlp":
-            surely.append(f"there is no trained predictor (--predictor {model.predictor})")
-        if model.projector_bn == "none":
-            surely.append("the heads have no batch norm (--projector-bn none)")
+        views, surely = self._views, list(self._profile.causes)
         if views.jitter_prob == 0 or views.crop_scale[0] > 0.5:
             surely.append(f"weak augmentation (--jitter-prob {views.jitter_prob}, --crop-scale {views.crop_scale})")
         maybe = [

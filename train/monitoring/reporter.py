@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from model.embedding_stats import effective_rank
+from model.methods.base import CollapseProfile
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
@@ -46,8 +47,9 @@ class StepResult:
     """What one optimizer step leaves behind; tensors stay on the device until a line is due."""
 
     loss: Float[Tensor, ""]
-    z_std: Float[Tensor, ""]
-    z: Float[Tensor, "n d"]  # projections of one view in the step's last pass
+    metrics: dict[str, Tensor]  # of the method, scalars; z_std among them
+    schedules: dict[str, float]  # of the method, which follow from the step
+    z: Float[Tensor, "n d"]  # embeddings of one view in the step's last pass
     skipped: Float[Tensor, ""]  # steps of this session that were skipped, this one included; the same on every rank
     lr: float
     wait_s: float  # time the host spent waiting for the loader
@@ -58,18 +60,24 @@ class Reporter:
     """metrics.jsonl, TensorBoard, the progress line, the predicted time, the alarm and the summary of one session."""
 
     def __init__(
-        self, dist: DistContext, config: PretrainConfig, plan: RunPlan, start_step: int, stalls: Stalls
+        self,
+        dist: DistContext,
+        config: PretrainConfig,
+        plan: RunPlan,
+        start_step: int,
+        stalls: Stalls,
+        collapse: CollapseProfile,
     ) -> None:
         """Open for the steps after ``start_step``; what a former session wrote after it is cut off. A collective.
 
-        ``stalls`` are the loader's, of this rank.
+        ``stalls`` are the loader's, of this rank; ``collapse`` is the method's.
         """
         self._dist, self._config, self._plan, self._start_step = dist, config, plan, start_step
         self._metrics = on_all_ranks(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
         self._stalls = stalls
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
-        self._guard = CollapseGuard(config.model, config.views, plan.schedule.peak_lr)
+        self._guard = CollapseGuard(collapse, config.views, plan.schedule.peak_lr, plan.total_steps)
         self._former_knn = on_rank0(dist, lambda: self._metrics.knn if self._metrics is not None else {})
         for step in sorted(self._former_knn):
             self._guard.recall(self._former_knn[step])
@@ -101,14 +109,15 @@ class Reporter:
             self._samples.write(step, result.ids.tolist())
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
             with self._dist.status.waiting(f"step {step}: adding up the losses of all ranks"):
-                loss, z_std, rank, rates, waits = self._read(result)
+                values, rates, waits = self._read(result)
             skipped = {"skipped_steps": result.skipped.item()} if result.skipped else {}
             epoch = (step - 1) // self._plan.steps_per_epoch
             if self._metrics is not None:
-                more = {**asdict(rates), **_per_rank(waits), **skipped}
-                self._metrics.write(epoch, step, loss=loss, lr=result.lr, z_std=z_std, z_rank=rank, **more)
-                self._progress.show(epoch, step, loss, z_std, rates, str(waits))
-            self._warn(self._guard.check(step, CollapseReading(z_std, rank, len(result.z))))
+                more = {**result.schedules, **asdict(rates), **_per_rank(waits), **skipped}
+                self._metrics.write(epoch, step, lr=result.lr, **values, **more)
+                self._progress.show(epoch, step, values["loss"], values["z_std"], rates, str(waits))
+            reading = CollapseReading(values["z_std"], values["z_rank"], len(result.z), values["loss"])
+            self._warn(self._guard.check(step, reading))
         self._predict(step)
 
     def _warn(self, collapse: str | None) -> None:
@@ -116,18 +125,23 @@ class Reporter:
         if collapse is not None and self._dist.is_main:
             print(f"warning: {collapse}", file=sys.stderr, flush=True)
 
-    def _read(self, result: StepResult) -> tuple[float, float, float, Rates, DataWait]:
-        """Loss, z_std, rank of z at the last step, the rates since the last line; data_wait is the slowest rank's."""
+    def _read(self, result: StepResult) -> tuple[dict[str, float], Rates, DataWait]:
+        """Loss, metrics and rank of z at the last step, the rates since the last line; data_wait is the slowest rank's.
+
+        Means over the ranks.
+        """
         own_wait = torch.zeros(self._dist.world_size, device=result.loss.device)
         own_wait[self._dist.rank] = (self._meter.wait_s + self._stalls.read_s()) * self._dist.world_size
-        values = torch.cat([torch.stack([result.loss, result.z_std, effective_rank(result.z)]), own_wait])
-        loss, z_std, rank, *seconds = mean_over_ranks(self._dist, values).tolist()
+        device = {"loss": result.loss, **result.metrics, "z_rank": effective_rank(result.z)}
+        values = torch.cat([torch.stack([value.float() for value in device.values()]), own_wait])
+        means = mean_over_ranks(self._dist, values).tolist()
+        named, seconds = dict(zip(device, means, strict=False)), means[len(device) :]
         steps = self._meter.steps
         rates = self._meter.read()
         waits = DataWait(tuple(seconds), steps * rates.step_s)
         self._waited = [sum(both) for both in zip(self._waited, seconds, strict=True)]
         self._logged_s += waits.of_s
-        return loss, z_std, rank, replace(rates, data_wait=max(waits.shares)), waits
+        return named, replace(rates, data_wait=max(waits.shares)), waits
 
     def say_what_cost_most(self, dataset: ShardSet, costs: ReadCosts) -> None:
         """Print which rank waited longest for its data, and which shard cost most to read. A collective."""

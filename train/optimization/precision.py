@@ -46,10 +46,13 @@ class SkipNonFinite:
     """Lets the optimizer make a step only if all gradients are finite."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        """``model``'s running statistics are guarded as well: one forward pass with a nan would stay in them."""
+        """What a forward pass changes in ``model`` is guarded as well: a nan would stay in the running statistics."""
         self._optimizer = optimizer
-        self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self._remembered = torch.empty(0)
+        self._statistics = [
+            buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ]
+        self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+        self._remembered = self._counted = torch.empty(0)
         self.skipped = torch.zeros((), device=device)  # steps of this session
         self._in_row = torch.zeros((), device=device)
         self._longest = torch.zeros((), device=device)  # row since the last look
@@ -58,9 +61,11 @@ class SkipNonFinite:
         """To be called before the step's first forward pass."""
         if self._statistics:
             self._remembered = torch.cat([buffer.flatten() for buffer in self._statistics])
+        if self._counters:
+            self._counted = torch.stack(self._counters)
 
-    def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Make the optimizer's step, or none. Gradients may be scaled by ``scaler``."""
+    def step(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """Make the optimizer's step, or none; returns 1 or 0, float32 on the device. ``scaler`` has unscaled."""
         gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = torch.isfinite(nn.utils.get_total_norm(gradients))
         self._step_if(finite, scaler)
@@ -69,9 +74,13 @@ class SkipNonFinite:
             kept = torch.where(finite, now, self._remembered).split([buffer.numel() for buffer in self._statistics])
             # A few kernels instead of one for each of the 114 buffers of SimSiam with ResNet-50.
             torch._foreach_copy_(self._statistics, [v.view_as(b) for b, v in zip(self._statistics, kept, strict=True)])
+        if self._counters:
+            counts = torch.where(finite, torch.stack(self._counters), self._counted)
+            torch._foreach_copy_(self._counters, list(counts.unbind()))
         self._in_row = torch.where(finite, 0.0, self._in_row + 1)
         self._longest = torch.maximum(self._longest, self._in_row)
         self.skipped = self.skipped + (~finite).float()
+        return finite.float()
 
     def longest_row(self) -> int:
         """The most steps skipped in a row since the last call. Waits for the device."""

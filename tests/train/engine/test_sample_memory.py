@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from model.methods import simsiam as simsiam_module
-from model.methods.simsiam import SimSiam, SimSiamConfig, SimSiamOutput
+from model.methods.base import StepInfo
+from model.methods.simsiam import SimSiam, SimSiamConfig, averaged_targets
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -22,7 +24,8 @@ from tests.train.test_pretrain import alone, flags, global_batches, losses, run_
 from train.config.recipes import parse_config
 from train.engine import loop as loop_module
 from train.engine.build import prepare
-from train.engine.sample_memory import AveragedTargets, FrozenTargets
+from train.engine.sample_memory import SampleMemory
+from train.storage.checkpoints import load_checkpoint, save_checkpoint
 
 TINY = SimSiamConfig("resnet_tiny", dim=8, projector_hidden=8)
 FROZEN = ["--targets", "frozen", "--target-steps", "3"]
@@ -31,66 +34,91 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = [FROZEN, [*FROZEN[:-1], "epoch"], AVERAGED, [*AVERAGED, "--target-memory", "disk"]]
 
 
-def output(z1: list[list[float]], z2: list[list[float]]) -> SimSiamOutput:
-    return SimSiamOutput(*map(torch.tensor, (z1, z2, z1, z2)))
-
-
-def test_the_average_by_hand(tmp_path: Path) -> None:
-    targets = AveragedTargets(SimSiamConfig(dim=2, target_momentum=0.8), num_samples=5, dist=alone())
-    targets.allocate(tmp_path)
-    seen = views(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
-    seen.ids[:] = 3
-    first = targets(0, output([[1.0, 0.0]], [[0.0, 2.0]]), seen)
-    assert (first.z1.tolist(), first.z2.tolist()) == ([[1.0, 0.0]], [[0.0, 2.0]])  # no past: F(T'(x)) itself
-    assert first.p1.tolist() == [[1.0, 0.0]]  # predictions stay as they are
-    second = targets(1, output([[1.0, 1.0]], [[2.0, 0.0]]), seen)
-    # eta was the mean of both, (0.5, 1); now 0.8 eta + 0.2 F
-    torch.testing.assert_close(second.z1, torch.tensor([[0.6, 1.0]]))
-    torch.testing.assert_close(second.z2, torch.tensor([[0.8, 0.8]]))
-    third = targets(2, output([[0.0, 0.0]], [[0.0, 0.0]]), seen)
-    torch.testing.assert_close(third.z1, 0.8 * torch.tensor([[0.7, 0.9]]))
-    others = np.load(tmp_path / targets.save(tmp_path, 3)()["file"])[[0, 1, 2, 4]]
+def test_rows_come_back_to_their_images(tmp_path: Path) -> None:
+    memory = SampleMemory(5, 2, "ram", alone())
+    memory.allocate(tmp_path)
+    assert not memory.read(np.arange(5)).any()  # no past
+    memory.write(np.array([3, 1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert memory.read(np.array([1, 3, 3])).tolist() == [[3.0, 4.0], [1.0, 2.0], [1.0, 2.0]]
+    others = np.load(tmp_path / memory.save(tmp_path, 3)()["file"])[[0, 2, 4]]
     assert not others.any()
 
 
+def average(memory: SampleMemory, config: SimSiamConfig, z1: list[list[float]], z2: list[list[float]]) -> Any:
+    """A pass of section 5.2's averages: both targets, the memory's rows replaced."""
+    ids = np.arange(len(z1))
+    first, second, rows = averaged_targets(config, torch.tensor(z1), torch.tensor(z2), memory.read(ids))
+    memory.write(ids, rows)
+    return first, second
+
+
+def test_the_average_by_hand(tmp_path: Path) -> None:
+    memory, config = SampleMemory(1, 2, "ram", alone()), SimSiamConfig(dim=2, target_momentum=0.8)
+    memory.allocate(tmp_path)
+    first = average(memory, config, [[1.0, 0.0]], [[0.0, 2.0]])
+    assert (first[0].tolist(), first[1].tolist()) == ([[1.0, 0.0]], [[0.0, 2.0]])  # no past: F(T'(x)) itself
+    second = average(memory, config, [[1.0, 1.0]], [[2.0, 0.0]])
+    # eta was the mean of both, (0.5, 1); now 0.8 eta + 0.2 F
+    torch.testing.assert_close(second[0], torch.tensor([[0.6, 1.0]]))
+    torch.testing.assert_close(second[1], torch.tensor([[0.8, 0.8]]))
+    third = average(memory, config, [[0.0, 0.0]], [[0.0, 0.0]])
+    torch.testing.assert_close(third[0], 0.8 * torch.tensor([[0.7, 0.9]]))
+
+
 def test_one_side_averages_its_target_view_alone(tmp_path: Path) -> None:
-    targets = AveragedTargets(SimSiamConfig(dim=1, target_momentum=0.5, symmetric=False), 1, alone())
-    targets.allocate(tmp_path)
-    seen = views(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
-    targets(0, output([[100.0]], [[2.0]]), seen)
-    assert targets(1, output([[100.0]], [[4.0]]), seen).z2.item() == pytest.approx(3.0)
+    memory, config = SampleMemory(1, 1, "ram", alone()), SimSiamConfig(dim=1, target_momentum=0.5, symmetric=False)
+    memory.allocate(tmp_path)
+    average(memory, config, [[100.0]], [[2.0]])
+    assert average(memory, config, [[100.0]], [[4.0]])[1].item() == pytest.approx(3.0)
 
 
 def test_a_projection_that_is_no_number_is_not_remembered(tmp_path: Path) -> None:
     """Or every later step with this image would be skipped."""
-    targets = AveragedTargets(SimSiamConfig(dim=2, target_momentum=0.5), num_samples=2, dist=alone())
-    targets.allocate(tmp_path)
-    seen = views(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
-    seen.ids[:] = 0, 1
-    targets(0, output([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]]), seen)
-    broken = targets(1, output([[float("nan"), 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]]), seen)
-    assert broken.z1[0].isnan().any()  # this step is to be skipped
-    after = targets(2, output([[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]), seen)
-    torch.testing.assert_close(after.z1, torch.tensor([[0.5, 1.0], [1.0, 1.0]]))
+    memory, config = SampleMemory(2, 2, "ram", alone()), SimSiamConfig(dim=2, target_momentum=0.5)
+    memory.allocate(tmp_path)
+    average(memory, config, [[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]])
+    broken = average(memory, config, [[float("nan"), 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0]])
+    assert broken[0][0].isnan().any()  # this step is to be skipped
+    after = average(memory, config, [[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(after[0], torch.tensor([[0.5, 1.0], [1.0, 1.0]]))
 
 
 def test_the_copy_is_renewed_every_k_steps_and_only_then() -> None:
     torch.manual_seed(0)
-    model = SimSiam(TINY)
-    pair = views(torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
-    targets = FrozenTargets(model, steps=2)
+    model = replace(TINY, targets="frozen", target_steps=2).build()
+    assert isinstance(model, SimSiam)
+    assert model.frozen is not None
+    x = torch.randn(4, 3, 16, 16)
     seen, fresh = [], []
     for step in range(5):
-        out = model(pair.x1, pair.x2)
-        fresh.append(out.z1)
-        seen.append(targets(step, out, pair).z1)
+        model.before_step(StepInfo(step, 10, 5, 4))
+        fresh.append(model.projector(model.backbone(x)).detach())
+        seen.append(model.frozen(x))
         with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(0.9).add_(0.01)
+            for module in (model.backbone, model.projector, model.predictor):
+                for weight in module.parameters():
+                    weight.mul_(0.9).add_(0.01)
     for step, source in enumerate([0, 0, 2, 2, 4]):
         assert torch.equal(seen[step], fresh[source])
     assert not torch.allclose(fresh[0], fresh[2], atol=1e-3)
-    assert not any(weight.requires_grad for weight in targets._frozen.parameters())
+    assert not any(weight.requires_grad for weight in model.frozen.parameters())
+
+
+def test_the_first_checkpoints_hold_the_frozen_copy_apart(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(monkeypatch, photo_dataset_path, tmp_path / "whole", *FROZEN)
+    run(monkeypatch, photo_dataset_path, tmp_path / "run", *FROZEN, "--max-steps", "5")
+    folder = tmp_path / "run" / "checkpoints"
+    path = max(folder.iterdir())
+    state = load_checkpoint(path)
+    model = state["model"]
+    frozen = {name.removeprefix("frozen.module."): model.pop(name) for name in list(model) if "frozen" in name}
+    assert len(frozen) > 10
+    path.unlink()
+    state |= {"targets": {"frozen": frozen, "renewed_at": 3}}
+    save_checkpoint(folder, state, 5, keep=3)
+    assert run(monkeypatch, photo_dataset_path, tmp_path / "run", *FROZEN, "--resume") == whole
 
 
 def run(monkeypatch: pytest.MonkeyPatch, data: Path, run_dir: Path, *more: str) -> dict[int, float]:
@@ -198,9 +226,9 @@ def test_mistakes(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="space is reserved on Linux alone")
 def test_a_disk_too_small_for_the_rows_is_told_before_the_first_step(tmp_path: Path) -> None:
     too_many = 1 << 50  # rows; no file system of this machine holds 8 PiB
-    targets = AveragedTargets(SimSiamConfig(dim=2, target_memory="disk"), too_many, alone())
+    memory = SampleMemory(too_many, 2, "disk", alone())
     with pytest.raises(UserError, match="targets-rank0"):
-        targets.allocate(tmp_path)
+        memory.allocate(tmp_path)
 
 
 def test_two_pairs_are_the_same_samples_in_other_views(photo_dataset: ShardSet) -> None:

@@ -59,7 +59,7 @@ class Trial:
         self.guard.step(OFF)
 
     def state(self) -> list[torch.Tensor]:
-        tensors = [tensor for tensor in self.net.state_dict().values() if tensor.is_floating_point()]
+        tensors = list(self.net.state_dict().values())
         momenta = [state["momentum_buffer"] for state in self.optimizer.state.values()]
         return [tensor.detach().clone() for tensor in [*tensors, *momenta]]
 

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.embedding_stats import effective_rank, z_std
+from model.embedding_stats import effective_rank, least_share, z_std
 from model.heads import BatchNormPlaces
+from model.methods.base import BatchShape, CollapseProfile
 from model.methods.simsiam import SimSiam, SimSiamConfig, simsiam_loss
 from pipeline.sampling.views import ViewRecipe
 from tests.helpers import toy_runs
 from train import pretrain
-from train.monitoring.collapse import KNN_PATIENCE, PATIENCE, CollapseGuard, CollapseReading, least_share
+from train.monitoring.collapse import KNN_PATIENCE, PATIENCE, CollapseGuard, CollapseReading
 from train.storage.run_folder import read_lines
 
 DOCUMENTED_STEPS, LOG_EVERY = 150, 10
@@ -29,7 +30,9 @@ HEALTHY = 1 / math.sqrt(2048)
 
 
 def guard(model: SimSiamConfig | None = None, views: ViewRecipe | None = None) -> CollapseGuard:
-    return CollapseGuard(model or SimSiamConfig(), views or ViewRecipe(), peak_lr=0.1)
+    with torch.device("meta"):
+        method = SimSiam(model or SimSiamConfig())
+    return CollapseGuard(method.collapse(BatchShape(256, 256, 1)), views or ViewRecipe(), peak_lr=0.1)
 
 
 def reading(share: float = 1.0, rank: float = 100.0) -> CollapseReading:
@@ -257,3 +260,19 @@ def test_a_run_warns_or_stops_as_it_was_told(
     assert "error: the encoder is collapsing (step 1). Seen: z_std is" in error
     assert "Stopped (--on-collapse stop); newest checkpoint: none so far" in error
     assert len(read_lines(tmp_path / "stopped" / "metrics.jsonl")) == 1
+
+
+def test_a_loss_that_stays_where_no_two_samples_differ_is_a_sign() -> None:
+    """ln(8) from a tenth of the run on; every run begins near it."""
+    profile = CollapseProfile(2048, stuck_loss=math.log(8), stuck_name="ln(8)")
+
+    def warnings(loss: float, first: int) -> list[str | None]:
+        watching = CollapseGuard(profile, ViewRecipe(), peak_lr=0.1, total_steps=1000)
+        return [watching.check(step, replace(reading(), loss=loss)) for step in range(first, first + 10 * PATIENCE, 10)]
+
+    assert warnings(math.log(8), 10) == [None] * PATIENCE
+    assert warnings(0.9 * math.log(8), 200) == [None] * PATIENCE
+    *quiet, told = warnings(0.995 * math.log(8), 200)
+    assert quiet == [None] * (PATIENCE - 1)
+    assert told is not None
+    assert "tells no two samples apart (ln(8) = 2.079)" in told
