@@ -183,7 +183,7 @@ class Method(nn.Module):
     def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
         """Called after the optimizer's step. ``applied`` is 0 if it was skipped: change nothing then."""
 
-    def schedules(self, info: StepInfo) -> dict[str, float]:
+    def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Numbers of a step that follow from the configuration (teacher momentum, queue age), for metrics.jsonl."""
         return {}
 

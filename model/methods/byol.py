@@ -115,7 +115,7 @@ class BYOL(Method):
         if self.teacher is not None:
             self.teacher.update(self._encoder(), self._momentum(info), applied)
 
-    def schedules(self, info: StepInfo) -> dict[str, float]:
+    def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Tau."""
         return {} if self.teacher is None else {"teacher_momentum": self._momentum(info)}
 

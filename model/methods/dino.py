@@ -179,7 +179,7 @@ class DINO(Method):
         self.centre.copy_(torch.where(applied.bool(), moved, self.centre))
         self._seen = []
 
-    def schedules(self, info: StepInfo) -> dict[str, float]:
+    def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """The teacher's momentum and temperature."""
         return {"teacher_momentum": self._momentum(info), "teacher_temperature": self.config.temperature_at(info)}
 

@@ -153,7 +153,7 @@ class MoCo(Method):
         update_running_statistics(self, applied)
         self._keys = []
 
-    def schedules(self, info: StepInfo) -> dict[str, float]:
+    def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Steps since the oldest key was written."""
         return {"queue_age": self.queue.age(info.step, info.global_batch * self.config.keys_per_image)}
 

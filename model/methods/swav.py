@@ -171,7 +171,7 @@ class SwAV(Method):
             queue.push(gather_rows(torch.cat(passes)), info.step, applied)  # type: ignore[operator]
         self._assigned = []
 
-    def schedules(self, info: StepInfo) -> dict[str, float]:
+    def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Steps since the oldest row of the queue was written."""
         return {"queue_age": self.queues[0].age(info.step, info.global_batch)} if self.config.queue else {}  # type: ignore[operator]
 

@@ -48,7 +48,7 @@ class StepResult:
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Tensor]  # of the method, scalars; z_std among them
-    schedules: dict[str, float]  # of the method, which follow from the step
+    schedules: dict[str, float | int]  # of the method, which follow from the step
     z: Float[Tensor, "n d"]  # embeddings of one view in the step's last pass
     skipped: Float[Tensor, ""]  # steps of this session that were skipped, this one included; the same on every rank
     lr: float
