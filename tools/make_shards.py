@@ -71,6 +71,11 @@ def window_as_flag(arguments: list[str]) -> list[str]:
 def describe(summary: Summary) -> str:
     """What a call did, for people."""
     size = f"{summary.shards} shards, {summary.images} images, {summary.bytes / 1e6:.1f} MB, {summary.classes} classes"
+    if summary.restored:
+        return (
+            f"{summary.out}: {size}; {summary.restored} lost shards were written again, with the bytes that "
+            "dataset.json records"
+        )
     if summary.already_there:
         return f"{summary.out} is complete already: {size}. Nothing to do; --overwrite writes it again."
     lines = [f"{summary.out}: {size} in {summary.seconds:.1f} s", *describe_classes(summary)]

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.checking.check_dataset import read_entries
 from pipeline.checking.check_shard import Findings, recorded_options
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors, exclusive_lock
+from pipeline.common.files import disk_errors, exclusive_lock, real_folder
 from pipeline.dataset.format import (
     DATASET_FILE,
     PARTIAL_DIR,
@@ -70,7 +70,7 @@ def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process:
     job = _lost_job(path, workers) if info is None else _known_job(path, info, workers)
     partial = path / PARTIAL_DIR
     with disk_errors(f"repairing {path}"):
-        partial.mkdir(exist_ok=True)
+        real_folder(partial)
         with exclusive_lock(partial / "lock", shared=False):
             try:
                 (partial / _OURS).touch()

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,26 @@ def strict_json(value: Any) -> Any:
             return [strict_json(entry) for entry in value]
         case _:
             return value
+
+
+def real_folder(path: Path) -> Path:
+    """``path``, made if it is not there. Raises UserError if it is a link: work in it would end up elsewhere."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link to another folder: remove it, then try again")
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def open_regular(path: Path | str, *, follow: bool = True) -> int:
+    """A handle for reading a regular file; never waits, as for a pipe. Raises OSError, also for all other files.
+
+    ``follow``: whether ``path`` may be a link to a file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return handle
 
 
 @contextmanager

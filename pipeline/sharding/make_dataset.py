@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, disk_errors, exclusive_lock, make_exclusive, write_json
+from pipeline.common.files import atomic_file, disk_errors, exclusive_lock, make_exclusive, real_folder, write_json
 from pipeline.common.secrets import conceal, reveal
 from pipeline.common.system import dali_installed
 from pipeline.dataset.format import (
@@ -45,6 +45,7 @@ from pipeline.sharding.index_tars import (
 )
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.remote_tars import RemoteIndexJob, is_remote, open_remote_tars
+from pipeline.sharding.restore import lost_shards, restore_shards
 from pipeline.sharding.workers import build_missing
 from pipeline.sharding.write_shard import Job, WriteJob
 from pipeline.sources.labels import dataset_classes
@@ -73,7 +74,8 @@ class Summary:
     unlabelled: int  # images without a label, where that is recorded
     notes: tuple[str, ...]  # choices made while the source was listed, one line each
     seconds: float
-    already_there: bool = False  # the dataset was complete before the call
+    already_there: bool = False  # the dataset was complete before the call, but for ``restored``
+    restored: int = 0  # lost shards that were written again
 
 
 def make_dataset(
@@ -98,13 +100,14 @@ def make_dataset(
         if options.overwrite:
             remove_dataset(out)
         if (out / DATASET_FILE).exists():
-            return _already_complete(source, out, options, started)
+            return _already_complete(source, out, options, started, quiet, in_process)
         with disk_errors(f"making {out}", f"OUT {out} cannot be made", "name another folder"):
-            (out / PARTIAL_DIR).mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
+            real_folder(out / PARTIAL_DIR)
         with exclusive_lock(out / PARTIAL_DIR / "lock", shared=options.part is not None) as lock:
             info = _make(source, out, options, lock, quiet, in_process)
             if info is None:
-                return _already_complete(source, out, options, started)
+                return _already_complete(source, out, options, started, quiet, in_process)
             return _summary(out, info, started)
 
 
@@ -195,6 +198,8 @@ def _recorded(out: Path) -> tuple[str | None, list[str]]:
 
 
 def _check_place(source: str, out: Path) -> None:
+    if (out / PARTIAL_DIR).is_symlink():
+        raise UserError(f"{out / PARTIAL_DIR} is a link to another folder: remove it, then try again")
     if out.exists() and not out.is_dir():
         raise UserError(f"OUT {out} is a file: give a folder")
     folder = Path(source)
@@ -208,8 +213,12 @@ def _check_place(source: str, out: Path) -> None:
         raise UserError(f"{out} has shards but no {DATASET_FILE}: choose an empty folder, or delete them yourself")
 
 
-def _already_complete(source: str, out: Path, options: ShardingOptions, started: float) -> Summary:
-    info = read_dataset_file(out, check_files=not is_remote(source.removeprefix(WDS)))
+def _already_complete(
+    source: str, out: Path, options: ShardingOptions, started: float, quiet: bool, in_process: bool
+) -> Summary:
+    """The summary of a complete dataset of ours, whose lost shards are written again."""
+    own = not source.startswith(WDS)
+    info = read_dataset_file(out, check_files=not own and not is_remote(source.removeprefix(WDS)))
     wanted = {"source": source_title(source), **options.recipe()}
     there = {"source": info["source"], **info["recipe"]}
     if differences := _differences(there, wanted):
@@ -217,9 +226,22 @@ def _already_complete(source: str, out: Path, options: ShardingOptions, started:
             f"{out} holds a complete dataset made with other options ({differences}): choose another folder, "
             "or say --overwrite to replace it"
         )
-    if (out / PARTIAL_DIR).exists():  # the last run ended between its last two actions
+    lost = lost_shards(out, info) if own else {}
+    if lost:
+        _restore(source, out, options, info, quiet, in_process)
+    elif (out / PARTIAL_DIR).exists():  # the last run ended between its last two actions
         shutil.rmtree(out / PARTIAL_DIR)
-    return _summary(out, info, started, already_there=True)
+    return _summary(out, info, started, already_there=True, restored=len(lost))
+
+
+def _restore(
+    source: str, out: Path, options: ShardingOptions, info: dict[str, Any], quiet: bool, in_process: bool
+) -> None:
+    with exclusive_lock(real_folder(out / PARTIAL_DIR) / "lock", shared=False):
+        job, about = _prepare(source, out, options, quiet)
+        assert isinstance(job, WriteJob)
+        restore_shards(job, about["fingerprint"], info, lost_shards(out, info), quiet, in_process)
+        shutil.rmtree(out / PARTIAL_DIR)
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -313,7 +335,9 @@ def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:
         np.save(file, order[: options.limit])
 
 
-def _summary(out: Path, info: dict[str, Any], started: float, already_there: bool = False) -> Summary:
+def _summary(
+    out: Path, info: dict[str, Any], started: float, already_there: bool = False, restored: int = 0
+) -> Summary:
     return Summary(
         out=out,
         missing=info.get("missing", 0),
@@ -330,4 +354,5 @@ def _summary(out: Path, info: dict[str, Any], started: float, already_there: boo
         notes=tuple(info.get("notes", ())),
         seconds=time.monotonic() - started,
         already_there=already_there,
+        restored=restored,
     )

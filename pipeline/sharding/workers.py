@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -38,13 +38,20 @@ def keep_torch_out() -> None:
 _REPORT_EVERY = 32  # images between two updates of the shared counters
 
 
-def build_missing(job: Job, options: ShardingOptions, quiet: bool, in_process: bool = False) -> None:
+def build_missing(
+    job: Job,
+    options: ShardingOptions,
+    quiet: bool,
+    in_process: bool = False,
+    *,
+    numbers: Sequence[int] | None = None,
+) -> None:
     """Build the shards of this part that have no marker yet. Raises UserError, or the OSError of the disk.
 
-    ``in_process``: build them in this process, one after the other.
+    ``in_process``: build them in this process, one after the other. ``numbers``: these shards instead of a part.
     """
     part, parts = options.part_of()
-    mine = list(range(part, len(job), parts))
+    mine = list(range(part, len(job), parts)) if numbers is None else list(numbers)
     missing = [n for n in mine if job.done(n) is None]
     check_room(job.out, job.room(missing), "writing the shards")
     workers = min(options.workers or cores(), len(missing))

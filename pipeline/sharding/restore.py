@@ -1,0 +1,75 @@
+"""Write lost shards of a complete dataset again: the same images in the same order give the recorded bytes.
+
+Only tars that make_dataset wrote itself; a lost tar of others has to come from where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import UserError
+from pipeline.dataset.format import DATASET_FILE, PARTIAL_DIR, REPLACE
+from pipeline.sharding.workers import build_missing
+from pipeline.sharding.write_shard import WriteJob
+
+_NAME = re.compile(r"shard-(\d{6,})\.tar")
+
+
+def lost_shards(out: Path, info: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Number -> entry of dataset.json, ``info``, of each shard that has no tar of the recorded length, or no index."""
+    lost = {}
+    for shard in info["shards"]:
+        number = _NAME.fullmatch(shard["name"])
+        if number is None:
+            raise UserError(f"{out / DATASET_FILE} is damaged: no shard of it can be called {shard['name']!r}")
+        if _size(out / shard["name"]) != shard["bytes"] or _size(out / shard["index"]) is None:
+            lost[int(number[1])] = shard
+    return lost
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return None
+
+
+def restore_shards(
+    job: WriteJob,
+    fingerprint: str,
+    info: dict[str, Any],
+    lost: dict[int, dict[str, Any]],
+    quiet: bool,
+    in_process: bool,
+) -> None:
+    """Build the shards ``lost`` again. Raises UserError, leaving all tars as they are, for other bytes than recorded.
+
+    ``fingerprint``: of the source as it is now.
+    """
+    out, aside = job.out, job.out / PARTIAL_DIR
+    if fingerprint != info.get("source_fingerprint"):
+        raise UserError(
+            f"{out} has lost {len(lost)} of its shards (the first: {next(iter(lost.values()))['name']}), and SOURCE "
+            f"has changed since it was made, so that they cannot be written again: restore SOURCE, or {REPLACE}"
+        )
+    kept = [shard["name"] for shard in lost.values() if (out / shard["name"]).exists()]
+    for name in kept:
+        os.replace(out / name, aside / name)
+    try:
+        build_missing(job, job.options, quiet, in_process, numbers=sorted(lost))
+        records = {number: job.done(number) for number in lost}
+        wrong = [shard["name"] for n, shard in lost.items() if (records[n] or {}).get("shard") != shard]
+        if wrong:
+            raise UserError(
+                f"{wrong[0]} came out with other bytes than recorded ({len(wrong)} of {len(lost)} shards), as another "
+                f"version of this program or of its libraries may write them: {REPLACE}"
+            )
+    except BaseException:
+        for shard in lost.values():
+            (out / shard["name"]).unlink(missing_ok=True)
+        for name in kept:
+            os.replace(aside / name, out / name)
+        raise
