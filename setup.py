@@ -37,10 +37,13 @@ RUNTIME = [
 ]
 PARQUET = ["pyarrow>=15"]
 FAISS, UMAP = ["faiss-cpu>=1.8"], ["umap-learn>=0.5"]
+ONNX = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"]
 S3, GCS, HF = ["s3fs>=2024.6"], ["gcsfs>=2024.6"], ["huggingface_hub"]
 TEST = [
     *PARQUET,
     *S3,
+    *ONNX,
+    "transformers>=4.40",  # reads what export writes for it
     "moto[server]",  # an S3 server of one's own
     "pytest>=8",
     "hypothesis>=6.100",
@@ -97,5 +100,14 @@ setup(
     cmdclass={"build_py": BuildRewritten},
     entry_points={"console_scripts": ["siamstream = siamstream.cli:main"]},
     install_requires=RUNTIME,
-    extras_require={"parquet": PARQUET, "faiss": FAISS, "umap": UMAP, "s3": S3, "gcs": GCS, "hf": HF, "test": TEST},
+    extras_require={
+        "parquet": PARQUET,
+        "onnx": ONNX,
+        "faiss": FAISS,
+        "umap": UMAP,
+        "s3": S3,
+        "gcs": GCS,
+        "hf": HF,
+        "test": TEST,
+    },
 )

@@ -9,14 +9,21 @@ train/linear.py reads: official SimSiam checkpoints, torchvision's and timm's we
 takes it as MODEL.WEIGHTS; unlike the .pkl of its own converters it is read without running code
 - official: .pth, {"arch", "state_dict"} as facebookresearch/simsiam writes it, with projector and predictor if
 CHECKPOINT has them
+- transformers: a folder for Hugging Face's AutoModel and AutoImageProcessor (resnet18 to resnet152)
+- onnx: .onnx, images [n, 3, s, s] -> features, any n and s (pip install 'siamstream[onnx]'); compared with the
+encoder itself where onnxruntime is installed
 - safetensors: .safetensors, torchvision's names, and in the header the architecture and the pixels it expects
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
+import tempfile
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,14 +33,17 @@ import torchvision
 import tyro
 from typing_extensions import assert_never
 
-from model.backbone import Stem, find_backbone
+from model.backbone import Stem, build_backbone, find_backbone
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import atomic_file, disk_errors
 from pipeline.common.locations import LocalPath
-from train.storage.encoder_files import METADATA, InputSpec, LoadedEncoder, read_weights
+from train.storage.encoder_files import METADATA, InputSpec, LoadedEncoder, load_backbone, read_weights
 from train.storage.encoder_formats import State, to_detectron2, to_official
+from train.storage.encoder_layouts import to_transformers
+from train.storage.handover import about, plain, transformers_layers, write_transformers_folder
 
-FormatName = Literal["torchvision", "timm", "detectron2", "official", "safetensors"]
+FormatName = Literal["torchvision", "timm", "detectron2", "official", "safetensors", "transformers", "onnx"]
+ONNX_TOLERANCE = 1e-4  # largest relative difference of onnxruntime's features
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class ExportConfig:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """File with an encoder, or the folder of a run."""
     out: Annotated[LocalPath, tyro.conf.Positional]
-    """File to write."""
+    """File to write; with --format transformers a folder."""
     format: FormatName = "torchvision"
     """Format of the file, and with it the names of the weights."""
     backbone: str | None = None
@@ -61,20 +71,29 @@ def main() -> None:
     weights = read_weights(config.checkpoint, config.backbone, config.stem)
     if weights.stem == "default" and config.format in ("detectron2", "official"):
         raise UserError(f"--format {config.format} has names for ResNets only, and this is {weights.backbone}")
+    layers = transformers_layers(weights.backbone, weights.stem) if config.format == "transformers" else {}
     if find_backbone(weights.backbone).library == "timm" and config.format == "torchvision":
         raise UserError(f"--format torchvision: {weights.backbone} has timm's layers: take --format timm")
     with disk_errors(f"writing {config.out}", f"cannot write {config.out}", "name another file"):
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        write(config.out, config.format, weights)
+        if config.format == "transformers":
+            state = to_transformers(plain(weights.parts.backbone))
+            write_transformers_folder(config.out, state, layers, weights.pixels or InputSpec())
+        elif config.format == "onnx":
+            write_onnx(config.out, weights)
+        else:
+            write(config.out, config.format, weights)
     print(f"wrote {config.out}: {weights.describe()}\n{how_to_load(config.out, config.format, weights)}")
 
 
 def check_out(config: ExportConfig) -> None:
     """Raise UserError for a file that exists, or a name whose suffix belongs to another format."""
     suffix = config.out.suffix
-    if config.format == "safetensors" and suffix != ".safetensors":
-        raise UserError(f"{config.out}: readers know safetensors by its name, so let OUT end in .safetensors")
-    if config.format != "safetensors" and suffix not in (".pth", ".pt"):
+    named = {"safetensors": ".safetensors", "onnx": ".onnx", "transformers": ""}
+    ending = named.get(config.format)
+    if ending and suffix != ending:
+        raise UserError(f"{config.out}: readers know {config.format} by its name, so let OUT end in {ending}")
+    if ending is None and suffix not in (".pth", ".pt"):
         raise UserError(f"{config.out}: --format {config.format} writes a file of torch.save, so let OUT end in .pth")
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out} exists: add --overwrite, or name another file")
@@ -82,7 +101,7 @@ def check_out(config: ExportConfig) -> None:
 
 def write(out: Path, layout: FormatName, weights: LoadedEncoder) -> None:
     """Write the file, whole or not at all. Raises OSError as the disk does."""
-    backbone = _plain(weights.parts.backbone)
+    backbone = plain(weights.parts.backbone)
     with atomic_file(out) as file:
         match layout:
             case "torchvision" | "timm":
@@ -91,12 +110,47 @@ def write(out: Path, layout: FormatName, weights: LoadedEncoder) -> None:
                 content: dict[str, Any] = {"model": to_detectron2(backbone)}
                 torch.save({**content, "__author__": "siamstream", "matching_heuristics": True}, file)
             case "official":
-                named = {"arch": weights.backbone, "state_dict": _plain(to_official(weights.parts))}
-                torch.save({**named, METADATA: _about(weights)}, file)
+                named = {"arch": weights.backbone, "state_dict": plain(to_official(weights.parts))}
+                torch.save({**named, METADATA: about(weights.backbone, weights.stem, weights.pixels)}, file)
             case "safetensors":
-                file.write(safetensors.torch.save(backbone, {METADATA: json.dumps(_about(weights)), "format": "pt"}))
+                header = {METADATA: json.dumps(about(weights.backbone, weights.stem, weights.pixels)), "format": "pt"}
+                file.write(safetensors.torch.save(backbone, header))
+            case "transformers" | "onnx":
+                raise AssertionError("main() writes these")
             case unreachable:
                 assert_never(unreachable)
+
+
+def write_onnx(out: Path, weights: LoadedEncoder) -> None:
+    """Write the network itself, and compare it with ours by onnxruntime. Raises UserError without the packages."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'siamstream[onnx]'")
+    import onnxruntime
+
+    module, _ = build_backbone(weights.backbone, weights.stem)
+    load_backbone(module, weights)
+    module.eval()
+    size = (weights.pixels or InputSpec()).image_size
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    batch = torch.export.Dim("n", min=1)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        file = Path(folder) / out.name
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"]}
+        options: dict[str, Any] = {"dynamic_shapes": ({0: batch},), "external_data": False, "verbose": False}
+        torch.onnx.export(module, (images,), str(file), dynamo=True, **names, **options)
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            ours = module(images)
+        theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        difference = float((theirs - ours).abs().max() / ours.abs().max())
+        if not difference <= ONNX_TOLERANCE:
+            raise UserError(
+                f"--format onnx: onnxruntime's features differ by {difference:.1e}, more than {ONNX_TOLERANCE:g}: this "
+                f"version of torch ({torch.__version__}) or onnxruntime ({onnxruntime.__version__}) translates the "
+                "encoder wrongly; try another"
+            )
+        os.replace(file, out)
 
 
 def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
@@ -120,11 +174,15 @@ def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
         case "detectron2":
             means, stds = ([round(255 * value, 3) for value in values] for values in (pixels.mean, pixels.std))
             how = (
-                f"MODEL.WEIGHTS {out}, MODEL.PIXEL_MEAN {means}, MODEL.PIXEL_STD {stds}, INPUT.FORMAT RGB, "
-                "MODEL.RESNETS.STRIDE_IN_1X1 False"
+                f"MODEL.WEIGHTS {out} MODEL.PIXEL_MEAN {means} MODEL.PIXEL_STD {stds} INPUT.FORMAT RGB "
+                f"{' '.join(detectron2_layers(name))}"
             )
         case "official":
             how = f"python main_lincls.py --arch {name} --pretrained {out}"
+        case "transformers":
+            how = f'transformers.AutoModel.from_pretrained("{out}")(pixel_values).pooler_output.flatten(1)'
+        case "onnx":
+            how = f'onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})  # float32 [n, 3, s, s]'
         case "safetensors":
             how = f'{build}; m.load_state_dict(safetensors.torch.load_file("{out}"))'
         case unreachable:
@@ -136,27 +194,35 @@ def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
             f"note: {name} with the {weights.stem} stem exists here only (model/backbone.py); "
             "others must build the same first layers to load it"
         )
+    if layout == "detectron2":
+        lines.append(
+            "note: to fine-tune as MoCo's and SimSiam's transfers do, train all layers with synchronised batch norm: "
+            "MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM SyncBN MODEL.FPN.NORM SyncBN TEST.PRECISE_BN.ENABLED True"
+        )
     if layout == "official" and not weights.parts.projector:
         lines.append("note: there were no projector and predictor to write; its linear evaluation needs none")
     return "\n".join(lines)
 
 
-def _plain(state: State) -> State:
-    """Copies in contiguous layout: other programs do not expect channels-last."""
-    return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+def detectron2_layers(name: str) -> list[str]:
+    """The settings of detectron2's ResNet that build ``name``: depth, groups, width, channels."""
+    depth = re.search(r"\d+", name)
+    assert depth is not None
+    groups, width = 1, 64
+    if grouped := re.fullmatch(r"resnext\d+_(\d+)x(\d+)d", name):
+        groups, width = int(grouped[1]), int(grouped[2])
+    elif wide := re.fullmatch(r"wide_resnet\d+_(\d+)", name):  # wider inside the blocks, the same outputs
+        width = 64 * int(wide[1])
+    outputs = 64 if int(depth[0]) < 50 else 256
+    values = {"DEPTH": depth[0], "NUM_GROUPS": groups, "WIDTH_PER_GROUP": width, "RES2_OUT_CHANNELS": outputs}
+    return [f"MODEL.RESNETS.{key} {value}" for key, value in values.items()] + ["MODEL.RESNETS.STRIDE_IN_1X1 False"]
 
 
 def _described(backbone: State, weights: LoadedEncoder) -> OrderedDict[str, torch.Tensor]:
     """The state_dict as others load it; what we know of it is an attribute, as torch's own _metadata are."""
     described = OrderedDict(backbone)
-    setattr(described, METADATA, _about(weights))
+    setattr(described, METADATA, about(weights.backbone, weights.stem, weights.pixels))
     return described
-
-
-def _about(weights: LoadedEncoder) -> dict[str, Any]:
-    """The part of a run's configuration that ``read_weights`` reads."""
-    about: dict[str, Any] = {"model": {"backbone": weights.backbone, "stem": weights.stem}}
-    return {**about, "views": asdict(weights.pixels)} if weights.pixels else about
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from model.backbone import find_backbone
 from model.methods.base import MethodOutput
 from pipeline.loader.loader import ViewBatch
 from pipeline.loader.prefetch_queue import StarvedError
@@ -22,6 +23,8 @@ from train.monitoring.reporter import Reporter, StepResult
 from train.optimization.optimizer import set_rates
 from train.optimization.precision import diagnosis
 from train.storage.checkpoints import CHECKPOINTS, newest_checkpoint
+from train.storage.encoder_files import InputSpec
+from train.storage.handover import hand_over
 
 
 def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, stop: StopRequest) -> bool:
@@ -62,8 +65,20 @@ def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, stop: StopR
             with reporter.paused():
                 save(run)
     checkpoint = finish_checkpoint(run)
+    print0(run.dist, on_rank0(run.dist, lambda: leave_encoder(run)))
     on_rank0(run.dist, lambda: reporter.summary(run.step, checkpoint))
     return True
+
+
+def leave_encoder(run: Run) -> str:
+    """Write the finished encoder for other programs; returns how to load it. On rank 0 alone."""
+    config, views = run.config, run.config.views
+    pixels = InputSpec(views.image_size, views.mean, views.std)
+    stem = config.model.stem
+    own = find_backbone(config.model.backbone).default_stem
+    return hand_over(
+        config.run_dir, run.model.backbone, config.model.backbone, own if stem == "default" else stem, pixels
+    )
 
 
 def stop_with_checkpoint(run: Run, stop: StopRequest) -> bool:
