@@ -57,8 +57,10 @@ _TEXTS = (
     (rb"<\?xml", "XML"),
 )
 _SNIFFED = 1024  # bytes in which a text is recognised
-SEGMENT = re.compile(rb"\xff+(?P<marker>[^\x00\xff])(?P<length>..)", re.DOTALL)  # preceded by any number of fill bytes
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}  # SOF0 .. SOF15 and JPEG-LS; not DHT, JPG, DAC
+_SCAN = 0xDA
+DAMAGED_SEGMENTS = "damaged header: its JPEG segments do not follow each other"
+_NOT_PROGRESSIVE = frozenset({0xC0, 0xC1, 0xC3})
 
 
 class JpegFrame(NamedTuple):
@@ -69,22 +71,38 @@ class JpegFrame(NamedTuple):
     height: int  # pixels; 0: a DNL marker behind the first scan has it
     width: int  # pixels
     components: int
+    first_scan: int  # components in the first scan; 0 if there is none
+
+    @property
+    def has_one_scan(self) -> bool:
+        """Whether decoders stop behind the first scan: it holds all of every component."""
+        return self.marker in _NOT_PROGRESSIVE and self.first_scan == self.components
 
 
-def jpeg_frame(data: bytes) -> JpegFrame | None:
-    """The first frame header of a JPEG; None if there is none before the first scan or the segments are damaged."""
-    at = 2  # after the start-of-image marker
-    while (segment := SEGMENT.match(data, at)) is not None and segment["marker"] != b"\xda":
-        body, length = segment.end(), int.from_bytes(segment["length"], "big")
-        if segment["marker"][0] in _FRAMES:
-            if len(data) < body + 6:
-                return None
-            height, width = (int.from_bytes(data[body + i : body + i + 2], "big") for i in (1, 3))
-            return JpegFrame(segment["marker"][0], data[body], height, width, data[body + 5])
-        if length < 2:
-            return None
-        at = segment.start("length") + length
-    return None
+def jpeg_header(data: bytes) -> tuple[JpegFrame | None, str | None]:
+    """(the first frame header of a JPEG, the fault of its segments up to the first scan); None: there is none.
+
+    Each segment must begin where the one before ends (ITU-T T.81, B.1.1). DALI requires it; PIL skips unknown bytes.
+    tests/pipeline/sharding/test_hostile_input.py compares with DALI's decoder.
+    """
+    at, frame = 2, None  # after the start-of-image marker
+    try:
+        while data[at] == 0xFF:
+            at += 1
+            while (marker := data[at]) == 0xFF:  # any number of fill bytes
+                at += 1
+            length = data[at + 1] << 8 | data[at + 2]
+            if marker == _SCAN:
+                return frame and frame._replace(first_scan=data[at + 3]), None
+            if marker == 0 or length < 2:  # the length includes its own two bytes
+                break
+            if frame is None and marker in _FRAMES:
+                bits, *sides, components = data[at + 3 : at + 9]
+                frame = JpegFrame(marker, bits, sides[0] << 8 | sides[1], sides[2] << 8 | sides[3], components, 0)
+            at += 1 + length
+    except (IndexError, ValueError):
+        return frame, "truncated"
+    return frame, DAMAGED_SEGMENTS
 
 
 def describe_unknown(data: bytes) -> str:
@@ -116,7 +134,7 @@ def is_other_image(data: bytes) -> bool:
 
 
 def _describe_jpeg(data: bytes) -> str:
-    frame = jpeg_frame(data)
+    frame, _ = jpeg_header(data)
     if frame is None:
         return "truncated" if b"\xff\xda" not in data else "damaged header: no JPEG frame before its scan"
     if frame.marker == 0xF7:
