@@ -131,6 +131,16 @@ def test_gpu_bound_compares_round_by_round() -> None:
     assert verdict.limiter == "model"
 
 
+@pytest.mark.parametrize(("host_s", "limiter"), [(0.0095, "host"), (0.002, "model")])
+def test_a_host_that_cannot_launch_fast_enough_is_the_limiter(host_s: float, limiter: str) -> None:
+    """100 images a second: 0.01 s an image. Seconds of a part are those of the whole trial."""
+    alone = trial(100)
+    trials = {"model": [trial(100, host=host_s * alone.images)] * 3, "end_to_end": [trial(99)] * 3}
+    verdict = judge({name: StageResult.of(of) for name, of in trials.items()}, trials, ON_GPU)
+    assert verdict.limiter == limiter
+    assert ("95% of a step's time to launch it" in describe(verdict)) == (limiter == "host")
+
+
 def test_busy_cores_change_the_advice() -> None:
     trials = {name: [trial(rate, cores=15.5)] * 3 for name, rate in (("decode", 10.0), ("loader", 9.0))}
     results = {name: StageResult.of(of) for name, of in trials.items()}

@@ -24,10 +24,12 @@ TITLES = {
     "photometric": "photometric stage",
     "loader": "whole loader",
     "model": "model step alone",
+    "host": "the host's launches",
     "end_to_end": "end to end",
 }
+HOST_BOUND = 0.9  # of a step's time that the host takes to launch it: from here on the GPU waits for launches
 LOADER_PARTS = ("read", "decode", "crops", "photometric")
-Limiter = Literal["read", "decode", "crops", "photometric", "model", "sharing", "unknown"]
+Limiter = Literal["read", "decode", "crops", "photometric", "model", "host", "sharing", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ def judge(results: dict[str, StageResult], trials: dict[str, list[Trial]], setti
         return Verdict(slowest, None, None, reason, _advice(slowest, results, setting))
     pairs = zip(trials["end_to_end"], trials["model"], strict=True)
     bound = Spread.of([whole.img_per_s / alone.img_per_s for whole, alone in pairs])
+    host_bound = results["model"].parts.get("host", 0.0) * rates["model"]
+    if bound.median >= GPU_BOUND and host_bound >= HOST_BOUND:
+        reason = (
+            f"the host takes {host_bound:.0%} of a step's time to launch it: the GPU waits for the host, not for data"
+        )
+        return Verdict("host", bound.median, bound, reason, _advice("host", results, setting))
     if bound.median >= GPU_BOUND:
         reason = f"end to end reaches {bound.median:.1%} of the model alone: the loader is not the limit"
         return Verdict("model", bound.median, bound, reason, _advice("model", results, setting))
@@ -151,6 +159,9 @@ def _advice(limiter: Limiter, results: dict[str, StageResult], setting: Setting)
             faster = [] if setting.precision in ("bf16", "fp16") or not setting.on_gpu else ["--precision bf16"]
             faster += [] if setting.compiled or not setting.on_gpu else ["--compile"]
             return (*(f"{flag} makes the model faster" for flag in faster), "the loader needs nothing")
+        case "host":
+            compiled = () if setting.compiled else ("--compile makes fewer and larger kernels",)
+            return (*compiled, "a larger batch a GPU; --one-pass on (the default) encodes all views at once")
         case "unknown":
             return ()
 
@@ -229,9 +240,10 @@ def _draw_bar(axes: Axes, row: int, name: str, result: StageResult, edge: float,
     shown = min(rate.median, edge)
     broken = rate.median > edge
     if name == "model" and result.parts:
-        whole = sum(result.parts.values())
+        parts = {part: seconds for part, seconds in result.parts.items() if part in MODEL_COLOURS}
+        whole = sum(parts.values())
         start = 0.0
-        for part, seconds in result.parts.items():
+        for part, seconds in parts.items():
             width = shown * seconds / whole
             axes.barh(row, width, left=start, color=MODEL_COLOURS[part], height=0.62)
             if width > 0.09 * edge:

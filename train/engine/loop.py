@@ -19,6 +19,7 @@ from train.distributed.process_group import SharedError
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest
 from train.engine.run import Run, finish_checkpoint, save, wait_for_checkpoint
 from train.evaluation.features import Abandoned
+from train.monitoring.progress import GpuProgress
 from train.monitoring.reporter import Reporter, StepResult
 from train.optimization.optimizer import set_rates
 from train.optimization.precision import diagnosis
@@ -132,9 +133,12 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
         if batch.pair == 0:
             ids.append(batch.ids)
         wait_s += batch.wait_s
+    progress = GpuProgress(run.dist.device)
+    progress.backward_launched()
     scaler.unscale_(run.optimizer)
     model.before_optimizer(info)
     model.after_step(info, run.guard.step(scaler))
+    caught_up = progress.caught_up()
     run.midway = False
     run.dist.status.work(f"step {run.step + 1}: between two steps")
     return StepResult(
@@ -146,6 +150,7 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
         lr=lr,
         wait_s=wait_s,
         ids=np.concatenate(ids),
+        caught_up=caught_up,
     )
 
 

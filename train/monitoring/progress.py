@@ -28,6 +28,28 @@ class Rates:
     img_per_s: float  # source images of all ranks
     data_wait: float  # share of the time, 0 to 1
     step_s: float
+    host_bound: float = 0.0  # share of the steps in which the GPU had caught up with the host: see GpuProgress
+
+
+class GpuProgress:
+    """Whether the GPU has caught up with the host, which then keeps it waiting: the step is bound by its launches.
+
+    A host that is ahead launches the optimizer while the GPU still computes the forward pass. Where the GPU has done
+    the backward pass by then, the host takes as long for a step as the device. Costs an event a step, no waiting.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """On a CPU, which has no queue, the answer is always no."""
+        self._on_gpu = device.type == "cuda"
+        self._done: torch.cuda.Event | None = None
+
+    def backward_launched(self) -> None:
+        """Call when the host has launched a step's last backward pass."""
+        self._done = torch.cuda.current_stream().record_event() if self._on_gpu else None
+
+    def caught_up(self) -> bool:
+        """Whether the GPU is past that point. Call when the host has launched the rest of the step."""
+        return self._done is not None and self._done.query()
 
 
 class RateMeter:
@@ -40,10 +62,11 @@ class RateMeter:
 
     def restart(self) -> None:
         """Begin a new interval now."""
-        self._start, self._steps, self._images, self._wait_s = self._clock(), 0, 0, 0.0
+        self._start, self._steps, self._images, self._wait_s, self._caught_up = self._clock(), 0, 0, 0.0, 0
 
-    def step(self, images: int, wait_s: float) -> None:
-        """Count a step."""
+    def step(self, images: int, wait_s: float, caught_up: bool = False) -> None:
+        """Count a step. ``caught_up``: as GpuProgress says."""
+        self._caught_up += caught_up
         self._steps, self._images, self._wait_s = self._steps + 1, self._images + images, self._wait_s + wait_s
 
     @property
@@ -59,7 +82,12 @@ class RateMeter:
     def read(self) -> Rates:
         """The rates since the last reading, of at least one step; begins a new interval."""
         seconds = max(self._clock() - self._start, 1e-9)
-        rates = Rates(self._images / seconds, min(self._wait_s / seconds, 1.0), seconds / self._steps)
+        rates = Rates(
+            self._images / seconds,
+            min(self._wait_s / seconds, 1.0),
+            seconds / self._steps,
+            self._caught_up / self._steps,
+        )
         self.restart()
         return rates
 
@@ -84,9 +112,11 @@ class ProgressLine:
             return
         self._last_line_s = now
         left = (self._total - step) * rates.step_s
+        host = f" host_bound {rates.host_bound:.0%}" if rates.host_bound > 0 else ""
         text = (
             f"epoch {epoch} step {step}/{self._total} loss {loss:.4f} z_std {z_std:.4f} "
-            f"{rates.img_per_s:.0f} img/s data_wait {data_wait or format(rates.data_wait, '.0%')} left {duration(left)}"
+            f"{rates.img_per_s:.0f} img/s data_wait {data_wait or format(rates.data_wait, '.0%')}{host} "
+            f"left {duration(left)}"
         )
         self._stream.write(f"\r\x1b[K{text}" if on_terminal else text + "\n")
         if on_terminal and step >= self._total:

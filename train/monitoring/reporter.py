@@ -54,6 +54,7 @@ class StepResult:
     lr: float
     wait_s: float  # time the host spent waiting for the loader
     ids: Int64[np.ndarray, " rank_batch"]
+    caught_up: bool = False  # whether the GPU waited for the host's launches
 
 
 class Reporter:
@@ -104,7 +105,7 @@ class Reporter:
 
         A collective and a host sync when a line is due.
         """
-        self._meter.step(self._plan.global_batch, result.wait_s)
+        self._meter.step(self._plan.global_batch, result.wait_s, result.caught_up)
         if self._samples is not None:
             self._samples.write(step, result.ids.tolist())
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):

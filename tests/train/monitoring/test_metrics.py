@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
 from pipeline.common.system import duration
 from train.monitoring.metrics import MetricsLog
-from train.monitoring.progress import ProgressLine, RateMeter, Rates
+from train.monitoring.progress import GpuProgress, ProgressLine, RateMeter, Rates
 from train.storage.run_folder import METRICS_FILE, cut_off, read_lines
 
 
@@ -122,3 +123,37 @@ def test_plain_progress_lines_are_rare_and_the_last_one_is_shown() -> None:
 def test_durations() -> None:
     texts = [duration(s) for s in (41.2, 200, 5 * 3600 + 120, 3 * 86400 + 4 * 3600)]
     assert texts == ["41 s", "3 min 20 s", "5 h 02 min", "3 d 04 h"]
+
+
+class FakeStream:
+    """A GPU's queue that is done or not, as the test says."""
+
+    done = False
+
+    def record_event(self) -> FakeStream:
+        return self
+
+    def query(self) -> bool:
+        return self.done
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_host_that_keeps_a_gpu_waiting_is_counted(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    progress, meter = GpuProgress(torch.device("cuda")), RateMeter(clock=iter((0.0, 4.0, 4.0)).__next__)
+    for number in range(4):
+        progress.backward_launched()
+        stream.done = not ahead and number > 0  # while the host launches the optimizer
+        meter.step(64, 0.0, progress.caught_up())
+    rates = meter.read()
+    assert rates.host_bound == (0.0 if ahead else 0.75)
+    stderr = io.StringIO()
+    ProgressLine(10, stderr).show(0, 1, 0.0, 0.0, rates)
+    assert ("host_bound 75%" in stderr.getvalue()) == (not ahead)
+
+
+def test_a_cpu_has_no_queue() -> None:
+    progress = GpuProgress(torch.device("cpu"))
+    progress.backward_launched()
+    assert not progress.caught_up()
