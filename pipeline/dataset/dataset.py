@@ -43,10 +43,11 @@ _SYSTEM_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 class BadSampleError(Exception):
     """One sample cannot be used. Training replaces it; the fields identify it in the report."""
 
-    def __init__(self, sample_id: int, shard: str, key: str, reason: str) -> None:
-        """``shard`` is the tar's name, ``key`` the sample's key in it."""
-        super().__init__(sample_id, shard, key, reason)
+    def __init__(self, sample_id: int, shard: str, key: str, reason: str, as_sharded: bool = False) -> None:
+        """``shard`` is the tar's name, ``key`` the sample's key in it; ``as_sharded``: its bytes have not changed."""
+        super().__init__(sample_id, shard, key, reason, as_sharded)
         self.sample_id, self.shard, self.key, self.reason = sample_id, shard, key, reason
+        self.as_sharded = as_sharded
 
     def __str__(self) -> str:
         """One line with sample, key, shard and reason."""
@@ -210,7 +211,14 @@ class ShardSet:
         header = self._store.read(int(row["shard"]), int(row["offset"]) - 512, 512, threading.Event())
         return split_key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
 
-    def bad_sample(self, sample_id: int, reason: str) -> BadSampleError:
+    def is_as_sharded(self, sample_id: int) -> bool:
+        """Whether the bytes of a sample are those that were written: its checksum tells. Raises as ``read``."""
+        try:
+            return zlib.crc32(self.read(sample_id)) == int(self._rows[sample_id]["checksum"])
+        except BadSampleError:
+            return False
+
+    def bad_sample(self, sample_id: int, reason: str, as_sharded: bool = False) -> BadSampleError:
         """The error that identifies a sample in the report."""
         shard = int(self._rows[sample_id]["shard"])
         name = self.shards[shard].name if shard < len(self.shards) else f"shard {shard}"
@@ -218,7 +226,7 @@ class ShardSet:
             key = self.key(sample_id)
         except (OSError, IndexError, OverflowError, tarfile.TarError):
             key = "(unreadable)"
-        return BadSampleError(int(sample_id), name, key, reason)
+        return BadSampleError(int(sample_id), name, key, reason, as_sharded)
 
     @contextmanager
     def follow(

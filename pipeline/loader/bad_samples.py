@@ -70,7 +70,7 @@ class BadSamples:
             listing = "\n  ".join(map(str, found))
             raise UserError(
                 f"{len(found)} bad samples, more than the {self._limit} allowed by --max-bad-samples:\n  {listing}\n"
-                "Check the disk, write the dataset again, or allow more"
+                f"{_advice(found)}, or allow more"
             )
 
     def _recorded(self, path: Path, error: BadSampleError) -> list[BadSampleError]:
@@ -81,6 +81,7 @@ class BadSamples:
             "key": error.key,
             "reason": error.reason,
             "replacement": (error.sample_id + 1) % self._num_samples,
+            **({"as_sharded": True} if error.as_sharded else {}),
         }
         with disk_errors(f"writing {path}"), open(path, "a+b") as file:
             make_exclusive(file)  # other ranks and threads wait
@@ -92,4 +93,17 @@ class BadSamples:
             if all(line["sample"] != known["sample"] for known in lines):
                 file.write(json.dumps(line).encode() + b"\n")
                 lines.append(line)
-        return [BadSampleError(bad["sample"], bad["shard"], bad["key"], bad["reason"]) for bad in lines]
+        return [
+            BadSampleError(bad["sample"], bad["shard"], bad["key"], bad["reason"], bad.get("as_sharded", False))
+            for bad in lines
+        ]
+
+
+def _advice(found: list[BadSampleError]) -> str:
+    """What to do about bad samples. Where no byte has changed since they were written, the disk is not at fault."""
+    if not all(error.as_sharded for error in found):
+        return "Check the disk, write the dataset again"
+    return (
+        "Their bytes are those that were sharded. tools/check_shards.py --decode full finds all such images; shard "
+        "their source with this version, which refuses them or with --reencode stores their pixels"
+    )

@@ -65,8 +65,8 @@ class Assembler:
         return self._batch(BatchIds(batch.epoch, batch.step, batch.ids, batch.pair), reads)
 
     def note_bad(self, sample_id: int, reason: str) -> None:
-        """Note that a sample's image cannot be used. Raises UserError when there are too many."""
-        self._bad.add(self._dataset.bad_sample(sample_id, reason))
+        """Note that a sample's image, which was read, cannot be decoded. Raises UserError when there are too many."""
+        self._bad.add(self._dataset.bad_sample(sample_id, reason, self._dataset.is_as_sharded(sample_id)))
 
     def _start(self, ids: Int64[np.ndarray, " n"]) -> list[Future[list[Read]]]:
         groups = (ids[start : start + IDS_PER_READ].tolist() for start in range(0, len(ids), IDS_PER_READ))
@@ -95,4 +95,4 @@ class Assembler:
                 return source, np.frombuffer(self._dataset.read(source, self._cancelled), dtype=np.uint8)
             except BadSampleError as error:
                 self._bad.add(error)
-        raise UserError(f"no sample of {self._dataset.path} can be read: check the disk or write the dataset again")
+        raise UserError(f"no sample of {self._dataset.path} can be read or decoded: the reports of bad samples say why")

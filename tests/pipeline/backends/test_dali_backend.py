@@ -25,6 +25,7 @@ from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.views import CentreCrops, ViewGroup, ViewParams, ViewRecipe, centre_crops, draw_views
 from tests.helpers.encoded import HEIGHT, WIDTH, bad_images, batch_of, encode, good_images, only_pil_decodes
+from tests.helpers.image_kinds import KINDS
 from tests.helpers.photos import image_bytes, smooth_pixels
 
 if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
@@ -390,3 +391,21 @@ def test_an_image_is_decoded_once_for_all_its_views(photo_dataset: ShardSet, mon
     batch = Batch(0, 0, ids, ids, encoded, draw_views(GROUPS, 1, 0, ids, photo_dataset.sizes(ids)))
     assert len(next(DaliSquares(iter([batch]), GROUPS, 4, 2, CPU, DaliConfig()))[1]) == 6
     assert len(decoders) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("PNG, wrong checksum of the pixels", "IDAT: CRC error"),
+        ("PNG, half of the rows", "Not enough image data"),
+        ("BMP, 5-5-5", "Invalid sample_type"),
+        ("PGM as text, without a newline at its end", "Unexpected end of input stream"),
+    ],
+)
+def test_the_reason_is_the_codecs_own_message(kind: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    images = dali.DaliImages(iter([batch_of([KINDS[kind]()], RECIPE)]), 1, 1, torch.device("cpu"), DaliConfig())
+    with pytest.raises(UndecodableBatchError) as caught:
+        next(images)
+    assert message in caught.value.reason
+    assert not caught.value.reason.endswith(":")
+    assert "\n" not in caught.value.reason

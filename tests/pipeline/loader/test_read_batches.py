@@ -162,3 +162,19 @@ def test_only_makes_a_batch_of_one(photo_dataset: ShardSet, pool: ThreadPoolExec
     assert (alone.ids.tolist(), alone.sources.tolist()) == ([8], [8])
     assert alone.encoded[0].tobytes() == photo_dataset.read(8)
     np.testing.assert_array_equal(alone.windows.crop, batch.windows.crop[1:2])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_disk_is_blamed_only_where_bytes_have_changed(
+    verify: bool, photo_dataset_path: Path, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    path = copy_dataset(photo_dataset_path, tmp_path / "copy")
+    whole = Reading(ShardSet.open(path, verify_checksums=verify), pool, limit=1)
+    whole.assembler.note_bad(2, "cannot be decoded: DALI: libpng error: IDAT: CRC error")
+    with pytest.raises(UserError, match=r"(?s)2 bad samples.*Their bytes are those that were sharded.*--decode full"):
+        whole.assembler.note_bad(3, "cannot be decoded")
+    change_bytes(path, [4])
+    rotten = Reading(ShardSet.open(path, verify_checksums=verify), pool, limit=1)
+    rotten.assembler.note_bad(2, "cannot be decoded")
+    with pytest.raises(UserError, match="Check the disk, write the dataset again, or allow more"):
+        rotten.assembler.note_bad(4, "cannot be decoded")
