@@ -18,11 +18,13 @@ from pathlib import Path
 
 import tyro
 
+from model.methods.registry import method_config
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.locations import LocalPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sources.readers import WDS
 from tools.common.own_commands import after_python
+from tools.reproduction.method_flags import method_flags, view_flags
 
 MAKE_SHARDS = "python tools/make_shards.py"
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
@@ -53,7 +55,7 @@ class DemoConfig:
     num_images: int = 6144
     """Synthetic images to train on."""
     method: str = ""
-    """Method to train, as --method of train/pretrain.py (default: that of the recipe, SimSiam)."""
+    """Method to train: simsiam, simclr, moco-v2, byol, swav or dino (default: simsiam, by its recipe "demo")."""
     steps: int = 576
     """Approximate number of optimizer steps; whole epochs are run, at least one."""
     image_size: int = 32
@@ -89,6 +91,8 @@ def check(config: DemoConfig) -> None:
     for name in ("limit", "num_images", "steps", "image_size"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if config.method:
+        method_config(config.method)  # refuses unknown ones
     if config.test_subtree and not config.subtree:
         raise UserError(f"--test-subtree {config.test_subtree}: name the training images too, with --subtree")
     if config.images.startswith(WDS):
@@ -151,7 +155,9 @@ def preview(config: DemoConfig) -> None:
     heading("Views: what the encoder will see")
     out = str(config.out / "preview.png")
     samples = str(min(8, dataset_of(config).num_samples))
-    words = ("--samples", samples, *recipe_of(config))
+    size = ("--image-size", str(config.image_size))
+    views = ("--method", config.method, *view_flags(config.method, config.image_size))
+    words = ("--samples", samples, *(views if config.method else ("--recipe", "demo", *size)))
     run_command("python tools/preview_views.py", str(config.out / "train"), out, *words)
 
 
@@ -173,9 +179,9 @@ def pretrain(config: DemoConfig, has_test: bool) -> None:
 
 
 def recipe_of(config: DemoConfig) -> list[str]:
-    """Flags of the recipe, which train/pretrain.py and tools/preview_views.py share."""
-    method = ["--method", config.method] if config.method else []
-    return ["--recipe", "demo", *method, "--image-size", str(config.image_size)]
+    """Flags of train/pretrain.py: the recipe "demo", or that of the method."""
+    recipe = method_flags(config.method, "cpu", 1) if config.method else ("--recipe", "demo")
+    return [*recipe, "--image-size", str(config.image_size)]
 
 
 def plan(images: int, steps: int) -> Schedule:

@@ -19,7 +19,7 @@ import tyro
 
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.dataset.dataset import ShardSet
-from tools.reproduction.paper_tables import TABLES, PaperTable
+from tools.reproduction.paper_tables import METHODS_TABLE, TABLES, PaperTable
 from tools.reproduction.report import write_report
 from tools.reproduction.scale import RECIPES, fitting
 from tools.reproduction.sweep import EXIT_STOPPED, ReproduceConfig, Sweep
@@ -66,10 +66,11 @@ def reproduce(config: ReproduceConfig) -> None:
 
 def choose_table(config: ReproduceConfig) -> PaperTable:
     """Raises UserError for an unknown table."""
-    if config.table not in TABLES:
-        known = "\n".join(f"  {name:<17} {table.title} ({table.source})" for name, table in TABLES.items())
+    tables = {**TABLES, "methods": METHODS_TABLE}
+    if config.table not in tables:
+        known = "\n".join(f"  {name:<17} {table.title} ({table.source})" for name, table in tables.items())
         raise UserError(f"table {config.table} is unknown; known are\n{known}")
-    return TABLES[config.table]
+    return tables[config.table]
 
 
 def choose_device(config: ReproduceConfig) -> tuple[str, int]:

@@ -112,6 +112,7 @@ def test_too_few_images_are_refused() -> None:
         (DemoConfig(steps=0), "--steps 0"),
         (DemoConfig(limit=-1), "--limit -1"),
         (DemoConfig(images="x", test_subtree="val"), "--subtree"),
+        (DemoConfig(method="simclear"), "--method simclear is unknown.*did you mean simclr"),
         (DemoConfig(images="wds:x-{0..3}.tar"), "wds:"),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import train.openmp  # noqa: F401
+from model.methods.registry import METHODS
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
@@ -25,12 +26,14 @@ from tests.helpers import toy_runs
 from tests.train.test_pretrain import alone
 from tools import reproduce
 from tools.reproduction import sweep as sweep_module
-from tools.reproduction.paper_tables import TABLES
+from tools.reproduction.method_flags import method_flags
+from tools.reproduction.paper_tables import METHODS_TABLE, TABLES
 from tools.reproduction.report import compare, difference_of, floor_of, mean_of
 from tools.reproduction.scale import RECIPES, Recipe, choose_recipe, fitting
 from tools.reproduction.sweep import PILOT_FILE, Sweep
 from train import linear, pretrain
 from train.config.recipes import parse_config
+from train.config.run_plan import make_plan
 from train.engine import loop as loop_module
 from train.engine.build import prepare
 from train.engine.run import write_run_files
@@ -112,6 +115,35 @@ def test_every_variant_is_a_run_of_its_own(table: str, recipe: str, tmp_path: Pa
     assert len({json.dumps(config.identity("x")) for config in configs}) == len(configs)
     names = [variant.name for variant in TABLES[table].variants]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_method_is_a_run_with_its_own_recipe(recipe: str, tmp_path: Path) -> None:
+    places = ["--data", str(tmp_path), "--run-dir", str(tmp_path), "--global-batch", str(RECIPES[recipe].batch)]
+    configs = []
+    for variant in METHODS_TABLE.variants:
+        assert variant.method is not None
+        shared = method_flags(variant.method, recipe, epochs=20)
+        config = parse_config([*places, "--epochs", "20", *shared, *variant.flags])
+        assert config.method == variant.method
+        make_plan(config, num_samples=50_000, world_size=1)  # the method takes such batches and views
+        configs.append(config)
+    assert len({json.dumps(config.identity("x")) for config in configs}) == len(configs)
+    assert len({(config.model.backbone, config.views.image_size) for config in configs}) == 1
+    assert {config.method for config in configs} == set(METHODS)
+
+
+def test_the_papers_comparison_of_methods() -> None:
+    """Table 4 at 100 epochs; SimCLR and SwAV with SimSiam's parts in sections 6.2 and 6.3."""
+    numbers = {variant.name: variant.paper_top1 for variant in METHODS_TABLE.variants}
+    assert numbers == {
+        "simsiam": 68.1, "simclr": 66.5, "moco-v2": 67.4, "byol": 66.5, "swav": 66.5, "dino": None,
+        "simclr-predictor": 66.4, "simclr-stop-gradient": 66.0, "swav-predictor": 65.2, "swav-no-stop-gradient": None,
+        "byol-no-momentum": None,
+    }  # fmt: skip
+    flags = {variant.name: variant.flags for variant in METHODS_TABLE.variants}
+    assert flags["simclr-stop-gradient"] == ("--predictor", "--stop-gradient")
+    assert flags["byol-no-momentum"] == ("--no-momentum-encoder", "--predictor-lr-scale", "10")
 
 
 @pytest.mark.parametrize("table", [name for name in TABLES if name != "batch-size"])

@@ -17,9 +17,11 @@ class Variant:
     name: str  # of the run folder
     label: str
     flags: tuple[str, ...]
-    paper_top1: float | None  # linear, percent; None: the paper calls it unstable and gives no number
+    paper_top1: float | None  # linear, percent; None: there is no number to compare with
     cost: float = 1.0  # time of an epoch / that of the pilot's, estimated
     batch: int | None = None  # global batch, where the table varies it
+    paper_text: str = "unstable"  # what the paper has in place of a number
+    method: str | None = None  # trained with its own recipe (method_flags.py), where the table compares methods
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,42 @@ TABLES: dict[str, PaperTable] = {
         ),
     ),
 }
+
+METHODS_TABLE = PaperTable(
+    "SimSiam and its relatives",
+    "table 4 and sections 6.2, 6.3",
+    (
+        Variant("simsiam", "SimSiam", (), 68.1, method="simsiam"),
+        Variant("simclr", "SimCLR", (), 66.5, method="simclr"),
+        Variant("moco-v2", "MoCo v2", (), 67.4, cost=1.4, method="moco-v2"),
+        Variant("byol", "BYOL", (), 66.5, cost=1.4, method="byol"),
+        Variant("swav", "SwAV", (), 66.5, method="swav"),
+        Variant("dino", "DINO", (), None, cost=1.5, paper_text="not compared", method="dino"),
+        Variant("simclr-predictor", "SimCLR, predictor", ("--predictor",), 66.4, method="simclr"),
+        Variant(
+            "simclr-stop-gradient",
+            "SimCLR, predictor and stop-gradient",
+            ("--predictor", "--stop-gradient"),
+            66.0,
+            method="simclr",
+        ),
+        Variant("swav-predictor", "SwAV, predictor", ("--predictor",), 65.2, method="swav"),
+        Variant(
+            "swav-no-stop-gradient",
+            "SwAV, no stop-gradient",
+            ("--no-stop-gradient",),
+            None,
+            paper_text="diverges",
+            method="swav",
+        ),
+        # Grill et al. 2020, appendix I, table 21: 300 epochs
+        Variant(
+            "byol-no-momentum",
+            "BYOL, no momentum encoder, predictor rate x 10",
+            ("--no-momentum-encoder", "--predictor-lr-scale", "10"),
+            None,
+            paper_text="66.6 after 300 epochs",
+            method="byol",
+        ),
+    ),
+)

@@ -23,7 +23,19 @@ from tools.common.plot_style import INK, QUIET
 from tools.reproduction.paper_tables import PAPER_SCALE, PaperTable, Variant
 from train.storage.run_folder import SUMMARY_FILE, RunHistory, read_run
 
-COLOURS = ("#1f5fa8", "#b4511d", "#1d7a4f", "#7a3b9a", "#a8871f", "#3a8fa3", "#a33a5f")
+COLOURS = (
+    "#1f5fa8",
+    "#b4511d",
+    "#1d7a4f",
+    "#7a3b9a",
+    "#a8871f",
+    "#3a8fa3",
+    "#a33a5f",
+    "#5b6b7a",
+    "#7fa32a",
+    "#c96f8f",
+    "#2a2f8f",
+)
 PAPER_COLOUR = "#c9ced3"
 # Standard deviation of one run's accuracy, points: assumed where a sweep has one seed and cannot measure it. Measured
 # with `reproduce.py stop-gradient --seeds 4` (docs/reproductions/stop-gradient.md).
@@ -140,7 +152,7 @@ def read_result(variant: Variant, run_dirs: Sequence[Path]) -> Result:
 
 def floor_of(results: Sequence[Result], plan: Mapping[str, Any]) -> float | None:
     """Lower bound of z_std x sqrt(d) with batch norm at the projector's output; None where the runs differ in it."""
-    if plan["world_size"] > 1 or any(result.variant.batch is not None for result in results):
+    if plan["world_size"] > 1 or any(result.variant.batch or result.variant.method for result in results):
         return None
     return least_share(plan["micro_batch"])
 
@@ -202,7 +214,7 @@ def _length(results: Sequence[Result], plan: Mapping[str, Any]) -> str:
 
 def _row(result: Result) -> str:
     variant, loss = result.variant, fmean(history.loss[-1] for history in result.histories)
-    paper = "unstable" if variant.paper_top1 is None else f"{variant.paper_top1:.1f}"
+    paper = variant.paper_text if variant.paper_top1 is None else f"{variant.paper_top1:.1f}"
     accuracies = f"{mean_of(result.linear)} | {mean_of(result.knn)}"
     return f"| {variant.label} | {paper} | {accuracies} | {result.spread:.2f} | {loss:.3f} |"
 
@@ -229,7 +241,7 @@ def verdict(first: Result, other: Result, val_samples: int) -> str:
     }
     texts = [f"{name} {found.value:+.1f} ± {found.half:.1f}" for name, found in here.items()]
     if paper is None or first.variant.paper_top1 is None:
-        return f"- {label}: unstable in the paper; here {', '.join(texts)}"
+        return f"- {label}: {other.variant.paper_text} in the paper; here {', '.join(texts)}"
     difference = paper - first.variant.paper_top1
     signs = [compare(difference, found) for found in here.values()]
     told = "; ".join(f"{text} ({sign})" for text, sign in zip(texts, signs, strict=True))
@@ -292,7 +304,7 @@ def _draw_bars(axes: Axes, results: Sequence[Result]) -> None:
         axes.bar(place + 0.2, mean.value, width=0.36, color=colour)
         if not math.isnan(mean.half):
             axes.errorbar(place + 0.2, mean.value, yerr=mean.half, color=INK, linewidth=1, capsize=3)
-        text = "unstable" if paper is None else f"{paper:.1f}"
+        text = result.variant.paper_text if paper is None else f"{paper:.1f}"
         axes.text(place - 0.2, (paper or 0.0) + 1, text, ha="center", fontsize=8, color=QUIET)
         top = mean.value + (0.0 if math.isnan(mean.half) else mean.half)
         axes.text(place + 0.2, top + 1, f"{mean.value:.1f}", ha="center", fontsize=8, color=INK)

@@ -24,6 +24,7 @@ from pipeline.common.files import disk_errors, write_json
 from pipeline.common.locations import LocalPath
 from pipeline.dataset.dataset import ShardSet
 from tools.common.own_commands import after_python
+from tools.reproduction.method_flags import method_flags
 from tools.reproduction.paper_tables import PaperTable, Variant
 from tools.reproduction.scale import (
     LINEAR_RATES,
@@ -49,7 +50,7 @@ class ReproduceConfig:
 
     table: Annotated[str, tyro.conf.Positional]
     """Experiment to repeat: stop-gradient, predictor, batch-size, bn, similarity, symmetrisation, alternation,
-    moving-average or output-dimension."""
+    moving-average, output-dimension or methods (SimSiam beside SimCLR, MoCo v2, BYOL, SwAV and DINO)."""
     data: Path
     """Labelled dataset to train on."""
     val_data: Path
@@ -123,7 +124,13 @@ class Sweep:
         start = time.perf_counter()
         self._launch(
             PRETRAIN,
-            [*self._pretrain_flags(folder, self._config.seed), "--global-batch", str(self._recipe.batch), *flags],
+            [
+                *self._pretrain_flags(folder, self._config.seed),
+                *self._recipe.pretrain,
+                "--global-batch",
+                str(self._recipe.batch),
+                *flags,
+            ],
         )
         whole_s, start = time.perf_counter() - start, time.perf_counter()
         self._launch(LINEAR, self._linear_flags(folder))
@@ -151,7 +158,10 @@ class Sweep:
         flags = ["--epochs", str(scale.epochs), "--global-batch", str(batch), *variant.flags]
         flags += ["--knn-every", str(knn_every(scale.epochs)), "--log-every", str(max(1, total // 100))]
         if not _finished(folder):
-            self._launch(PRETRAIN, [*self._pretrain_flags(folder, seed), *flags])
+            shared = self._recipe.pretrain
+            if variant.method is not None:
+                shared = method_flags(variant.method, self._recipe_name, scale.epochs)
+            self._launch(PRETRAIN, [*self._pretrain_flags(folder, seed), *shared, *flags])
         if not _finished(folder / "linear"):
             self._launch(LINEAR, self._linear_flags(folder))
 
@@ -159,7 +169,7 @@ class Sweep:
         config = self._config
         places = ["--data", str(config.data), "--knn-data", str(config.val_data), "--run-dir", str(folder)]
         keep = ["--checkpoint-every", "1m", "--keep-checkpoints", "1", "--resume"]
-        return [*places, *keep, "--device", self._device, "--seed", str(seed), *self._recipe.pretrain]
+        return [*places, *keep, "--device", self._device, "--seed", str(seed)]
 
     def _linear_flags(self, folder: Path) -> list[str]:
         config = self._config
