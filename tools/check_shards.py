@@ -14,7 +14,7 @@ Exit codes: 0 nothing is damaged; 1 something is; 2 a user's mistake.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +22,12 @@ import tyro
 
 from pipeline.checking.check_dataset import Duplicates, Inspection, inspect_dataset
 from pipeline.checking.check_shard import CheckOptions
+from pipeline.checking.remote_copy import local_copy
 from pipeline.checking.repair import repair_dataset
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable, disk_errors, write_json
+from pipeline.common.locations import Location, Url
+from pipeline.dataset.remote_cache import CacheConfig
 
 CLASSES_SHOWN = 5  # smallest and largest classes listed in the report
 
@@ -33,8 +36,8 @@ CLASSES_SHOWN = 5  # smallest and largest classes listed in the report
 class Command:
     """The command line: DIR and the options of the check."""
 
-    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of the dataset."""
+    dir: Annotated[Location, tyro.conf.Positional]
+    """Folder of the dataset; or its URL (s3://, gs://, https://, hf://), all of which is copied for the check."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the report to this file as JSON."""
     repair: bool = False
@@ -44,6 +47,7 @@ class Command:
     quiet: bool = False
     """Show no progress bar."""
     options: Annotated[CheckOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckOptions)
+    cache: Annotated[CacheConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CacheConfig)
 
 
 def main() -> None:
@@ -54,9 +58,7 @@ def main() -> None:
     if command.json is not None:
         check_writable("--json", command.json)
     try:
-        if command.repair:
-            _repair(command)
-        inspection = inspect_dataset(command.dir, command.options, quiet=command.quiet)
+        inspection = _inspect(command)
     except KeyboardInterrupt:
         print("\ninterrupted; the tars are unchanged", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C
@@ -68,8 +70,20 @@ def main() -> None:
         sys.exit(1)
 
 
-def _repair(command: Command) -> None:
-    repaired = repair_dataset(command.dir, command.options.workers, quiet=command.quiet)
+def _inspect(command: Command) -> Inspection:
+    place = command.dir
+    if isinstance(place, Url):
+        if command.repair:
+            raise UserError(f"--repair writes files, and {place} can only be read: repair a copy, and upload that")
+        with local_copy(place, command.cache, quiet=command.quiet) as folder:
+            return replace(inspect_dataset(folder, command.options, quiet=command.quiet), path=place)
+    if command.repair:
+        _repair(place, command)
+    return inspect_dataset(place, command.options, quiet=command.quiet)
+
+
+def _repair(folder: Path, command: Command) -> None:
+    repaired = repair_dataset(folder, command.options.workers, quiet=command.quiet)
     for name in repaired.rewritten:
         print(f"repaired: {name}")
     if not repaired.rewritten:

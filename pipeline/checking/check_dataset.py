@@ -20,6 +20,7 @@ import numpy as np
 
 from pipeline.checking.check_shard import CheckOptions, Damage, Findings, Records, ShardFindings, check_shard
 from pipeline.common.errors import UserError
+from pipeline.common.locations import Url
 from pipeline.common.system import cores, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import (
@@ -56,7 +57,7 @@ class Duplicates:
 class Inspection:
     """Result of a check. ``damage`` must be mended; the other fields are information."""
 
-    path: Path
+    path: Path | Url
     samples: int
     shards: int
     bytes: int  # of all tars

@@ -108,6 +108,11 @@ class RemoteFolder:
 
         return self._with_retries(name, ask, threading.Event())
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file ``name``. Some file systems call a failed request so too, hence several."""
+        path = self._fs._strip_protocol(self.url.file(name).secret)
+        return any(self._with_retries(name, lambda: self._fs.exists(path), threading.Event()) for _ in range(_READS))
+
     def read_whole(self, name: str, limit: int) -> bytes:
         """Read a whole file that has no checksum; retry until two consecutive reads are equal.
 
