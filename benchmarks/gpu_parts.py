@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from gpu_bench import Suite
 from gpu_images import decode, loader, parity
 from gpu_official import official
+from gpu_roofline import roofline
 from gpu_steps import compiled, model
 
 from tools.throughput.report import StageResult, as_json, describe, draw_stages, judge, table
@@ -53,13 +54,15 @@ class Part:
     seconds: float
 
 
+# Together no more than gpu_suite.py's --minutes, so that every part begins. What matters most comes first.
 PARTS = {
     "parity": Part(parity, 45),
-    "stages": Part(stages, 105),
-    "official": Part(official, 65),
-    "stages-compiled": Part(stages_compiled, 150),
-    "model": Part(model, 100),
-    "decode": Part(decode, 65),
-    "compiled": Part(compiled, 100),
-    "loader": Part(loader, 60),
+    "roofline": Part(roofline, 35),
+    "stages": Part(stages, 95),
+    "official": Part(official, 50),
+    "stages-compiled": Part(stages_compiled, 120),
+    "model": Part(model, 70),
+    "decode": Part(decode, 40),
+    "compiled": Part(compiled, 40),
+    "loader": Part(loader, 27),
 }

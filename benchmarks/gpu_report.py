@@ -9,6 +9,7 @@ from tools.throughput.report import TITLES
 
 HEADINGS = {
     "parity": "Parity with torchvision (absolute difference, of 255)",
+    "roofline": "What bytes and FLOPs allow the eager step",
     "stages": "The stages, eager",
     "stages-compiled": "The stages, compiled model",
     "decode": "Decode alone, by placement",
@@ -28,6 +29,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", f"## {HEADINGS.get(name, name)}", ""]
         if name == "parity":
             lines += _parity(part)
+        elif name == "roofline":
+            lines += _roofline(part)
         elif "stages" in part:
             lines += _rates({TITLES.get(stage, stage): value for stage, value in part["stages"].items()})
             verdict = part.get("verdict")
@@ -50,6 +53,25 @@ def _parity(part: dict[str, Any]) -> list[str]:
             )
         else:
             lines.append(f"| {name} | {_why_not(value)} | | | |")
+    return lines
+
+
+def _roofline(part: dict[str, Any]) -> list[str]:
+    rates = part.get("machine", {})
+    if "copy_gb_s" not in rates:
+        return [_why_not(rates)]
+    lines = [
+        f"Copy {rates['copy_gb_s']:,.0f} GB/s, bf16 matmul {rates['matmul_tflop_s']:,.0f} TFLOP/s.",
+        "",
+        "| step | GB | TFLOP | bytes, ms | FLOPs, ms | images/s at most |",
+        "|-|-|-|-|-|-|",
+    ]
+    for name, value in part.items():
+        if "step_gb" in value:
+            numbers = [value[key] for key in ("step_gb", "step_tflop", "bytes_ms", "flops_ms", "most_img_per_s")]
+            lines.append(f"| {name} | " + " | ".join(f"{number:,.4g}" for number in numbers) + " |")
+        elif name != "machine":
+            lines.append(f"| {name} | {_why_not(value)} | | | | |")
     return lines
 
 

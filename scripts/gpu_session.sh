@@ -9,7 +9,8 @@
 #
 # The stages smoke, tests, parity and ranks, which make up check, can be asked for by name. DATASET is a folder of
 # tools/make_shards.py; check draws synthetic images without one. TOY=1 before the command does the same on a CPU, at
-# toy size. PYTHON names the Python. Everything said goes to OUT as it is said: a kill loses only what had not come.
+# toy size. PYTHON names the Python. Output goes to OUT as it comes, so a kill loses only what had not come; OUT.tar
+# receives all results but images and weights.
 # Exit code: 0 all went well, 1 something failed, 2 the command line is wrong.
 set -u
 cd "$(dirname "$0")/.."
@@ -18,7 +19,7 @@ python=${PYTHON:-python3}
 toy=${TOY:-}
 failed=0
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' scripts/gpu_session.sh >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' scripts/gpu_session.sh >&2; exit 2; }
 
 needs() {
   "$python" - <<'PY'
@@ -97,7 +98,7 @@ compiler() {
   failed=1
 }
 
-smoke() { compiler; dataset; step smoke 120 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
+smoke() { compiler; dataset; step smoke 240 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
 
 gpu_tests() {
   step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors ${toy:+--collect-only}
@@ -174,4 +175,6 @@ case $stage in
   data) make_data ;;
   *) usage ;;
 esac
+tar cf "$out.tar" --exclude='*.pt' --exclude=images --exclude=dataset --exclude=synthetic -C "$(dirname "$out")" "$(basename "$out")"
+echo "all results: $out.tar"
 exit "$failed"

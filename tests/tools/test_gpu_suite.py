@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
@@ -22,6 +24,7 @@ sys.path.insert(0, BENCHMARKS)  # scripts there find each other as neighbours
 
 import gpu_bench  # noqa: E402
 import gpu_parts  # noqa: E402
+import gpu_roofline  # noqa: E402
 import gpu_smoke  # noqa: E402
 import gpu_steps  # noqa: E402
 import gpu_suite  # noqa: E402
@@ -56,6 +59,34 @@ def test_every_part_measures_and_reports(
     for heading in ("Parity", "The stages, eager", "The official recipe", "limiter", "toy size"):
         assert heading in text
     assert "needs a GPU" in text  # Apex
+
+
+def test_all_parts_fit_into_the_suites_time() -> None:
+    assert sum(part.seconds for part in gpu_parts.PARTS.values()) <= 60 * gpu_suite.Config.minutes
+    session = SESSION.read_text()
+    limit = re.search(r"step suite (\d+) ", session)
+    assert limit is not None
+    assert 60 * gpu_suite.Config.minutes + gpu_suite.GRACE_S <= int(limit[1]) < 600
+
+
+def test_the_roofline_counts_the_steps_bytes_and_flops(photo_dataset_path: Path, tmp_path: Path) -> None:
+    with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
+        gpu_parts.PARTS["roofline"].work(suite)
+        assert suite.failures == []
+    part = json.loads((tmp_path / "part-trial.json").read_text())
+    small, large = part["batch 4"], part["batch 8"]
+    assert large["step_tflop"] == pytest.approx(2 * small["step_tflop"], rel=0.01)  # the model's work alone
+    assert small["step_gb"] < large["step_gb"] < 2 * small["step_gb"]  # weights are moved once
+    assert large["most_img_per_s"] == pytest.approx(8e3 / max(large["bytes_ms"], large["flops_ms"]))
+    text = markdown({"toy": True, "machine": {}, "failures": {}, "parts": {"roofline": part}})
+    assert "| batch 8 |" in text
+
+
+def test_bytes_are_inputs_and_outputs_but_of_views() -> None:
+    x = torch.zeros(10, 10)
+    with gpu_roofline.BytesMoved() as moved:
+        x.t().add(x)
+    assert moved.total == 3 * 400
 
 
 def test_a_part_that_fails_costs_no_other(
