@@ -109,9 +109,7 @@ def describe_classes(summary: Summary) -> list[str]:
     doubt = "; not classes? --labels none" if summary.labels_from == "folders" else ""
     lines = [f"{summary.classes} classes{origin}: {shown}{doubt}"]
     if summary.unlabelled:
-        lines.append(
-            f"some images have no label, {summary.unlabelled} of {summary.images}: kNN and linear.py use the others"
-        )
+        lines.append(f"some images have no label, {summary.unlabelled} of {summary.images}: their label is -1")
     return lines
 
 
