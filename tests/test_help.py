@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -21,6 +23,7 @@ from tools import (
 )
 from tools.reproduction import sweep as sweep_module
 from tools.throughput import workload as workload_module
+from train.config.recipes import parse_config
 from train.config.run_config import PretrainConfig
 from train.finetune import FinetuneConfig
 from train.knn import KnnEvalConfig
@@ -82,7 +85,6 @@ def test_every_flag_says_what_it_is(command: type, capsys: pytest.CaptureFixture
     assert [name for name, text in said.items() if not text] == []
 
 
-PLAIN = [command for command in COMMANDS if command not in (PretrainConfig, workload_module.ProfileConfig)]
 # A help text says first what the flag does; where its default comes from stands behind that.
 NOT_A_BEGINNING = re.compile(
     r"(section|table|figure|appendix|chen|wu|you|arxiv|of|for|with|in|on|that|which|where|when|if|the same|as|at|by|px"
@@ -91,7 +93,7 @@ NOT_A_BEGINNING = re.compile(
 )
 
 
-@pytest.mark.parametrize("command", PLAIN, ids=lambda command: command.__module__)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__module__)
 def test_every_help_text_begins_with_what_the_flag_does(command: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tyro.cli(command, args=["--help"])
@@ -107,3 +109,28 @@ def test_flags_of_a_component_stand_in_a_box_of_their_own(capsys: pytest.Capture
     for box in ("encoder", "classifier", "loader", "remote"):
         assert f"{box} options" in text
     assert "--loader." not in text
+
+
+GOLDEN = Path(__file__).parent / "data" / "pretrain_help.txt"
+
+
+def test_the_help_of_pretraining_is_the_recorded_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a change that is meant: COLUMNS=100 python train/pretrain.py --help > tests/data/pretrain_help.txt."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.argv", ["train/pretrain.py"])
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    assert words(capsys.readouterr().out) == words(GOLDEN.read_text(encoding="utf-8"))
+
+
+def words(text: str) -> list[str]:
+    """What stands in the boxes, however they are drawn."""
+    return re.sub("[─│╭╮╰╯]|-{3,}", " ", text).split()
+
+
+@pytest.mark.parametrize(("alias", "flag"), [("--batch-size", "global_batch"), ("--lr", "base_lr")])
+def test_common_names_of_flags_are_taken(alias: str, flag: str) -> None:
+    config: Any = parse_config(["--data", "d", "--run-dir", "r", alias, "64"])
+    assert getattr(config, flag, None) == 64 or getattr(config.optim, flag) == 64

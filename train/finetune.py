@@ -33,7 +33,7 @@ from pipeline.backends.base import ViewBatch
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_at_least_1, check_divisible, exit_on_user_error, require
 from pipeline.common.files import disk_errors, write_json
-from pipeline.common.flags import group, own_flags
+from pipeline.common.flags import group, own_flags, usage
 from pipeline.common.locations import LocalPath, Location
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
@@ -222,7 +222,12 @@ def parse_config(arguments: list[str] | None = None, prints: bool = True) -> Fin
         tune = field(default_factory=lambda: RECIPES[named[-1]])
         fields = [("recipe", RecipeName, named[-1]), ("tune", Annotated[TuneConfig, group("training")], tune)]
         kind = make_dataclass("FinetuneConfig", fields, bases=(FinetuneConfig,), frozen=True)
-    return tyro.cli(kind, args=words, console_outputs=prints)
+    return tyro.cli(
+        kind,
+        args=words,
+        prog=usage("--data DIR --val-data DIR --run-dir DIR --checkpoint FILE"),
+        console_outputs=prints,
+    )
 
 
 def finetune(config: FinetuneConfig, dist: DistContext, stop: StopRequest) -> bool:

@@ -25,7 +25,7 @@ import tyro
 
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.files import disk_errors, write_json
-from pipeline.common.flags import group
+from pipeline.common.flags import group, usage
 from pipeline.common.locations import LocalPath, Location
 from pipeline.loader.config import LoaderConfig
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
@@ -86,7 +86,9 @@ def main() -> None:
     """Run the command."""
     launch = read_launch()
     with exit_once(), found_by_every_rank(launch):
-        config = tyro.cli(KnnEvalConfig, console_outputs=launch.is_main)
+        config = tyro.cli(
+            KnnEvalConfig, prog=usage("--data DIR --val-data DIR --checkpoint FILE"), console_outputs=launch.is_main
+        )
     with exit_once(), distributed(config.device, launch=launch) as dist:
         evaluate(config, dist)
 

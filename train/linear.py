@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_divisible, exit_on_user_error, require
-from pipeline.common.flags import group
+from pipeline.common.flags import group, usage
 from pipeline.common.locations import LocalPath, Location
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
@@ -106,7 +106,9 @@ def main() -> None:
     """Run the command."""
     launch = read_launch()
     with exit_once(), found_by_every_rank(launch):
-        config = tyro.cli(LinearConfig, console_outputs=launch.is_main)
+        config = tyro.cli(
+            LinearConfig, prog=usage("--data DIR --val-data DIR --checkpoint FILE"), console_outputs=launch.is_main
+        )
     with exit_once(), distributed(config.device, launch=launch) as dist:
         evaluate(config, dist)
 

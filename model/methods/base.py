@@ -21,6 +21,7 @@ from model.backbone import Stem, check_backbone, check_view_sides
 from model.embedding_stats import wide, z_std
 from model.sync_batchnorm import encode as encode  # methods take it from here, beside encode_jointly
 from pipeline.common.errors import UserError, check_at_least_1, require
+from pipeline.common.flags import own_flags
 from pipeline.sampling.views import ViewRecipe
 
 
@@ -99,6 +100,7 @@ class CollapseProfile:
     stuck_name: str = ""  # how that number comes about: "ln(queue + 1)"
 
 
+@own_flags
 @dataclass(frozen=True)
 class MethodConfig:
     """What all methods have: a backbone. A method's own fields follow in its subclass."""
@@ -114,6 +116,10 @@ class MethodConfig:
     backbone: str = "resnet50"
     # First layers: "cifar" for images of 32 px (Chen & He 2020, appendix D); default: the backbone's own
     stem: Stem = "default"
+
+    def __init_subclass__(cls) -> None:
+        """Give a method's flags no prefix."""
+        own_flags(cls)
 
     def __post_init__(self) -> None:
         """Raise UserError for a model that cannot be built; subclasses add their own rules."""

@@ -46,35 +46,42 @@ class SimSiamConfig(MethodConfig):
 
     name: ClassVar[str] = "simsiam"
 
-    dim: int = 2048  # width d of z and p (section 3)
-    projector_layers: int = 3  # layers of the projector (section 3); appendix D takes 2 for CIFAR-10
-    projector_hidden: int = 2048  # width of the projector's hidden layers (section 3)
-    # Width of the predictor's hidden layer. None: a quarter of dim. Section 3: 512 of 2048; appendix B keeps to a
-    # quarter, with which dim 256, 512, 1024, 2048 gives 65.3, 67.2, 67.5, 68.1
+    # Width d of z and p [section 3].
+    dim: int = 2048
+    # Layers of the projector [section 3]; appendix D takes 2 for CIFAR-10.
+    projector_layers: int = 3
+    # Width of the projector's hidden layers [section 3].
+    projector_hidden: int = 2048
+    # Width of the predictor's hidden layer; default: a quarter of --dim. Section 3 has 512 of 2048; with a quarter, dim
+    # 256, 512, 1024, 2048 give 65.3, 67.2, 67.5, 68.1 (appendix B).
     predictor_hidden: int | None = None
     # Kind of predictor: learned, identity, or fixed at its random weights (table 1: 67.7, 0.1, 1.5)
     predictor: Literal["mlp", "none", "fixed-random"] = "mlp"
     # The predictor's learning rate: at its peak throughout, or following the cosine (table 1: 68.1 and 67.7)
     predictor_lr: Literal["constant", "cosine"] = "constant"
-    # After which layers of the projector a BN stands; table 3 (projector/predictor): none/none 34.6, hidden/hidden
-    # 67.4, all/hidden 68.1
+    # Layers of the projector that a BN follows; table 3 (projector/predictor): none/none 34.6, hidden/hidden 67.4,
+    # all/hidden 68.1.
     projector_bn: BatchNormPlaces = "all"
-    predictor_bn: BatchNormPlaces = "hidden"  # the same of the predictor; table 3: all/all is unstable
-    # Detach the target z (default; without it the encoder collapses: section 4.1, figure 2)
+    # Layers of the predictor that a BN follows; table 3: all/all is unstable.
+    predictor_bn: BatchNormPlaces = "hidden"
+    # Detach the target z (default; without it the encoder collapses: section 4.1, figure 2).
     stop_gradient: bool = True
-    similarity: Similarity = "cosine"  # between p and z; section 4.5: cosine 68.1, cross-entropy 63.2
-    symmetric: bool = True  # predict each view from the other; section 4.6: symmetric 68.1, one side only 64.8
+    # Similarity of p and z; section 4.5: cosine 68.1, cross-entropy 63.2.
+    similarity: Similarity = "cosine"
+    # Predict each view from the other; section 4.6: symmetric 68.1, one side only 64.8.
+    symmetric: bool = True
     # Pairs of views of each image in a step. Section 4.6: "sampling two pairs for each image in the asymmetric
     # version (2x)" 67.3. Each pair is a pass of its own, their gradients are averaged
     pairs: int = 1
-    # The target of a prediction (section 5.2). encoder: the other view's z. frozen: the z of a copy of the encoder,
-    # renewed every target_steps steps. moving-average: a mean with the image's earlier z; for --predictor none
+    # Target of a prediction (section 5.2). encoder: the other view's z. frozen: the z of a copy of the encoder, renewed
+    # every --target-steps steps. moving-average: a mean with the image's earlier z; for --predictor none.
     targets: Literal["encoder", "frozen", "moving-average"] = "encoder"
     # Steps between copies for --targets frozen; section 5.2: 1 (as encoder) 68.1, 10 68.7, 100 68.9, an epoch 67.0
     target_steps: int | Literal["epoch"] = 1
     # Weight of the past for --targets moving-average; section 5.2: without predictor 55.0, where encoder gives 0.1
     target_momentum: float = 0.8
-    target_memory: Literal["ram", "disk"] = "ram"  # where each process keeps num_samples x dim x 4 bytes of averages
+    # Place of the moving averages, num_samples x dim x 4 bytes in each process.
+    target_memory: Literal["ram", "disk"] = "ram"
 
     def __post_init__(self) -> None:
         """Raise UserError for a model that cannot be built."""

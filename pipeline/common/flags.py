@@ -12,8 +12,8 @@ gives ``--threads`` in the box "loader options", where tyro alone would give ``-
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+import sys
+from typing import Annotated, Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 import tyro
 
@@ -23,12 +23,17 @@ C = TypeVar("C", bound=type)
 def own_flags(cls: C) -> C:
     """A dataclass whose fields are flags of their own name wherever it is nested. Its own annotations are replaced."""
     hints = get_type_hints(cls, include_extras=True)
-    for field in fields(cls):
-        if field.name in cls.__annotations__:
-            cls.__annotations__[field.name] = Annotated[hints[field.name], tyro.conf.arg(prefix_name=False)]
+    for name in list(cls.__annotations__):
+        if get_origin(hints[name]) is not ClassVar:
+            cls.__annotations__[name] = Annotated[hints[name], tyro.conf.arg(prefix_name=False)]
     return cls
 
 
 def group(name: str) -> Any:
     """The annotation of a nested configuration whose flags stand in the box ``name``."""
     return tyro.conf.arg(name=name, prefix_name=False)
+
+
+def usage(required: str) -> str:
+    """The command's name for tyro, with its required flags, which a long list of options would push out of the line."""
+    return f"{sys.argv[0]} {required}"

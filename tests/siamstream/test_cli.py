@@ -32,7 +32,7 @@ def test_every_script_has_a_verb() -> None:
         script = importlib.import_module(command.module)
         assert callable(script.main)
         # the command's name is how it was called: `siamstream pretrain` or `train/pretrain.py`
-        assert "prog=" not in inspect.getsource(script)
+        assert 'prog="' not in inspect.getsource(script)
 
 
 def test_the_list_of_verbs() -> None:
@@ -69,7 +69,7 @@ def test_a_word_like_no_verb_gets_the_list() -> None:
 def test_the_help_of_a_verb_is_its_scripts(verb: str, tmp_path: Path) -> None:
     done = siamstream(verb, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: siamstream {verb} [-h]")
+    assert done.stdout.startswith(f"usage: siamstream {verb} ")
     path = ROOT / (COMMANDS[verb].module.replace(".", "/") + ".py")
     script = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-20:] == script.stdout.splitlines()[-20:]

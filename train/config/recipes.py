@@ -19,6 +19,7 @@ from model.methods.base import MethodConfig
 from model.methods.registry import DEFAULT_METHOD, METHODS, method_config
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError, require
+from pipeline.common.flags import usage
 from pipeline.sampling.views import ViewRecipe
 from train.config.run_config import PretrainConfig, RecipeName
 from train.evaluation.knn_monitor import KnnConfig
@@ -33,7 +34,9 @@ def parse_config(arguments: list[str] | None = None, prints: bool = True) -> Pre
     words = sys.argv[1:] if arguments is None else arguments
     default = defaults(words)
     _check_flags(words, default.model)
-    return tyro.cli(PretrainConfig, args=words, default=default, console_outputs=prints)
+    return tyro.cli(
+        PretrainConfig, args=words, prog=usage("--data DIR --run-dir DIR"), default=default, console_outputs=prints
+    )
 
 
 def defaults(words: list[str]) -> PretrainConfig:

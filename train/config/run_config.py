@@ -12,6 +12,7 @@ from model.methods.base import MethodConfig
 from model.methods.registry import DEFAULT_METHOD, METHODS
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, require
+from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.order import OrderConfig
@@ -32,49 +33,72 @@ RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Self-supervised pretraining from a dataset that tools/make_shards.py wrote."""
+    """Self-supervised pretraining from a dataset that tools/make_shards.py wrote.
 
-    # Dataset folder; or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into --cache-dir
+    The flags to know first: --data --run-dir --method --recipe --backbone --image-size --epochs --global-batch
+    --base-lr --resume
+    """
+
+    # Dataset folder, or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into
+    # --cache-dir.
     data: Location
-    run_dir: LocalPath  # where checkpoints, metrics and the plan go; on a file system that all machines share
-    method: MethodName = DEFAULT_METHOD  # self-supervised method; with --help it shows the method's flags
-    recipe: RecipeName | None = None  # take the defaults from train/config/recipes.py; with --help it shows them
-    # Start from these weights: a checkpoint or run folder of ours, an official SimSiam checkpoint, torchvision's or
-    # timm's weights, .safetensors. Heads of the same shape are taken too
+    # Folder for checkpoints, metrics and the plan, on a file system that all machines share.
+    run_dir: LocalPath
+    # Self-supervised method; with --help its own flags are shown.
+    method: MethodName = DEFAULT_METHOD
+    # Take the defaults of a recipe of train/config/recipes.py; with --help its values are shown.
+    recipe: RecipeName | None = None
+    # Start from these weights: a checkpoint or run folder, an official SimSiam checkpoint, torchvision's or timm's
+    # weights, .safetensors. Heads of the same shape are taken too.
     init: Path | None = None
-    epochs: int = 100  # Chen & He 2020, section 4
-    global_batch: int = 512  # source images of a step over all ranks: section 3
-    accumulate: int = 1  # forward passes of a step, each over global_batch / ranks / accumulate images
-    seed: int = 0  # of weights, order and views
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPUs if there are any
-    precision: PrecisionName = "auto"  # auto: bf16 on a GPU, fp16 on one older than Ampere, fp32 on a CPU
-    sync_bn: bool = True  # batch statistics over all ranks: section 3
+    # Passes over the dataset [Chen & He 2020, section 4].
+    epochs: int = 100
+    # Source images of a step over all processes [section 3].
+    global_batch: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 512
+    # Forward passes of a step, each over global_batch / processes / accumulate images.
+    accumulate: int = 1
+    # Seed of weights, order and views.
+    seed: int = 0
+    # Device to train on; auto: the GPUs if there are any.
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    # Number format of the forward pass; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU.
+    precision: PrecisionName = "auto"
+    # Take batch statistics over all processes [section 3].
+    sync_bn: bool = True
     # Encode all views of a pass at once, with batch statistics of each view by itself: fewer and larger kernels, half
-    # the collectives of SyncBN, and the same losses but for rounding. off: one view after the other, as the official
-    # code; auto: on a GPU
+    # the collectives of SyncBN, the same losses but for rounding. off: one view after the other, as the official code;
+    # auto: on a GPU.
     one_pass: Literal["auto", "on", "off"] = "auto"
-    compile: bool = False  # torch.compile the model; pays in long runs on a GPU
-    resume: bool = False  # go on from the newest checkpoint in run_dir; from the start if there is none
-    max_steps: int | None = None  # stop after so many steps of the schedule that --epochs lays out
-    max_bad_steps: int = 20  # steps in a row with nan or inf gradients, all of them skipped, before the run stops
-    # When z_std, the effective rank of z or the kNN accuracy say that the encoder collapses: warn and go on, or stop
-    # with exit code 2. Looked at with every log line; a sign must last for three of them
+    # Compile the model with torch.compile; saves time in long runs on a GPU.
+    compile: bool = False
+    # Go on from the newest checkpoint in --run-dir; from the start if there is none.
+    resume: bool = False
+    # Stop after so many steps of the schedule that --epochs lays out.
+    max_steps: int | None = None
+    # Steps in a row with nan or inf gradients, all of them skipped, before the run stops.
+    max_bad_steps: int = 20
+    # Reaction when z_std, the effective rank of z or the kNN accuracy show that the encoder collapses: warn and go on,
+    # or stop with exit code 2. Checked with every log line; a sign must last for three of them.
     on_collapse: Literal["warn", "stop"] = "warn"
-    checkpoint_every: str = "1epoch"  # how often to save: 1epoch, 500steps, or 10m (minutes)
-    keep_checkpoints: int = 3  # how many of the newest checkpoints stay on disk
-    # When no rank has gone on for so long: say which one hangs, and exit with code 70. 90s, 10m, 2h, or off. With a
-    # remote dataset at least 5 minutes more than --retry-minutes
+    # Interval between checkpoints: 1epoch, 500steps, or 10m (minutes).
+    checkpoint_every: str = "1epoch"
+    # Newest checkpoints that stay on disk.
+    keep_checkpoints: int = 3
+    # Time without progress on any process after which the run ends with exit code 70 and names the one that hangs: 90s,
+    # 10m, 2h, or off. With a remote dataset at least 5 minutes more than --retry-minutes.
     hang_timeout: str = "10m"
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    record_samples: bool = False  # write each rank's sample ids of every step to run_dir/samples-rankR.jsonl
-    # Nested fields are flags of their own name, without their component's; --dali.* and the augmentations beyond the
-    # paper's (--erasing.* and so on) keep a prefix.
-    model: Annotated[MethodConfig, tyro.conf.arg(name="")] = field(default_factory=SimSiamConfig)
-    views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
-    order: Annotated[OrderConfig, tyro.conf.arg(name="")] = field(default_factory=OrderConfig)
-    loader: Annotated[LoaderConfig, tyro.conf.arg(name="")] = field(default_factory=LoaderConfig)
-    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
-    knn: Annotated[KnnConfig, tyro.conf.arg(name="")] = field(default_factory=KnnConfig)
+    # Steps between lines of metrics.jsonl.
+    log_every: int = 10
+    # Write each process's sample ids of every step to run_dir/samples-rankR.jsonl.
+    record_samples: bool = False
+    # Nested fields are flags of their own name in a box of --help; --dali.* and the augmentations beyond the paper's
+    # (--erasing.* and so on) keep a prefix.
+    model: Annotated[MethodConfig, group("method")] = field(default_factory=SimSiamConfig)
+    views: Annotated[ViewRecipe, group("views")] = field(default_factory=ViewRecipe)
+    order: Annotated[OrderConfig, group("data")] = field(default_factory=OrderConfig)
+    loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
+    optim: Annotated[OptimConfig, group("optimizer")] = field(default_factory=OptimConfig)
+    knn: Annotated[KnnConfig, group("evaluation")] = field(default_factory=KnnConfig)
 
     def __post_init__(self) -> None:
         """Raise UserError for what no run can do, whatever its dataset and the number of processes."""

@@ -10,9 +10,10 @@ import importlib.util
 import math
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from typing_extensions import assert_never
 
 from model.methods.base import ParamGroup
@@ -26,7 +27,7 @@ class OptimConfig:
     """The optimizer and its schedule. The defaults are the paper's (arXiv:2011.10566)."""
 
     # Learning rate at a global batch of 256; scaled with the batch [Chen & He 2020, section 3].
-    base_lr: float = 0.05
+    base_lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 0.05
     # Momentum of SGD and LARS, first beta of AdamW [section 3].
     momentum: float = 0.9
     # Weight decay, on BN scales and biases too [section 3].

@@ -64,7 +64,7 @@ def shown(arguments: list[str], capsys: Any) -> str:
 
 def test_help_shows_the_values_of_a_recipe(capsys: Any) -> None:
     text = shown(["--recipe", "cifar10-800ep", "--help"], capsys)
-    assert "appendix D takes 2 for CIFAR-10 (default: 2)" in text
+    assert "appendix D takes 2 for CIFAR-10. (default: 2)" in text
     assert "section 3]. (default: 0.03)" in text
     assert "--data DIR|URL Dataset folder" in text
     plain = shown(["--help"], capsys)
