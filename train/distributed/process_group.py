@@ -38,6 +38,7 @@ class RankStatus:
         """``clock`` gives seconds."""
         self._clock = clock
         self.now = RankActivity("preparing the run", waiting=False, waits=0, since_s=clock())
+        self._compiling = 0  # compilations that have begun and are not over
 
     def work(self, what: str) -> None:
         """Begin something that depends on no other rank."""
@@ -56,8 +57,19 @@ class RankStatus:
         self.work(before)
 
     def age_s(self) -> float:
-        """Seconds since the current activity began."""
-        return self._clock() - self.now.since_s
+        """Seconds since the current activity began; 0 while torch.compile compiles, which is no hang."""
+        return 0.0 if self._compiling else self._clock() - self.now.since_s
+
+    def follow_compiler(self) -> None:
+        """Let ``age_s`` know of every compilation of this process from now on."""
+        from torch._dynamo.callback import callback_handler as callbacks  # imports the compiler: a second and more
+
+        callbacks.register_start_callback(lambda _: self._compiles(1))
+        callbacks.register_end_callback(lambda _: self._compiles(-1))
+
+    def _compiles(self, more: int) -> None:
+        self._compiling += more
+        self.now = replace(self.now, since_s=self._clock())
 
 
 T = TypeVar("T")
@@ -175,8 +187,6 @@ def distributed(
     dist = DistContext(launch.rank, launch.world_size, launch.local_rank, launch.local_world_size, own_device)
     if dist.device.type == "cuda":
         torch.cuda.set_device(dist.device)
-        # Before the loader's kernels, whose stream has the lowest priority: batches are made ahead, steps are not.
-        torch.cuda.set_stream(torch.cuda.Stream(dist.device, priority=-1))
     if dist.world_size == 1:
         yield dist
         return

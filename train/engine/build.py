@@ -49,6 +49,9 @@ def prepare(config: PretrainConfig, dist: DistContext) -> Run:
         other = f"--data {run.dataset.path} is another dataset here than on rank 0: copy it to all machines anew"
         return Mark(run.dataset.fingerprint, other)
 
+    if dist.device.type == "cuda":
+        # Before the loader's kernels, whose stream has the lowest priority: batches are made ahead, steps are not.
+        torch.cuda.set_stream(torch.cuda.Stream(dist.device, priority=-1))
     run = on_all_ranks(dist, lambda: _build(config, dist), same_dataset)
     run.parallel = _parallel(run.model, config, dist)
     return run
@@ -131,7 +134,10 @@ def _parallel(model: Method, config: PretrainConfig, dist: DistContext) -> nn.Mo
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
         parallel = DistributedDataParallel(model, **options)
-    return torch.compile(parallel, dynamic=False) if config.compile else parallel  # type: ignore[return-value]
+    if not config.compile:
+        return parallel
+    dist.status.follow_compiler()
+    return torch.compile(parallel, dynamic=False)  # type: ignore[return-value]
 
 
 def memory_bytes(dist: DistContext) -> int:

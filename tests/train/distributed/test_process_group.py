@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as td
 from pipeline.common.errors import UserError
 from tests.helpers.sessions import two_ranks
 from train.distributed import process_group as dist_module
-from train.distributed.process_group import Launch, SharedError, distributed, exit_once, read_launch
+from train.distributed.process_group import Launch, RankStatus, SharedError, distributed, exit_once, read_launch
 
 
 @pytest.fixture
@@ -109,3 +110,23 @@ def test_a_half_set_environment_is_one_line(variables: dict[str, str], message: 
     with pytest.raises(UserError, match=message) as error:
         read_launch(variables)
     assert "\n" not in str(error.value)
+
+
+def test_a_compilation_is_no_hang() -> None:
+    now = [0.0]
+    status, ages = RankStatus(clock=lambda: now[0]), []
+    status.follow_compiler()
+
+    def backend(graph: Any, inputs: list[torch.Tensor]) -> Any:
+        now[0] += 1000.0  # of compiling
+        ages.append(status.age_s())
+        return graph.forward
+
+    status.wait("step 1")
+    now[0] += 5.0
+    torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(2))
+    assert ages == [0.0]
+    assert status.age_s() == 0.0  # counts from the end of the compilation
+    now[0] += 7.0
+    assert status.age_s() == 7.0
+    assert status.now.what == "step 1"
