@@ -11,8 +11,6 @@ with --resume; 70 no rank has gone on for --hang-timeout; 1 anything else.
 
 from __future__ import annotations
 
-import train.openmp  # noqa: F401  # before torch
-
 # isort: split
 import sys
 from datetime import timedelta
@@ -32,7 +30,7 @@ from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_sig
 from train.distributed.watchdog import hangs_watched
 from train.engine.build import describe, prepare
 from train.engine.loop import loop
-from train.engine.run import check_run_dir, resume, write_run_files
+from train.engine.run import Run, check_run_dir, locked_run_dir, resume, write_run_files
 from train.monitoring.reporter import Reporter
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)  # torch's, which does not name the rank at fault: --hang-timeout is earlier
@@ -71,6 +69,13 @@ def run_to_the_end(config: PretrainConfig, dist: DistContext, stop: StopRequest)
     """Train to the end: True; or until a signal: False. Raises UserError for mistakes."""
     run = prepare(config, dist)
     check_run_dir(run)
+    with locked_run_dir(run):
+        return train_run(run, stop)
+
+
+def train_run(run: Run, stop: StopRequest) -> bool:
+    """Resume, print the plan and train, in a run folder that is this run's alone. Returns as ``run_to_the_end``."""
+    config, dist = run.config, run.dist
     if config.resume:
         resume(run)
     for line in describe(run):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.common.output import lasting_output
 from pipeline.common.secrets import conceal_arguments, scrub
 from pipeline.common.text import printable
 
@@ -43,13 +44,14 @@ def check_one_copy(script: Path, imported: Path) -> None:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2."""
     conceal_arguments()
-    try:
-        if (script := getattr(sys.modules["__main__"], "__file__", None)) is not None:
-            check_one_copy(Path(script), Path(__file__).parents[2])
-        main()
-    except UserError as error:
-        print(f"error: {printable(scrub(str(error)))}", file=sys.stderr)
-        sys.exit(2)
+    with lasting_output():
+        try:
+            if (script := getattr(sys.modules["__main__"], "__file__", None)) is not None:
+                check_one_copy(Path(script), Path(__file__).parents[2])
+            main()
+        except UserError as error:
+            print(f"error: {printable(scrub(str(error)))}", file=sys.stderr)
+            sys.exit(2)
 
 
 SEEDS = 1 << 64  # torch's generators and ours take 64 bits

@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,11 +152,12 @@ def open_regular(path: Path | str, *, follow: bool = True) -> int:
 
 
 @contextmanager
-def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
+def exclusive_lock(path: Path, *, shared: bool, folder: Path | None = None) -> Iterator[IO[bytes]]:
     """Hold ``path`` locked (flock, released by the system when the process dies).
 
     ``shared`` lets others hold it shared as well. Raises UserError with the name of the program that holds it, which is
-    the file's content. On a file system without locks a note is printed, and the work goes on.
+    the file's content; the message names ``folder``, by default that above the lock's. On a file system without locks a
+    note is printed, and the work goes on.
     """
     with open(path, "ab") as file:
         try:
@@ -163,7 +165,7 @@ def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
         except BlockingIOError:
             holder = path.read_text(encoding="utf-8") or "another process"  # it has not written its name yet
             raise UserError(
-                f"{holder} is writing to {path.parent.parent}: wait for it, or end it, then try again"
+                f"{holder} is writing to {folder or path.parent.parent}: wait for it, or end it, then try again"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -173,7 +175,9 @@ def exclusive_lock(path: Path, *, shared: bool) -> Iterator[IO[bytes]]:
                 file=sys.stderr,
             )
         file.truncate(0)
-        file.write(f"{Path(sys.argv[0]).name} (process {os.getpid()} on {socket.gethostname()})".encode())
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"{Path(sys.argv[0]).name} (process {os.getpid()} on {socket.gethostname()}, since {since})"
+        file.write(holder.encode())
         file.flush()
         yield file
 

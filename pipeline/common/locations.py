@@ -63,7 +63,7 @@ def location(text: str) -> Path | Url:
     """The folder or URL that ``text`` names. Raises UserError for a URL without a host or bucket."""
     if _SCHEME.match(text) is None:
         _check_no_url(text)
-        return Path(text)
+        return Path(text).expanduser()
     shown, text = text, reveal(text)
     _check_secret(text)
     if not urlsplit(text).netloc:
@@ -99,7 +99,7 @@ def local_path(text: str) -> Path:
     """The path that ``text`` names, for results. Raises UserError for a URL; Path would turn it into folder ``s3:``."""
     if _SCHEME.match(text) or (_LIKE_A_URL.match(text) and not Path(text).exists()):
         raise UserError(f"{text}: results are written to a folder or file of this machine, or one that it has mounted")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def _named_by(parse: Callable[[str], Any], metavar: str, kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:

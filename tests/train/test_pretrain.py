@@ -33,6 +33,7 @@ from train.distributed.process_group import DistContext
 from train.distributed.stop_signals import EXIT_PREEMPTED
 from train.engine import loop as loop_module
 from train.engine.build import prepare
+from train.engine.run import LOCK_FILE
 from train.monitoring.reporter import Reporter, StepResult
 from train.storage.run_folder import read_lines
 
@@ -315,7 +316,9 @@ def test_unknown_flags_end_with_code_2(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_run_folder_is_not_overwritten_and_not_mixed_up(
     undisturbed: Path, photo_dataset_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file() and path.name != LOCK_FILE
+    }
     assert run_here(monkeypatch, flags(photo_dataset_path, undisturbed)) == 2
     assert "already holds a run: add --resume" in capsys.readouterr().err
     other = flags(photo_dataset_path, undisturbed, "--resume", "--seed", "1", "--base-lr", "0.1")
@@ -323,7 +326,9 @@ def test_a_run_folder_is_not_overwritten_and_not_mixed_up(
     error = capsys.readouterr().err
     assert "seed: checkpoint 0, now 1" in error
     assert "optim.base_lr: checkpoint 0.05, now 0.1" in error
-    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file() and path.name != LOCK_FILE
+    } == before
 
 
 def test_results_are_not_put_among_images_or_into_a_bucket(

@@ -5,13 +5,17 @@ A command reads torchrun's variables with ``read_launch``, and works inside ``ex
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -153,7 +157,22 @@ def exit_once() -> Iterator[None]:
         if not error.prints:
             time.sleep(SILENT_S)
             sys.exit(2)
+        _report_to_torchrun(error)
         raise
+    except UserError as error:
+        _report_to_torchrun(error)
+        raise
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _report_to_torchrun(error: UserError) -> None:
+    """Leave the message where torchrun looks for the root cause of a failure."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        message = {"message": str(error), "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # the message is printed as well
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,15 @@ train/engine/build.py makes a ``Run``; train/engine/loop.py trains it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,7 @@ from torch import Tensor, nn
 
 from model.methods.base import Method, StepInfo
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors, write_json
+from pipeline.common.files import disk_errors, exclusive_lock, write_json
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import DATASET_FILE
 from train.config.run_config import PretrainConfig
@@ -36,6 +43,8 @@ from train.storage.checkpoints import (
     save_checkpoint,
 )
 from train.storage.run_folder import CONFIG_FILE, METRICS_FILE, PLAN_FILE, cut_off
+
+LOCK_FILE = "run.lock"
 
 
 @dataclass(frozen=True)
@@ -99,10 +108,53 @@ def write_run_files(run: Run) -> None:
     def write() -> None:
         with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / CONFIG_FILE, run.config.as_json())
+            write_json(run_dir / CONFIG_FILE, {**run.config.as_json(), "session": _session()})
             write_json(run_dir / PLAN_FILE, run.plan.as_json())
 
     on_rank0(run.dist, write)
+
+
+def _session() -> dict[str, Any]:
+    """Where and with what a session runs, for config.json."""
+    commit = (
+        subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+        if shutil.which("git")
+        else None
+    )
+    names = ("torch", "torchvision", "numpy", "timm", "nvidia-dali-cuda130", "apex")
+    found = {name: version(name) for name in names if find_distribution(name)}
+    return {
+        "start": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "commit": commit.stdout.strip() or None if commit else None,
+        "versions": {"python": platform.python_version(), **found},
+    }
+
+
+def find_distribution(name: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def locked_run_dir(run: Run) -> Iterator[None]:
+    """Hold the run folder for this run alone, by rank 0. Raises SharedError that names who holds it. A collective."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            run_dir = run.config.run_dir
+            with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive_lock(run_dir / LOCK_FILE, shared=False, folder=run_dir))
+
+        on_rank0(run.dist, lock)
+        yield
 
 
 def resume(run: Run) -> None:

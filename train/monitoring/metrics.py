@@ -1,7 +1,7 @@
-"""Owns what a run reports: metrics.jsonl, TensorBoard and the progress line.
+"""What a run reports: metrics.jsonl, TensorBoard and the progress line.
 
 A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
-(optimizer steps done), loss (of that step), lr, z_std, z_rank (effective rank), img_per_s (source images) and step_s
+(optimizer steps done), time (seconds since 1970), loss, lr, z_std, z_rank (effective rank), img_per_s (images), step_s
 (seconds a step), both since the last line, data_wait (share of that time that the slowest rank waited for the loader);
 of several ranks, up to 64, data_wait_rankR too; host_bound (share of the steps in which the GPU waited for the host's
 launches, 0 without a GPU); skipped_steps (of this session, for nan or inf gradients) if there are
@@ -12,6 +12,7 @@ no number (nan, inf) is null. Resuming cuts off what lies after the checkpoint: 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class MetricsLog:
 
     def newest(self) -> dict[str, float]:
         """For the summary: the values of the last step's line, the last kNN accuracy, the untrained encoder's."""
-        values = {name: value for name, value in self._last.items() if name not in ("epoch", "step")}
+        values = {name: value for name, value in self._last.items() if name not in ("epoch", "step", "time")}
         if self._knn:
             values["knn_top1"] = self._knn[max(self._knn)]
         if 0 in self._knn:
@@ -50,7 +51,7 @@ class MetricsLog:
 
     def write(self, epoch: int, step: int, **values: float) -> None:
         """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
-        line: dict[str, Any] = {"epoch": epoch, "step": step, **values}
+        line: dict[str, Any] = {"epoch": epoch, "step": step, "time": round(time.time(), 3), **values}
         with disk_errors(f"writing {self._path}"):
             self._file.write(json_line(line))
             for name, value in values.items():

@@ -12,6 +12,7 @@ from typing import IO
 import numpy as np
 import torch
 
+from pipeline.common.output import is_terminal
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.timing import ReadCosts
@@ -107,7 +108,7 @@ class ProgressLine:
     ) -> None:
         """Show the state after ``step`` steps. ``data_wait`` says more of it than the rates do."""
         now = self._clock()
-        on_terminal = self._stream.isatty()
+        on_terminal = is_terminal(self._stream)
         if not on_terminal and now - self._last_line_s < PLAIN_LINE_EVERY_S and step < self._total:
             return
         self._last_line_s = now

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ METRICS_FILE = "metrics.jsonl"
 
 def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines after ``step``, and a torn last line, from a file of JSON lines; returns those that stay."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    lines = read_lines(path)
+    kept = [line for line in lines if line["step"] <= step]
     if path.exists():
+        if len(lines) < path.read_bytes().count(b"\n"):
+            shutil.copy(path, path.with_name(path.name + ".damaged"))
         with atomic_file(path) as file:
             file.write("".join(map(json_line, kept)).encode())
     return kept
@@ -29,15 +34,28 @@ def json_line(values: dict[str, Any]) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or a samples file, nan where they have null.
+    """The lines of metrics.jsonl or a samples file, nan where they have null. Damaged lines are reported and left out.
 
     A last line that a killed run left half-written is left out.
     """
     if not path.exists():
         return []
-    texts = path.read_text(encoding="utf-8").split("\n")
-    lines = [json.loads(text) for text in texts[:-1]]  # a whole line ends in a newline
+    whole = path.read_bytes().split(b"\n")[:-1]  # a whole line ends in a newline
+    parsed = [(number, _parse(text)) for number, text in enumerate(whole, start=1)]
+    for number, line in parsed:
+        if line is None:
+            print(f"warning: line {number} of {path} is damaged, and left out", file=sys.stderr, flush=True)
+    lines = [line for _, line in parsed if line is not None]
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """One line; None for what no run has written."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 SUMMARY_FILE = "summary.json"

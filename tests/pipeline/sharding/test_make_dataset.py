@@ -395,7 +395,9 @@ def test_two_runs_into_one_folder(photo_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / ".partial").mkdir(parents=True)
     with (
         exclusive_lock(tmp_path / "out" / ".partial" / "lock", shared=False),
-        pytest.raises(UserError, match=rf"\S+ \(process {os.getpid()} on \S+\) is writing to \S+out: wait for it"),
+        pytest.raises(
+            UserError, match=rf"\S+ \(process {os.getpid()} on \S+, since \S+ \S+\) is writing to \S+out: wait for it"
+        ),
     ):
         make(photo_folder, tmp_path / "out")
 
