@@ -1,7 +1,7 @@
-"""Owns OpenMP's waiting policy. Import this module before torch, which reads it once.
+"""Set OpenMP's waiting policy. Import this module before torch, which reads it once.
 
 On a CPU the loader and torch share the cores. By default OpenMP's threads spin while they wait for each other, and so
-keep the cores from the loader, or from whatever else the machine does.
+take the cores from the loader and from other processes.
 """
 
 from __future__ import annotations

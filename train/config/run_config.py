@@ -1,4 +1,4 @@
-"""Owns a run's configuration as a user states it: one frozen dataclass, of which each component gets its own slice."""
+"""The configuration of a run as the user states it: one frozen dataclass; each component receives its own part."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class PretrainConfig:
 
     @property
     def longest_fetch_s(self) -> float:
-        """How long a step may have to wait for images before their failure is told."""
+        """How long a step may have to wait for images before their failure is reported."""
         return 60.0 * (self.loader.cache.retry_minutes + 5) if isinstance(self.data, Url) else 0.0
 
     def as_json(self) -> dict[str, Any]:

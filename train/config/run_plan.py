@@ -1,4 +1,4 @@
-"""Owns the run's plan: everything that follows from the configuration, the dataset and the number of processes."""
+"""The run's plan: everything that follows from the configuration, the dataset and the number of processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Owns what happens when the system asks a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning).
+"""Signals that ask a run to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning).
 
 The run finishes its step, writes a checkpoint and exits with ``EXIT_PREEMPTED``; ``--resume`` goes on from there.
-Before the first step there is nothing to save, and it leaves at once.
+Before the first step there is nothing to save, and the process exits at once.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def stop_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def _listening(request: StopRequest) -> Iterator[None]:
-    """A thread hears the signals of the start too: waiting for other processes, the main thread runs no Python."""
-    hears, tells = socket.socketpair()
-    tells.setblocking(False)
-    former = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+    """Receive signals in a thread during the start: the main thread may be inside torch, where no Python runs."""
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    former = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
 
     def listen() -> None:
-        while number := hears.recv(1):
+        while number := receiver.recv(1):
             if request.starting and number[0] in STOP_SIGNALS:
                 name = signal.Signals(number[0]).name
                 print(f"stopped by {name} before the first step; start again with --resume", file=sys.stderr)
@@ -86,6 +86,6 @@ def _listening(request: StopRequest) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(former)
-        tells.close()
+        sender.close()
         thread.join()
-        hears.close()
+        receiver.close()

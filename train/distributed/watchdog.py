@@ -1,11 +1,11 @@
-"""Owns how a run that does not go on is noticed: which rank hangs, at what, and who waits for it.
+"""Notice a run that makes no progress: which rank hangs, at what, and which ranks wait for it.
 
-A thread of each process leaves a note in the rendezvous' store every few seconds: what the main thread is doing, for
-how long, and how many times it has waited for the others. A run hangs when for --hang-timeout no rank has gone on to
-anything else. Then every process says which ranks are behind the others, and leaves with ``EXIT_HANG``, so that
-torchrun or the queue can start again. As long as one rank goes on, if slowly, the others may wait for it.
+A thread of each process writes a note into the rendezvous' store every few seconds: what the main thread is doing, for
+how long, and how many times it has waited for the others. A run hangs when no rank has gone on to anything else for
+--hang-timeout. Every process then prints which ranks are behind and exits with ``EXIT_HANG``, so that torchrun or the
+queue can start again. As long as one rank makes progress, however slowly, the others may wait for it.
 
-The same thread tells a rank of a signal that reached another.
+The same thread passes a signal that reached one rank on to the others.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Board(Protocol):
         """Tell all ranks to stop."""
 
     def stop_reason(self) -> str | None:
-        """What a rank has told the others."""
+        """The note of one rank."""
 
 
 class StoreBoard:
@@ -114,7 +114,7 @@ class StoreBoard:
         self._store.set("stop", reason)
 
     def stop_reason(self) -> str | None:
-        """What a rank has told the others."""
+        """The note of one rank."""
         return self._store.get("stop").decode() if self._store.check(["stop"]) else None
 
 
@@ -263,7 +263,9 @@ def hangs_watched(dist: DistContext, timeout: str, stop: StopRequest, at_least_s
     def leave(message: str, guilty: bool) -> None:
         if guilty:
             faulthandler.dump_traceback(sys.stderr)  # where each thread of this process is
-        print(f"error: {message} ({describe_limit(timeout, at_least_s)}; told by rank {dist.rank})", file=sys.stderr)
+        print(
+            f"error: {message} ({describe_limit(timeout, at_least_s)}; reported by rank {dist.rank})", file=sys.stderr
+        )
         sys.stdout.flush(), sys.stderr.flush()
         if dist.is_main and dist.world_size > 1:
             time.sleep(GRACE_S)

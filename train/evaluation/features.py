@@ -1,4 +1,4 @@
-"""Owns features: images through a frozen backbone, each sample exactly once over all ranks, and the labels to them."""
+"""Features of images by a frozen backbone, each sample exactly once over all ranks, with their labels."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def open_frozen(config: EncoderConfig, device: torch.device) -> FrozenEncoder:
         pixels = replace(pixels, image_size=config.image_size)
     backbone = backbone.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = FrozenEncoder(backbone, width, pixels, weights)
-    _ = frozen.recipe  # a size or colours that cannot be are told before any data is opened
+    _ = frozen.recipe  # a size or colours that cannot be raise before any data is opened
     return frozen
 
 

@@ -1,4 +1,4 @@
-"""Owns the linear classifiers on frozen features: heads, optimizer, rates, counting. Chen & He 2020, appendix A."""
+"""Linear classifiers on frozen features: heads, optimizer, rates, counting. Chen & He 2020, appendix A."""
 
 from __future__ import annotations
 

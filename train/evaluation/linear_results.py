@@ -1,4 +1,4 @@
-"""Owns what a linear evaluation leaves behind: accuracies, metrics.jsonl, summary.json, and how it goes on."""
+"""Results of a linear evaluation: accuracies, metrics.jsonl, summary.json, and the checkpoint that --resume needs."""
 
 from __future__ import annotations
 

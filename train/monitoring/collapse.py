@@ -1,4 +1,4 @@
-"""Owns the collapse guard: three signs watched together, what is said about them, and when.
+"""The collapse guard: three signs of a collapse, when they count, and the message about them.
 
 A healthy z is spread over the sphere, with z_std near 1/sqrt(d); of outputs that are all one vector it is 0 (Chen & He
 2020, section 4.1 and figure 2). But batch norm without affine parameters at the projector's output, the paper's own,
@@ -21,7 +21,8 @@ at the output); without stop-gradient or predictor it fell below that half after
 16 samples the two are too near each other to tell, and kNN is what is left. At a high lr z_std may come to rest near a
 half, while z has shrunk to two directions: hence the rank.
 
-A sign has to last for PATIENCE log lines, so that with --log-every 10 both kinds of collapse are told within 150 steps.
+A sign has to last for PATIENCE log lines, so that with --log-every 10 both kinds of collapse are reported within 150
+steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Owns the report of a running loop: every rank calls it, the means are over all ranks, rank 0 writes and prints."""
+"""Report of a running loop: every rank calls it, means are taken over all ranks, rank 0 writes and prints."""
 
 from __future__ import annotations
 

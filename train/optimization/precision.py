@@ -1,4 +1,4 @@
-"""Owns the number formats of a run: autocast, the loss scaler of fp16, and the views' dtype."""
+"""Number formats of a run: autocast, the loss scaler of fp16, and the views' dtype."""
 
 from __future__ import annotations
 

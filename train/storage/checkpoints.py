@@ -1,4 +1,4 @@
-"""Owns the checkpoints of a run: files that are whole or absent, the newest N of them, and whether one fits this run.
+"""Checkpoints of a run: files that are whole or absent; the newest N are kept; a checkpoint of another run is refused.
 
 A file is called step-STEP-HASH.pt, HASH being the first digits of its sha256 as in torchvision's weight files: one
 atomic rename puts the checkpoint and its checksum in place together. It is a plain ``torch.save`` of tensors and
@@ -69,7 +69,7 @@ def _copy(value: Any, devices: set[torch.device]) -> Any:
 
 
 class CheckpointWriter:
-    """The thread that writes. Leaving its context waits for it; a failure is told even where nobody asked any more."""
+    """The thread that writes. Leaving its context waits for it and reports a failure that was not asked for."""
 
     def __init__(self) -> None:
         """The thread starts with the first write."""
