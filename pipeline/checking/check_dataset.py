@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +21,7 @@ import numpy as np
 
 from pipeline.checking.check_shard import CheckOptions, Damage, Findings, Records, ShardFindings, check_shard
 from pipeline.common.errors import UserError
+from pipeline.common.files import open_regular, read_regular
 from pipeline.common.locations import Url
 from pipeline.common.system import cores, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
@@ -160,6 +162,7 @@ def _open_records(path: Path, info: dict[str, Any], decoders: Decoders) -> tuple
     found = Findings(SAMPLES_FILE)
     samples = np.zeros(0, SAMPLE_DTYPE)
     try:
+        os.close(open_regular(path / SAMPLES_FILE))
         loaded = np.load(path / SAMPLES_FILE, mmap_mode="r", allow_pickle=False)
         if loaded.dtype != SAMPLE_DTYPE or loaded.ndim != 1:
             found.add("holds something else than a dataset's rows")
@@ -202,11 +205,11 @@ def _open_names(path: Path, info: dict[str, Any], found: Findings) -> Names | No
 def read_entries(file: Path, found: Findings) -> list[tuple[str, str]]:
     """(name, reason) of every line of rejected.jsonl or reencoded.jsonl; empty if the file is missing."""
     try:
-        lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+        lines = [json.loads(line) for line in read_regular(file).splitlines()]
         return [(str(line["name"]), str(line["reason"])) for line in lines]
     except FileNotFoundError:
         return []  # training does not need it
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         found.add("cannot be read")
         return []
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.common.errors import UserError, require
+from pipeline.common.files import open_regular, read_regular
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import file_sha256
 from pipeline.dataset.names import NAMES_FILE, Names
@@ -173,7 +174,7 @@ def _scan(tar: Path, records: Records, found: Findings) -> tuple[dict[int, _TarS
     """(the tar's samples by the offset of their image, whether the tar could be read to its end)."""
     samples: dict[int, _TarSample] = {}
     strange: list[Rejected] = []
-    with open(tar, "rb") as file:
+    with open(open_regular(tar), "rb") as file:
         try:
             for key, members in tar_samples(tar, strange):
                 image = image_member(members, records.rules)
@@ -317,9 +318,12 @@ def _check_index(records: Records, number: int, rows: range, samples: dict[int, 
         chosen = {offset: sample for offset, sample in samples.items() if offset in listed}
     expected = index_bytes(sample.components for sample in chosen.values())
     try:
-        content = records.dataset.index_path(number).read_bytes()
+        content = read_regular(records.dataset.index_path(number))
     except FileNotFoundError:
         found.add("is missing")
+        return
+    except OSError as error:
+        found.add(f"cannot be read: {error.strerror}")
         return
     if content == expected:
         return

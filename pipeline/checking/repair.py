@@ -69,7 +69,7 @@ def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process:
     info = _readable_record(path)
     job = _lost_job(path, workers) if info is None else _known_job(path, info, workers)
     partial = path / PARTIAL_DIR
-    with disk_errors(f"repairing {path}"):
+    with disk_errors(f"repairing {path}", f"{path} cannot be repaired", "remove what is no file of a dataset"):
         real_folder(partial)
         with exclusive_lock(partial / "lock", shared=False):
             try:

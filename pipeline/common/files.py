@@ -139,16 +139,22 @@ def real_folder(path: Path) -> Path:
     return path
 
 
-def open_regular(path: Path | str, *, follow: bool = True) -> int:
-    """A handle for reading a regular file; never waits, as for a pipe. Raises OSError, also for all other files.
+def open_regular(path: Path | str) -> int:
+    """A handle for reading a file, which may be behind a link, as in the caches of download programs.
 
-    ``follow``: whether ``path`` may be a link to a file.
+    Raises OSError, also at once for a pipe, a device or a folder: reading them may never end.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return handle
+
+
+def read_regular(path: Path | str) -> bytes:
+    """The contents of a file. Raises OSError as ``open_regular``."""
+    with open(open_regular(path), "rb") as file:
+        return file.read()
 
 
 @contextmanager

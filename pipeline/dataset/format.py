@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import open_regular, read_regular
 
 FORMAT_VERSION = 1
 DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, PARTIAL_DIR = "dataset.json", "samples.npy", "rejected.jsonl", ".partial"
@@ -92,7 +93,7 @@ def read_dataset_file(path: Path, *, check_files: bool = True) -> dict[str, Any]
             raise UserError(f"the dataset at {path} is half-written: {_REMEDY}")
         raise UserError(f"{path} is no dataset: it has no {DATASET_FILE}; write one with tools/make_shards.py")
     try:
-        info = parse_dataset_file(file.read_bytes(), str(file))
+        info = parse_dataset_file(read_regular(file), str(file))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     if check_files:
@@ -172,6 +173,7 @@ def open_rows(file: Path, info: dict[str, Any], name: str) -> np.ndarray:
     """
     broken = UserError(f"{name} is missing, damaged or belongs to another dataset: {REPLACE}")
     try:
+        os.close(open_regular(file))
         if file.stat().st_size <= HASHED_AT_OPEN and file_sha256(file) != info["samples_sha256"]:
             raise broken
         samples = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -195,7 +197,7 @@ def too_large_to_hash(samples: np.ndarray) -> bool:
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

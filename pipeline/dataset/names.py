@@ -12,6 +12,7 @@ names.bin and the sha256 of both. Datasets of earlier versions have neither.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +20,7 @@ from typing import Any, overload
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file
+from pipeline.common.files import atomic_file, open_regular
 from pipeline.dataset.format import file_sha256
 
 NAMES_FILE, NAME_STARTS_FILE = "names.bin", "names.npy"
@@ -67,6 +68,8 @@ def open_names(folder: Path, info: dict[str, Any]) -> Names | None:
         return None
     file = folder / NAME_STARTS_FILE
     try:
+        for each in (file, folder / NAMES_FILE):
+            os.close(open_regular(each))
         starts = np.load(file, mmap_mode="r", allow_pickle=False)
         size = (folder / NAMES_FILE).stat().st_size
         if starts.dtype != np.int64 or starts.shape != (info["num_samples"] + 1,) or starts[-1] != size:
@@ -115,6 +118,6 @@ def read_names(file: Path) -> Iterator[str]:
 
 def read_pieces(file: Path) -> Iterator[bytes]:
     """A file in pieces."""
-    with open(file, "rb") as stream:
+    with open(open_regular(file), "rb") as stream:
         while piece := stream.read(_PIECE):
             yield piece

@@ -88,6 +88,8 @@ class RemoteShards:
                     f"{self._remote.url} is an index of tars that lie elsewhere ({entry['name']}): "
                     "put the tars into its folder and make the index there"
                 )
+            if ".." in entry["name"].split("/"):
+                raise UserError(f"{name} is damaged: it names the shard {entry['name']!r} outside of its folder")
         return info
 
     def _open_samples(self, info: dict[str, Any]) -> tuple[Path, np.ndarray]:

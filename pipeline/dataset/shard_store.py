@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int64
 
+from pipeline.common.files import open_regular
 from pipeline.common.locations import Url
 from pipeline.dataset.format import SAMPLES_FILE, open_rows, read_dataset_file
 from pipeline.dataset.prefetch_window import Upcoming
@@ -150,7 +151,7 @@ class LocalShards:
         """``entries``: ``shards`` of dataset.json; ``open_dataset`` reads them."""
         self.path, self.cache = path, CacheConfig()
         self._entries = entries
-        self.open_files = OpenFiles(lambda shard, _: os.open(self.path / self._entries[shard]["name"], os.O_RDONLY))
+        self.open_files = OpenFiles(lambda shard, _: open_regular(self.path / self._entries[shard]["name"]))
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
         """As ShardStore."""

@@ -21,7 +21,15 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, disk_errors, exclusive_lock, make_exclusive, real_folder, write_json
+from pipeline.common.files import (
+    atomic_file,
+    disk_errors,
+    exclusive_lock,
+    make_exclusive,
+    read_regular,
+    real_folder,
+    write_json,
+)
 from pipeline.common.secrets import conceal, reveal
 from pipeline.common.system import dali_installed
 from pipeline.dataset.format import (
@@ -163,7 +171,7 @@ def remove_dataset(out: Path) -> None:
     """
     try:
         title, names = _recorded(out)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{out / DATASET_FILE} is damaged: so the files of the dataset are unknown; delete {out} yourself"
         ) from None
@@ -180,7 +188,7 @@ def remove_dataset(out: Path) -> None:
 def _recorded(out: Path) -> tuple[str | None, list[str]]:
     """(title of the source, names of the tars and indexes that we wrote), from dataset.json or the interrupted run."""
     if (out / DATASET_FILE).exists():
-        info = json.loads((out / DATASET_FILE).read_bytes())
+        info = json.loads(read_regular(out / DATASET_FILE))
         title, shards = info["source"], info["shards"]
         names = [shard["index"] for shard in shards]
         names += [] if title.startswith(WDS) else [shard["name"] for shard in shards]
