@@ -21,8 +21,8 @@ CPU_FLAGS: dict[str, tuple[str, ...]] = {
         *("--base-lr", "1.0", "--weight-decay", "5e-4"),
     ),
     "moco-v2": (
-        *("--queue", "4096", "--teacher-momentum", "0.99", *SMALL_HEADS),
-        *("--base-lr", "0.12", "--weight-decay", "5e-4"),
+        *("--queue", "2048", "--teacher-momentum", "0.99", "--temperature", "0.1", *SMALL_HEADS),
+        *("--base-lr", "0.03", "--weight-decay", "1e-4"),
     ),
     "byol": (
         *("--predictor-hidden", "512", "--teacher-momentum", "0.9", *SMALL_HEADS),
