@@ -44,7 +44,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_files_that_the_pages_name_are_there() -> None:
     named = re.compile(r"`((?:pipeline|model|train|tools|tests|scripts|benchmarks|siamstream|examples)/[\w/]+\.\w+)`")
-    names = {(page.name, name) for page in PAGES for name in named.findall(page.read_text())}
+    examples = {("adding-a-method.md", "model/methods/barlow.py")}  # which the reader writes
+    names = {(page.name, name) for page in PAGES for name in named.findall(page.read_text())} - examples
     assert {(page, name) for page, name in names if not (ROOT / name).exists()} == set()
 
 
