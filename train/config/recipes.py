@@ -1,7 +1,8 @@
 """The recipes of --recipe NAME: whole configurations, each number with its source. Any flag overrides a value.
 
 ``train/pretrain.py --recipe NAME --help`` shows a recipe's values as the defaults. What a recipe does not name is as in
-the configuration's own defaults, which are the paper's for ImageNet (Chen & He 2020, arXiv:2011.10566).
+the configuration's own defaults, which are the paper's for ImageNet (Chen & He 2020, arXiv:2011.10566). With --method
+METHOD it is that method's recipe of the name (method_recipes.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import contextlib
 import io
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import tyro
@@ -18,9 +19,10 @@ import tyro
 from model.methods.base import MethodConfig
 from model.methods.registry import DEFAULT_METHOD, METHODS, method_config
 from model.methods.simsiam import SimSiamConfig
-from pipeline.common.errors import UserError, require
+from pipeline.common.errors import UserError
 from pipeline.common.flags import usage
 from pipeline.sampling.views import ViewRecipe
+from train.config.method_recipes import METHOD_RECIPES
 from train.config.run_config import PretrainConfig, RecipeName
 from train.evaluation.knn_monitor import KnnConfig
 from train.optimization.optimizer import OptimConfig
@@ -42,26 +44,33 @@ def parse_config(arguments: list[str] | None = None, prints: bool = True) -> Pre
 def defaults(words: list[str]) -> PretrainConfig:
     """The configuration that a command line's --recipe and --method name, before its other flags.
 
-    Raises UserError for an unknown method, or one that is not the recipe's. The parser reports an unknown recipe.
+    A method without a recipe has the settings of its run of 100 epochs. Raises UserError for an unknown method, or one
+    that has no such recipe. The parser reports an unknown recipe.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", nargs="?")
     parser.add_argument("--method", nargs="?")
     named = parser.parse_known_args(words)[0]
-    recipe = RECIPES.get(named.recipe)
-    method = method_config(named.method or (recipe.method if recipe else DEFAULT_METHOD))
-    if recipe is not None:
-        rule = f"--recipe {recipe.recipe} is for --method {recipe.method}: leave one of them out"
-        require("--method", method.name, method.name == recipe.method, rule)
-        return recipe
-    return PretrainConfig(
-        data=tyro.MISSING,
-        run_dir=tyro.MISSING,
-        method=method.name,
-        model=method(),
-        views=method.default_views(),
-        sync_bn=not method.own_batch_norm,
-    )
+    if named.recipe in RECIPES:
+        return recipe_of(named.recipe, named.method)
+    reference = recipe_of("imagenet-100ep", named.method or DEFAULT_METHOD)
+    # Warm-up by the rule for any length of the run.
+    return replace(reference, recipe=None, optim=replace(reference.optim, warmup_epochs=None))
+
+
+def recipe_of(name: RecipeName, method: str | None = None) -> PretrainConfig:
+    """The recipe of a method; None: of the method that the name belongs to, SimSiam for most.
+
+    Raises UserError for a method that has no such recipe.
+    """
+    if method is None:
+        return RECIPES[name]
+    of_method = METHOD_RECIPES.get(method_config(method).name, {})
+    if method == DEFAULT_METHOD:
+        of_method = {known: recipe for known, recipe in RECIPES.items() if recipe.method == method}
+    if name not in of_method:
+        raise UserError(f"--recipe {name}: --method {method} has {', '.join(of_method)}")
+    return of_method[name]
 
 
 def _check_flags(words: list[str], model: MethodConfig) -> None:
@@ -144,4 +153,6 @@ RECIPES: dict[RecipeName, PretrainConfig] = {
         views=ViewRecipe(image_size=32, blur_prob=0.0),
         optim=OptimConfig(base_lr=1.0, weight_decay=5e-4),
     ),
+    "imagenet-multicrop-100ep": METHOD_RECIPES["dino"]["imagenet-multicrop-100ep"],
+    "imagenet-multicrop-200ep": METHOD_RECIPES["swav"]["imagenet-multicrop-200ep"],
 }

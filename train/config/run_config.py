@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 else:
     MethodName = Literal[tuple(METHODS)]
 # Those of train/config/recipes.py; the tests compare them
-RecipeName = Literal["imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo"]
+RecipeName = Literal[
+    "imagenet-100ep", "imagenet-200ep", "cifar10-800ep", "demo", "imagenet-multicrop-100ep", "imagenet-multicrop-200ep"
+]
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from model.methods.simsiam import SimSiamConfig
+from pipeline.common.errors import UserError
+from train.config.method_recipes import METHOD_RECIPES
 from train.config.recipes import RECIPES, parse_config
 from train.config.run_config import PretrainConfig, RecipeName
 from train.config.run_plan import make_plan
+from train.optimization.optimizer import lr_at
 
 WHERE = ["--data", "images", "--run-dir", "run"]
 
@@ -22,6 +26,53 @@ def test_every_recipe_can_be_built() -> None:
         assert config.recipe == name
         assert (config.data, config.run_dir) == (Path("images"), Path("run"))
         assert make_plan(config, num_samples=50_000, world_size=8).total_steps > 0
+
+
+@pytest.mark.parametrize(("method", "name"), [(m, name) for m, named in METHOD_RECIPES.items() for name in named])
+def test_every_methods_recipe_can_be_built(method: str, name: str) -> None:
+    config = parse_config([*WHERE, "--method", method, "--recipe", name])
+    assert (config.method, config.recipe, config.model.name) == (method, name, method)
+    assert config == replace(METHOD_RECIPES[method][name], data=config.data, run_dir=config.run_dir)
+    assert make_plan(config, num_samples=50_000, world_size=8 if "imagenet" in name else 1).total_steps > 0
+
+
+def test_the_runs_of_table_4_are_their_papers() -> None:
+    def plan(method: str, epochs: int) -> tuple[float, int, int]:
+        config = parse_config([*WHERE, "--method", method, "--recipe", f"imagenet-{epochs}ep"])
+        schedule = make_plan(config, 1_281_167, world_size=8).schedule
+        return round(schedule.peak_lr, 6), config.global_batch, schedule.warmup_steps
+
+    assert plan("simclr", 100) == plan("simclr", 200) == (4.8, 4096, 3120)
+    assert plan("moco-v2", 100) == (0.03, 256, 0)
+    assert plan("byol", 100) == (7.2, 4096, 3120)
+    assert plan("byol", 200) == (4.8, 4096, 3120)
+    assert plan("swav", 200) == (4.8, 4096, 3120)
+    swav = parse_config([*WHERE, "--method", "swav", "--recipe", "imagenet-100ep"])
+    schedule = make_plan(swav, 1_281_167, world_size=8).schedule
+    assert lr_at(schedule, 0) == pytest.approx(0.3)
+    assert lr_at(schedule, schedule.total_steps) == pytest.approx(0.0048)
+    dino = parse_config([*WHERE, "--recipe", "imagenet-multicrop-100ep"])
+    assert dino.method == "dino"
+    schedule = make_plan(dino, 1_281_167, world_size=8).schedule
+    assert (schedule.peak_lr, schedule.weight_decay) == (0.001, (0.04, 0.4))
+    assert lr_at(schedule, schedule.total_steps) == pytest.approx(1e-6)
+    assert [view.image_size for view in dino.views.per_view] == [224] * 2 + [96] * 8
+    assert [view.solarize_prob for view in dino.views.per_view[:3]] == [0.0, 0.2, 0.0]
+
+
+def test_a_method_without_a_recipe_has_its_own_settings_and_any_length() -> None:
+    config = parse_config([*WHERE, "--method", "dino", "--epochs", "2"])
+    assert (config.recipe, config.optim.optimizer, config.model.backbone) == (None, "adamw", "vit_small_patch16_224")
+    assert parse_config([*WHERE, "--method", "simclr"]).optim.optimizer == "lars"
+
+
+def test_a_recipe_that_a_method_does_not_have() -> None:
+    with pytest.raises(
+        UserError, match="--recipe imagenet-multicrop-200ep: --method simclr has imagenet-100ep, imagenet"
+    ):
+        parse_config([*WHERE, "--method", "simclr", "--recipe", "imagenet-multicrop-200ep"])
+    with pytest.raises(UserError, match="--recipe imagenet-multicrop-200ep: --method simsiam has imagenet-100ep"):
+        parse_config([*WHERE, "--method", "simsiam", "--recipe", "imagenet-multicrop-200ep"])
 
 
 def test_imagenet_is_the_paper_and_the_defaults() -> None:

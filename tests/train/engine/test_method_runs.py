@@ -93,7 +93,10 @@ def test_help_shows_the_flags_of_the_method_alone(method: str, capsys: Any) -> N
         (["--method", "simsam"], "--method simsam is unknown; known are simsiam.*did you mean simsiam"),
         (["--queue", "96"], "--queue is a flag of --method moco-v2 and swav, not of simsiam"),
         (["--method=byol", "--no-symmetric"], "--symmetric is a flag of --method .*, not of byol"),
-        (["--recipe", "demo", "--method", "dino"], "--recipe demo is for --method simsiam"),
+        (
+            ["--recipe", "imagenet-multicrop-200ep", "--method", "byol"],
+            "multicrop-200ep: --method byol has imagenet-100ep",
+        ),
         (["--method", "moco-v2", "--sync-bn"], "--sync-bn with --method moco-v2"),
         (["--method", "moco-v2", "--queue", "100"], "--queue 100 is no multiple"),
         (["--method", "moco-v2", "--bn-images", "7"], "--bn-images 7 does not divide"),
