@@ -122,11 +122,11 @@ def _open(config: KnnEvalConfig, device: torch.device) -> tuple[Samples, Samples
     train = open_labelled(config.data, "--data", config.loader)
     val = open_labelled(config.val_data, "--val-data", config.loader)
     check_same_classes("--val-data", val, train)
-    bank = Samples.all_of(train)
+    bank = Samples.labelled(train)
     if config.bank_size is not None:
-        bank = Samples.sorted(train, bank_ids(train.num_samples, config.bank_size))
+        bank = Samples.sorted(train, bank.ids[bank_ids(len(bank.ids), config.bank_size)])
     encoder, precision = open_frozen(config.encoder, device), choose_precision(config.precision, device)
-    return bank, Samples.all_of(val), encoder, precision
+    return bank, Samples.labelled(val), encoder, precision
 
 
 def _write(config: KnnEvalConfig, path: Path | None, scores: dict[int, Score]) -> None:

@@ -33,7 +33,6 @@ from pipeline.common.errors import UserError, check_divisible, exit_on_user_erro
 from pipeline.common.flags import group, usage
 from pipeline.common.locations import LocalPath, Location
 from pipeline.common.system import duration
-from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_crops
 from pipeline.sampling.order import epoch_order
@@ -123,7 +122,7 @@ class ProbeSetup:
     source: ImageSource
     precision: str  # of the encoder's forward pass
     train: Samples
-    val: ShardSet
+    val: Samples
     steps: int  # of an epoch
 
     @property
@@ -138,7 +137,7 @@ class ProbeSetup:
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers; an interrupted evaluation goes on only where all of it is equal."""
-        datasets = {"data": self.train.dataset.fingerprint, "val_data": self.val.fingerprint}
+        datasets = {"data": self.train.dataset.fingerprint, "val_data": self.val.dataset.fingerprint}
         more = {name: getattr(self.config, name) for name in ("fraction", "features_cache")}
         size = {"image_size": self.encoder.pixels.image_size, "seed": self.config.encoder.seed}
         return {**asdict(self.config.probe), **datasets, **more, **size, "encoder": self.encoder.weights.identity}
@@ -153,15 +152,15 @@ def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
     optimizer = build_lars(config.probe, heads)
     run = LinearRun(config.run_dir, dist, work.identity(), config.probe.base_lrs(), heads, optimizer)
     first = run.open(config.resume)
-    print0(dist, f"validation   features of {work.val.num_samples:,} images, once")
-    val = labelled_features(work.encoder.backbone, Samples.all_of(work.val), work.source)
+    print0(dist, f"validation   features of {len(work.val.ids):,} images, once")
+    val = labelled_features(work.encoder.backbone, work.val, work.source)
     parallel = DistributedDataParallel(heads) if dist.world_size > 1 else heads
     start_s = time.perf_counter()
     with batches(work, first) as training:
         for epoch in range(first, config.probe.epochs):
             losses = train_epoch(work, parallel, optimizer, training, epoch)
             correct = sum_over_ranks(dist, count_correct(heads, *val)).tolist()
-            outcome = run.epoch_done(epoch + 1, (epoch + 1) * work.steps, losses, correct, work.val.num_samples)
+            outcome = run.epoch_done(epoch + 1, (epoch + 1) * work.steps, losses, correct, len(work.val.ids))
             left_s = (time.perf_counter() - start_s) / (epoch + 1 - first) * (config.probe.epochs - epoch - 1)
             print0(dist, f"epoch {epoch + 1}/{config.probe.epochs}: {outcome.best.describe()}; left {duration(left_s)}")
     outcome = run.outcome()
@@ -198,14 +197,14 @@ def _set_up(config: LinearConfig, dist: DistContext) -> ProbeSetup:
     return ProbeSetup(config, dist, encoder, source, precision.name, train, val, steps)
 
 
-def open_datasets(config: LinearConfig) -> tuple[Samples, ShardSet]:
+def open_datasets(config: LinearConfig) -> tuple[Samples, Samples]:
     """What to train on and what to measure on. Raises UserError if they do not fit."""
     train = open_labelled(config.data, "--data", config.loader)
     val = open_labelled(config.val_data, "--val-data", config.loader)
     check_same_classes("--val-data", val, train)
-    samples = Samples.all_of(train)
-    ids = stratified(train.labels(samples.ids), config.fraction, train.classes, config.encoder.seed)
-    return Samples(train, ids), val
+    ids = Samples.labelled(train).ids
+    chosen = stratified(train.labels(ids), config.fraction, train.classes, config.encoder.seed)
+    return Samples(train, ids[chosen]), Samples.labelled(val)
 
 
 def check_batch(probe: ProbeConfig, samples: int, world_size: int) -> int:

@@ -28,7 +28,7 @@ from train.distributed.collectives import Mark, on_all_ranks
 from train.distributed.process_group import DistContext
 from train.engine.run import Origins, Run
 from train.engine.sample_memory import SampleMemory
-from train.evaluation.features import ImageSource
+from train.evaluation.features import ImageSource, Samples
 from train.evaluation.knn_monitor import OnlineKnn
 from train.optimization.optimizer import build_optimizer
 from train.optimization.precision import SkipNonFinite, choose_precision
@@ -74,7 +74,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     lr, scaled = plan.schedule.peak_lr, precision.scaler.is_enabled()
     optimizer, implementation = build_optimizer(config.optim, model.parameter_groups(), lr, dist.device, scaled)
     knn = None
-    if config.knn.every > 0 and dataset.has_labels:
+    if config.knn.every > 0 and (dataset.has_labels or len(Samples.labelled(dataset).ids)):
         source = ImageSource(config.views, config.loader, dist, precision.autocast, precision.view_dtype)
         knn = OnlineKnn(dataset, config.knn, source)
     return Run(

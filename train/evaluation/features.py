@@ -93,6 +93,14 @@ class Samples:
         return cls(dataset, np.arange(dataset.num_samples))
 
     @classmethod
+    def labelled(cls, dataset: ShardSet) -> Samples:
+        """Every sample that has a label, in the order of the shards."""
+        if dataset.has_labels:
+            return cls.all_of(dataset)
+        ids = np.arange(dataset.num_samples if dataset.classes else 0)
+        return cls(dataset, ids[dataset.labels(ids) >= 0])
+
+    @classmethod
     def sorted(cls, dataset: ShardSet, ids: Int64[np.ndarray, " n"]) -> Samples:
         """Samples ``ids`` in the order of the shards, so that one is read after the other."""
         return cls(dataset, np.sort(ids))
@@ -251,9 +259,9 @@ def each_rank(
 
 
 def open_labelled(path: Path | Url, flag: str, loader: LoaderConfig) -> ShardSet:
-    """Open a dataset that must have labels. Raises UserError otherwise."""
+    """Open a dataset of which some samples at least have labels. Raises UserError otherwise."""
     dataset = open_dataset(path, loader)
-    if not dataset.has_labels:
+    if not dataset.has_labels and len(Samples.labelled(dataset).ids) == 0:
         raise UserError(f"{flag} {path} has no labels: shard it from class folders, or with a label file (--labels)")
     return dataset
 

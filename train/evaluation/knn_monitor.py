@@ -114,14 +114,18 @@ class OnlineKnn:
     def __init__(self, train: ShardSet, config: KnnConfig, source: ImageSource) -> None:
         """Raises UserError if --knn-data does not fit the training set."""
         self._config, self._source = config, source
-        ids = bank_ids(train.num_samples, config.bank_size)
+        if train.has_labels:
+            ids = bank_ids(train.num_samples, config.bank_size)
+        else:
+            labelled = Samples.labelled(train).ids
+            ids = labelled[bank_ids(len(labelled), config.bank_size)]
         if config.data is None:
             queries = min(max(1, int(len(ids) * HELD_OUT)), MAX_QUERIES_HELD_OUT)
             self._bank, self._queries = Samples.sorted(train, ids[:-queries]), Samples.sorted(train, ids[-queries:])
         else:
             query_set = open_labelled(config.data, "--knn-data", source.loader)
             check_same_classes("--knn-data", query_set, train)
-            self._bank, self._queries = Samples.sorted(train, ids), Samples.all_of(query_set)
+            self._bank, self._queries = Samples.sorted(train, ids), Samples.labelled(query_set)
         if len(self._bank.ids) == 0:
             raise UserError(
                 f"kNN has nothing to compare with: of {train.num_samples} samples, --knn-bank-size {config.bank_size} "

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,17 @@ def test_mistakes_of_the_script(
     data = ["--data", photo_dataset_path, "--val-data", photo_dataset_path, "--checkpoint", "untrained:resnet_tiny"]
     assert run_script(monkeypatch, *data, "--image-size", 16, *more) == 2
     assert message in capsys.readouterr().err
+
+
+def test_samples_without_a_label_take_no_part(photo_dataset: ShardSet) -> None:
+    """Of a dataset whose label file names some of its images: they must not be counted as a class of their own."""
+    partial = copy(photo_dataset)
+    partial._rows, partial.has_labels = photo_dataset._rows.copy(), False
+    partial._rows["label"][::3] = -1
+    assert Samples.labelled(photo_dataset).ids.tolist() == list(range(48))
+    expected = [i for i in range(48) if i % 3]
+    assert Samples.labelled(partial).ids.tolist() == expected
+    online = OnlineKnn(partial, KnnConfig(), SOURCE)
+    assert sorted([*online._bank.ids, *online._queries.ids]) == expected
+    partial.classes = ()
+    assert len(Samples.labelled(partial).ids) == 0
