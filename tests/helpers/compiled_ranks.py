@@ -56,7 +56,7 @@ def compare(parallel: bool = False, narrow: bool = False) -> dict[str, Any]:
         for module in (eager, compiled):
             module.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-                loss = module(list(views), StepInfo(step, 10, 5, td.get_rank())).loss
+                loss = module(list(views), StepInfo(step, 10, 5, 16, td.get_rank())).loss
             loss.backward()
             losses.append(loss.item())
         apart["loss"] = max(apart["loss"], abs(losses[0] - losses[1]))
