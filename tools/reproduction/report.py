@@ -37,8 +37,8 @@ COLOURS = (
     "#2a2f8f",
 )
 PAPER_COLOUR = "#c9ced3"
-# Standard deviation of one run's accuracy, points: assumed where a sweep has one seed and cannot measure it. Measured
-# with `reproduce.py stop-gradient --seeds 4` (docs/reproductions/stop-gradient.md).
+# Standard deviation of one run's accuracy, points: assumed where a sweep has one seed and cannot measure it. Equal
+# variants of the committed one-seed pages differ by up to 1.5 points, which is 1.5 / sqrt(2) for one run.
 ONE_SEED_SPREAD = 1.1
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; 2.0 beyond
 T_QUANTILES = {
