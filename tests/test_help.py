@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tyro
 
+from model.backbone import BACKBONES
 from tools import (
     check_shards,
     demo,
@@ -134,3 +135,8 @@ def words(text: str) -> list[str]:
 def test_common_names_of_flags_are_taken(alias: str, flag: str) -> None:
     config: Any = parse_config(["--data", "d", "--run-dir", "r", alias, "64"])
     assert getattr(config, flag, None) == 64 or getattr(config.optim, flag) == 64
+
+
+def test_the_help_lists_every_backbone() -> None:
+    listed = set(re.findall(r"[\w]+", GOLDEN.read_text(encoding="utf-8")))
+    assert set(BACKBONES) <= listed

@@ -111,8 +111,9 @@ class MethodConfig:
     most_views: ClassVar[int | None] = 2  # of an image; None: any number from 2 up
     batch_coupled: ClassVar[bool] = False  # the loss of a sample depends on which others are in the pass
 
-    # Backbone: one of this project's (resnet_tiny suits 32 px on a CPU), any timm:NAME or torchvision:NAME, at random,
-    # or MODULE:FUNCTION of your own. Default: Chen & He 2020, section 3, "Baseline settings"
+    # Backbone [Chen & He 2020, section 3, "Baseline settings"]: resnet18, resnet34, resnet50, resnet101, resnet152,
+    # resnext50_32x4d, resnext101_32x8d, wide_resnet50_2, wide_resnet101_2, resnet_tiny (for 32 px on a CPU),
+    # convnext_tiny, vit_small_patch16_224; or timm:NAME or torchvision:NAME, at random, or MODULE:FUNCTION of yours.
     backbone: str = "resnet50"
     # First layers: "cifar" for images of 32 px (Chen & He 2020, appendix D); default: the backbone's own
     stem: Stem = "default"
