@@ -214,7 +214,7 @@ def test_bad_samples_change_what_the_rule_says_and_nothing_else(
     data, bad = rotten(copy_dataset(photo_dataset_path, tmp_path / "rotten"), backend)
     arguments = flags(data, tmp_path / "run", "--knn-every", "0", backend=backend)
     assert call(monkeypatch, pretrain, *arguments) == 0
-    found = read_lines(tmp_path / "run" / BAD_SAMPLES_FILE)
+    found = read_lines(tmp_path / "run" / BAD_SAMPLES_FILE, "sample")
     clean = ShardSet.open(photo_dataset_path)
     assert sorted(line["sample"] for line in found) == sorted(bad)
     for line in found:
@@ -248,7 +248,7 @@ def test_without_checksums_only_what_cannot_be_decoded_is_found(
     change_bytes(data, [3])  # it can still be decoded
     arguments = ["--max-steps", "4", "--knn-data", str(data)]
     assert call(monkeypatch, pretrain, *flags(data, tmp_path / "run", *arguments)) == 0
-    assert [line["sample"] for line in read_lines(tmp_path / "run" / BAD_SAMPLES_FILE)] == [3]
+    assert [line["sample"] for line in read_lines(tmp_path / "run" / BAD_SAMPLES_FILE, "sample")] == [3]
     assert capsys.readouterr().out.count("left out of the accuracy: sample 3") == 4  # two evaluations of two datasets
     again = flags(data, tmp_path / "again", *arguments, "--no-verify-checksums")
     assert call(monkeypatch, pretrain, *again) == 0
@@ -257,7 +257,7 @@ def test_without_checksums_only_what_cannot_be_decoded_is_found(
 
 
 def by_sample(run_dir: Path) -> list[dict[str, Any]]:
-    return sorted(read_lines(run_dir / BAD_SAMPLES_FILE), key=lambda line: line["sample"])
+    return sorted(read_lines(run_dir / BAD_SAMPLES_FILE, "sample"), key=lambda line: line["sample"])
 
 
 def test_too_many_bad_samples_stop_the_run_with_their_list(
@@ -282,7 +282,7 @@ def test_the_record_of_several_ranks_names_each_sample_once(tmp_path: Path) -> N
     for rank in ranks:
         rank.add(BadSampleError(47, "shard-000004.tar", "k", "gone"))
         rank.add(BadSampleError(5, "shard-000000.tar", "j", "rotten"))
-    lines = read_lines(tmp_path / BAD_SAMPLES_FILE)
+    lines = read_lines(tmp_path / BAD_SAMPLES_FILE, "sample")
     assert [(line["sample"], line["replacement"]) for line in lines] == [(47, 0), (5, 6)]
     with pytest.raises(Exception, match="3 bad samples, more than the 2 allowed"):
         ranks[1].add(BadSampleError(6, "shard-000000.tar", "l", "rotten"))
@@ -369,7 +369,7 @@ def test_a_tar_that_changes_after_the_start(
             edit_shard(data, 1, cut=0)
     arguments = flags(data, tmp_path / "run", "--knn-every", "0")
     assert sessions.run(arguments) == 0, sessions.said()
-    found = {line["sample"] for line in read_lines(tmp_path / "run" / BAD_SAMPLES_FILE)}
+    found = {line["sample"] for line in read_lines(tmp_path / "run" / BAD_SAMPLES_FILE, "sample")}
     assert found <= set(range(10, 20))
     assert len(found) >= 5
     assert sessions.run([*arguments, "--resume"]) == 0

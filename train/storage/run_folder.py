@@ -33,29 +33,30 @@ def json_line(values: dict[str, Any]) -> str:
     return json.dumps(strict_json(values), allow_nan=False) + "\n"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or a samples file, nan where they have null. Damaged lines are reported and left out.
+def read_lines(path: Path, number: str = "step") -> list[dict[str, Any]]:
+    """The lines of a file of a run folder, nan where they have null. Damaged lines are reported and left out.
 
-    A last line that a killed run left half-written is left out.
+    ``number`` is an integer that every line has: step in metrics.jsonl and the samples files, sample in
+    bad_samples.jsonl. A last line that a killed run left half-written is left out.
     """
     if not path.exists():
         return []
     whole = path.read_bytes().split(b"\n")[:-1]  # a whole line ends in a newline
-    parsed = [(number, _parse(text)) for number, text in enumerate(whole, start=1)]
-    for number, line in parsed:
+    parsed = [(place, _parse(text, number)) for place, text in enumerate(whole, start=1)]
+    for place, line in parsed:
         if line is None:
-            print(f"warning: line {number} of {path} is damaged, and left out", file=sys.stderr, flush=True)
+            print(f"warning: line {place} of {path} is damaged, and left out", file=sys.stderr, flush=True)
     lines = [line for _, line in parsed if line is not None]
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
+def _parse(text: bytes, number: str) -> dict[str, Any] | None:
     """One line; None for what no run has written."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+    return line if isinstance(line, dict) and type(line.get(number)) is int else None
 
 
 SUMMARY_FILE = "summary.json"
