@@ -89,7 +89,7 @@ def test_the_command_writes_a_png(tmp_path: Path) -> None:
         ({"plan.json": "{"}, "plan.json cannot be read"),
         ({"plan.json": "[1]"}, "not what train/pretrain.py writes"),
         ({"config.json": "{}"}, "no run folder that this version wrote"),
-        ({"metrics.jsonl": "nonsense\n"}, "no run folder that this version wrote"),
+        ({"metrics.jsonl": "nonsense\n"}, "has no logged step yet"),
         ({"metrics.jsonl": ""}, "no logged step yet"),
         ({"metrics.jsonl": None}, "no logged step yet"),
     ],

@@ -99,6 +99,7 @@ def test_what_is_gone_is_said(run_dir: Path, tmp_path: Path, monkeypatch: pytest
     assert "Left out, as the dataset is not there" in text
     shutil.copytree(run_dir, tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare" / "checkpoints")
+    (tmp_path / "bare" / "backbone.safetensors").unlink()
     text = write(monkeypatch, tmp_path / "page.html", str(tmp_path / "bare"))
     assert "Left out, as there is no encoder" in text
     assert "<circle" not in text

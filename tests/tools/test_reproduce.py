@@ -153,7 +153,7 @@ def test_every_variant_trains_a_step_of_its_own(table: str, photo_dataset_path: 
     torch.manual_seed(0)
     x1, x2 = torch.randn(2, 12, 3, 16, 16)
     seen = ViewBatch([x1, x2], np.arange(12), np.arange(12), epoch=0, step=0, wait_s=0.0)
-    other = replace(seen, x1=x2.flip(0), x2=x1.flip(0), pair=1)
+    other = replace(seen, views=[x2.flip(0), x1.flip(0)], pair=1)
     ends = []
     for variant in TABLES[table].variants:
         run = prepare(parse_config([*places, "--global-batch", "12", *TINY.pretrain, *variant.flags]), alone())

@@ -15,6 +15,15 @@ from pipeline.common.locations import Url, location
 from pipeline.common.secrets import conceal, reveal, scrub
 
 PASSWORD, SIGNATURE = "pa55w0rd-of-mine", "s1gnature-of-mine"
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was concealed here is no secret of the tests that follow."""
+    monkeypatch.setattr("pipeline.common.secrets._concealed", {})
+    monkeypatch.setattr("pipeline.common.secrets._words", set())
+
+
 COMMANDS = {
     "tools.make_shards": [["{}", "out"], ["in", "{}"], ["in", "out", "--labels", "{}"]],
     "tools.check_shards": [["{}"], ["--nonsense", "{}"]],
