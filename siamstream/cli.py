@@ -16,7 +16,8 @@ def main() -> None:
         case ["--version"]:
             print(f"siamstream {siamstream.__version__}")
         case [] | ["--help" | "-h" | "help"]:
-            print(usage())
+            with importlib.import_module("siamstream.pipeline.common.output").lasting_output():  # `| head`
+                print(usage())
         case [verb, *arguments] if verb in COMMANDS:
             run(verb, arguments)
         case [verb, *_]:

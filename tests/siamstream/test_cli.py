@@ -83,3 +83,14 @@ def test_a_users_mistake_ends_with_code_2_and_names_the_verb(tmp_path: Path) -> 
     done = siamstream("pretrain", "--data", "x")
     assert done.returncode == 2
     assert "siamstream pretrain" in done.stderr
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    for words in ((), ("pretrain", "--help")):
+        command = [sys.executable, "-m", "siamstream", *words]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b""
+            assert process.wait(timeout=120) == 0
