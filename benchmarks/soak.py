@@ -130,7 +130,7 @@ def main() -> None:
     minutes = (time.perf_counter() - start_s) / 60
     growths = compare(samples)
     knn = sum("knn_top1" in line for line in read_lines(config.out / "run" / METRICS_FILE))
-    bad = len(read_lines(config.out / "run" / BAD_SAMPLES_FILE))
+    bad = len(read_lines(config.out / "run" / BAD_SAMPLES_FILE, "sample"))
     text = f"{config.steps:,} steps in {minutes:.1f} minutes, {knn} kNN evaluations, {bad} bad samples of {config.bad}"
     print(text)
     print(table(samples, growths))

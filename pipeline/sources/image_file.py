@@ -130,6 +130,7 @@ def eight_bit_image(data: bytes, max_pixels: int, rule: SixteenBitRule, window: 
 
 def _png(pixels: Image.Image) -> bytes:
     out = io.BytesIO()
+    pixels.info.clear()  # a transparency left over from the source makes PIL's writer fail, and only pixels count
     pixels.save(out, "PNG")
     return out.getvalue()
 

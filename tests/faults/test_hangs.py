@@ -225,7 +225,7 @@ def test_a_loader_that_hangs_ends_a_single_process(photo_dataset_path: Path, tmp
     process, said = start(stuck_script(tmp_path, "sleeps"), arguments, tmp_path)
     assert process.wait(timeout=240) == EXIT_HANG, said()
     assert "rank 0 (host" in said()
-    assert "in: step 3: waiting for the loader (--hang-timeout 15s; told by rank 0)" in said()
+    assert "in: step 3: waiting for the loader (--hang-timeout 15s; reported by rank 0)" in said()
     assert "in loader_hangs" in said()  # the stack of the main thread
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.backends.reference import decode
 from pipeline.common.png import without_text
+from pipeline.sources import image_file
 from pipeline.sources.image_file import BadImageError, inspect_image, shrink_image
 from tests.helpers.lossless_jpeg import lossless_jpeg
 from tests.helpers.photos import image_bytes, smooth_pixels
@@ -249,3 +250,17 @@ def test_text_and_lossless_coding_change_no_pixel() -> None:
     assert (decode(lossless_jpeg(pixels)).permute(1, 2, 0).numpy() == pixels).all()
     for kind in ("png with 4 MB of compressed text", "png with 3000 texts", "png with a profile bomb"):
         assert (decode(GOOD[kind][0]()).permute(1, 2, 0).numpy() == pixels).all()
+
+
+@pytest.mark.parametrize("transparency", [b"\x00\x80\xff", 1, b""])
+def test_what_the_source_said_of_transparency_does_not_stop_the_rewriting(transparency: bytes | int) -> None:
+    image = Image.new("RGB", (29, 1), (10, 200, 30))
+    image.info["transparency"] = transparency
+    written = Image.open(io.BytesIO(image_file._png(image)))
+    assert (written.mode, written.getpixel((3, 0))) == ("RGB", (10, 200, 30))
+    palette = Image.new("P", (29, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    out = io.BytesIO()
+    palette.save(out, "PNG", transparency=transparency)
+    again = Image.open(io.BytesIO(image_file.lossless_image(out.getvalue(), 1 << 20)))
+    assert again.convert("RGB").getpixel((3, 0)) == (10, 200, 30)
