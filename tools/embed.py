@@ -231,7 +231,10 @@ def _vectors(job: _Job, numbers: list[int], bad: set[int]) -> Iterator[Tensor]:
 
 
 def sample_names(dataset: ShardSet, ids: np.ndarray) -> list[str]:
-    """The path of each sample in its source; of a dataset that does not record it, SHARD/KEY."""
+    """The path of each sample in its source; of a dataset that does not record it, its key."""
+    recorded = dataset.names
+    if recorded is not None:
+        return [recorded[sample] for sample in ids.tolist()]
     names = []
     for sample in ids.tolist():
         try:

@@ -29,7 +29,7 @@ from pipeline.sampling.views import (
     ViewRecipe,
 )
 
-ImageInfo = UInt8[Tensor, "3 h w"]
+DecodedImage = UInt8[Tensor, "3 h w"]
 Square = UInt8[Tensor, "3 s s"]
 # PIL stops at 179 million pixels with an error of a class of its own. Images too large were refused when sharded; the
 # limit here is for bytes that came into a shard in another way.
@@ -37,7 +37,7 @@ Image.MAX_IMAGE_PIXELS = None
 MAX_PIXELS = 1 << 28  # 1 GB decoded
 
 
-def decode(encoded: bytes) -> ImageInfo:
+def decode(encoded: bytes) -> DecodedImage:
     """Decode an encoded image as PIL does; EXIF orientation is ignored, 16 bits are scaled to 8.
 
     Raises OSError, ValueError or SyntaxError, as PIL does, when the bytes are no whole image.
@@ -53,7 +53,7 @@ def decode(encoded: bytes) -> ImageInfo:
 
 
 def resized_crop(
-    image: ImageInfo,
+    image: DecodedImage,
     params: ViewParams,
     sample: int,
     view: int,
@@ -67,7 +67,7 @@ def resized_crop(
     return F.resized_crop(image, top, left, height, width, size, mode, antialias=True)
 
 
-def centre_crop(image: ImageInfo, crops: CentreCrops, sample: int, image_size: int) -> Square:
+def centre_crop(image: DecodedImage, crops: CentreCrops, sample: int, image_size: int) -> Square:
     """The evaluation view: the image resized, then its centre. Raises ValueError if the image is smaller."""
     check_inside(image, *np.rint(crops.end[sample]).astype(int).tolist())
     resized = F.resize(image, crops.resized[sample].tolist(), antialias=True)
@@ -75,14 +75,14 @@ def centre_crop(image: ImageInfo, crops: CentreCrops, sample: int, image_size: i
     return F.crop(resized, top, left, image_size, image_size)
 
 
-def check_inside(image: ImageInfo, bottom: int, right: int) -> None:
+def check_inside(image: DecodedImage, bottom: int, right: int) -> None:
     """Raise ValueError if the image is smaller: torchvision would fill up with black what lies beyond it."""
     height, width = image.shape[1:]
     if bottom > height or right > width:
         raise ValueError(f"the image has {height} x {width} pixels, less than samples.npy says")
 
 
-def colour(image: ImageInfo, params: ViewParams, sample: int, view: int) -> ImageInfo:
+def colour(image: DecodedImage, params: ViewParams, sample: int, view: int) -> DecodedImage:
     """The four operations of ColorJitter in their drawn order, then grayscale."""
     if params.jitter[sample, view]:
         for operation in params.order[sample, view]:
@@ -103,7 +103,7 @@ def colour(image: ImageInfo, params: ViewParams, sample: int, view: int) -> Imag
     return image
 
 
-def blur_and_flip(image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> ImageInfo:
+def blur_and_flip(image: DecodedImage, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> DecodedImage:
     """What follows the colours: blur, solarize, flip."""
     recipe = recipe.per_view[view]
     if params.sigma[sample, view] > 0:
@@ -116,20 +116,20 @@ def blur_and_flip(image: ImageInfo, params: ViewParams, sample: int, view: int, 
     return image
 
 
-def transform(image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
+def transform(image: DecodedImage, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
     """One view of a decoded image, before it is normalised."""
     own = recipe.per_view[view]
     cropped = resized_crop(image, params, sample, view, own.image_size, own.interpolation)
     return blur_and_flip(colour(cropped, params, sample, view), params, sample, view, recipe)
 
 
-def normalise(image: ImageInfo, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:
+def normalise(image: DecodedImage, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:
     """Bytes to float32: scaled to 0 .. 1, less the mean, by the standard deviation."""
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(recipe.mean), list(recipe.std))
 
 
 def finish(
-    image: ImageInfo, params: ViewParams, sample: int, view: int, recipe: ViewRecipe
+    image: DecodedImage, params: ViewParams, sample: int, view: int, recipe: ViewRecipe
 ) -> Float32[Tensor, "3 h w"]:
     """What follows ``transform``: normalise, and apply what goes beyond the paper's recipe."""
     return augment(normalise(image, recipe)[None], params.extra[sample : sample + 1, view], recipe.extra)[0]

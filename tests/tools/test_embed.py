@@ -54,6 +54,14 @@ def direct(data: Path) -> np.ndarray:
         return encoder.backbone(torch.stack(views)).numpy()
 
 
+def test_names_are_the_paths_in_the_source(
+    photo_folder: Path, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert embed(monkeypatch, photo_dataset_path, tmp_path / "out") == 0
+    paths = [str(path.relative_to(photo_folder)) for path in photo_folder.rglob("*") if path.is_file()]
+    assert sorted(Embeddings(tmp_path / "out").names) == sorted(paths)
+
+
 def test_row_i_is_sample_i(photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert embed(monkeypatch, photo_dataset_path, tmp_path / "out") == 0
     made = Embeddings(tmp_path / "out")
