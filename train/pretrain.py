@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.common.errors import exit_on_user_error
 from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.loader import open_views
-from pipeline.loader.timing import ReadCosts, Stalls
+from pipeline.loader.timing import Stalls
 from pipeline.sampling.sampler import BatchSampler
 from train.config.recipes import config_of, parse_config
 from train.config.run_config import PretrainConfig
@@ -81,7 +81,7 @@ def train_run(run: Run, stop: StopRequest) -> bool:
     for line in describe(run):
         print0(dist, line)
     write_run_files(run)
-    costs, stalls = ReadCosts(len(run.dataset.shards)), Stalls()
+    stalls = Stalls()
     epoch, step = divmod(run.step, run.plan.steps_per_epoch)
     with (
         Reporter(dist, config, run.plan, run.step, stalls, run.model.collapse(run.plan.batch_shape())) as reporter,
@@ -95,7 +95,6 @@ def train_run(run: Run, stop: StopRequest) -> bool:
             order=config.order,
             bad_samples_file=config.run_dir / BAD_SAMPLES_FILE,
             pairs=config.model.passes_per_batch,
-            read_costs=costs,
             give_up=stop.is_urgent,
             stalls=stalls,
         ) as batches,
@@ -103,7 +102,7 @@ def train_run(run: Run, stop: StopRequest) -> bool:
     ):
         stop.starting = False
         finished = loop(run, batches, reporter, stop)
-        reporter.say_what_cost_most(run.dataset, costs)
+        reporter.print_waits()
         return finished
 
 

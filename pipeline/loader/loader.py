@@ -26,7 +26,7 @@ from pipeline.dataset.shard_store import PrefetchPlan
 from pipeline.loader.bad_samples import BadSamples, print_bad_sample
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.producer import LoaderContext, produce
-from pipeline.loader.timing import ReadCosts, Stalls
+from pipeline.loader.timing import Stalls
 from pipeline.sampling.order import OrderConfig, choose_order, epoch_order
 from pipeline.sampling.sampler import BatchIds, BatchSampler, World
 from pipeline.sampling.views import PAIR_EPOCHS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
@@ -73,7 +73,6 @@ def open_views(
     on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
     bad_samples_file: Path | None = None,
     pairs: int = 1,
-    read_costs: ReadCosts | None = None,
     give_up: Callable[[], bool] = lambda: False,
     stalls: Stalls | None = None,
 ) -> Iterator[Iterator[ViewBatch]]:
@@ -81,8 +80,8 @@ def open_views(
 
     Each step comes as ``sampler.accumulate`` micro-batches of ``sampler.micro_batch`` samples, each of them ``pairs``
     times in a row with other views. ``on_bad_sample`` and ``bad_samples_file``: ``report`` and ``file`` of BadSamples.
-    ``read_costs`` records how long each shard's reads took, ``stalls`` how long the GPU waited. The iterator raises
-    UserError when too many samples are bad, and StarvedError if ``give_up`` returns True while it waits for a batch.
+    ``stalls`` records how long the GPU waited. The iterator raises UserError when too many samples are bad, and
+    StarvedError if ``give_up`` returns True while it waits for a batch.
     """
     sample_ids = choose_order(order, sampler.seed, dataset.shard_samples, sampler.global_batch)
 
@@ -98,7 +97,7 @@ def open_views(
     plan = PrefetchPlan(sampler.machine_ids(dataset.num_samples, sample_ids, world), world.local_rank)
     bad = BadSamples(dataset.num_samples, config.max_bad_samples, on_bad_sample, bad_samples_file)
     fixed = (dataset, recipe, config, sampler.micro_batch(world.world_size), world, dtype, bad)
-    with produce(LoaderContext(*fixed, read_costs, give_up, stalls), draw, batches, plan) as made:
+    with produce(LoaderContext(*fixed, give_up, stalls), draw, batches, plan) as made:
         yield made
 
 

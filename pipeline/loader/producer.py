@@ -24,7 +24,7 @@ from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.prefetch_queue import prefetched
 from pipeline.loader.read_batches import Assembler, DrawWindows
-from pipeline.loader.timing import ReadCosts, Stalls
+from pipeline.loader.timing import Stalls
 from pipeline.sampling.sampler import BatchIds, World
 from pipeline.sampling.views import ViewRecipe
 
@@ -40,7 +40,6 @@ class LoaderContext:
     world: World
     dtype: torch.dtype  # of the views
     bad_samples: BadSamples
-    read_costs: ReadCosts | None = None
     give_up: Callable[[], bool] = lambda: False
     stalls: Stalls | None = None
 
@@ -65,7 +64,7 @@ def produce(
         begin_step = innermost.enter_context(
             context.dataset.follow(plan, cancelled, config.max_steps_behind, world.local_world_size)
         )
-        assembler = Assembler(context.dataset, draw, readers, context.bad_samples, context.read_costs, cancelled)
+        assembler = Assembler(context.dataset, draw, readers, context.bad_samples, cancelled)
         maker = ViewMaker(
             assembler,
             config,

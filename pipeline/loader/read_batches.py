@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,6 @@ from pipeline.backends.base import Batch
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.bad_samples import BadSamples
-from pipeline.loader.timing import ReadCosts
 from pipeline.sampling.sampler import BatchIds
 from pipeline.sampling.views import CentreCrops, ViewParams
 
@@ -36,18 +34,13 @@ class Assembler:
         draw: DrawWindows,
         pool: ThreadPoolExecutor,
         bad: BadSamples,
-        costs: ReadCosts | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        """``draw`` gives what to cut out of each sample; ``pool`` reads; ``costs`` gets the time of each read.
-
-        ``cancelled`` ends reads that wait for a remote dataset.
-        """
+        """``draw`` gives what to cut out of each sample; ``cancelled`` ends reads that wait for a remote dataset."""
         self._dataset = dataset
         self._draw = draw
         self._pool = pool
         self._bad = bad
-        self._costs = costs
         self._cancelled = cancelled or threading.Event()
 
     def read_ahead(self, batches: Iterable[BatchIds], depth: int) -> Iterator[Batch]:
@@ -73,15 +66,7 @@ class Assembler:
         return [self._pool.submit(self._read_group, group) for group in groups]
 
     def _read_group(self, group: list[int]) -> list[Read]:
-        if self._costs is None:
-            return [self._read(sample_id) for sample_id in group]
-        reads, seconds = [], []
-        for sample_id in group:
-            start = time.perf_counter()
-            reads.append(self._read(sample_id))
-            seconds.append(time.perf_counter() - start)
-        self._costs.add(self._dataset.shards_of([source for source, _ in reads]), seconds)
-        return reads
+        return [self._read(sample_id) for sample_id in group]
 
     def _batch(self, batch: BatchIds, reads: list[Read]) -> Batch:
         sources = np.array([source for source, _ in reads], dtype=np.int64)

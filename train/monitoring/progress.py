@@ -14,10 +14,6 @@ import torch
 
 from pipeline.common.output import is_terminal
 from pipeline.common.system import duration
-from pipeline.dataset.dataset import ShardSet
-from pipeline.loader.timing import ReadCosts
-from train.distributed.collectives import sum_over_ranks
-from train.distributed.process_group import DistContext
 
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
 
@@ -161,37 +157,3 @@ def describe_waits(waits: DataWait) -> str:
     if len(waits.seconds) > 1:
         line += f"; rank {waits.slowest} waited longest"
     return f"{line}, {waits.seconds[waits.slowest]:.1f} s of {waits.of_s:.1f} s"
-
-
-@dataclass(frozen=True)
-class ShardCost:
-    """The shard whose samples took longest to read."""
-
-    name: str
-    reads: int
-    ms: float  # a sample, mean
-    mean_ms: float  # a sample, over all shards
-
-
-def costliest_shard(dist: DistContext, dataset: ShardSet, costs: ReadCosts) -> ShardCost | None:
-    """By the time that all ranks together spent on reading it; None if nothing was read. A collective."""
-    both = torch.from_numpy(np.stack([costs.seconds, costs.reads.astype(np.float64)])).to(dist.device)
-    with dist.status.waiting("adding up what all ranks have read"):
-        seconds, reads = sum_over_ranks(dist, both).cpu().numpy()
-    if not reads.any():
-        return None
-    worst = int(np.argmax(seconds))
-    return ShardCost(
-        dataset.shards[worst].name,
-        round(reads[worst]),
-        float(1e3 * seconds[worst] / reads[worst]),
-        float(1e3 * seconds.sum() / reads.sum()),
-    )
-
-
-def describe_shard(cost: ShardCost) -> str:
-    """One line for the end of a session."""
-    return (
-        f"reading: {cost.name} cost most, {cost.ms:.2f} ms a sample over {cost.reads:,} reads; "
-        f"the mean of all shards is {cost.mean_ms:.2f} ms"
-    )

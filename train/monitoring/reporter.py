@@ -19,23 +19,14 @@ from model.embedding_stats import effective_rank
 from model.methods.base import CollapseProfile
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.system import duration
-from pipeline.dataset.dataset import ShardSet
-from pipeline.loader.timing import ReadCosts, Stalls
+from pipeline.loader.timing import Stalls
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan
 from train.distributed.collectives import mean_over_ranks, on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext
 from train.monitoring.collapse import CollapseGuard, CollapseReading
 from train.monitoring.metrics import MetricsLog, SampleRecord
-from train.monitoring.progress import (
-    DataWait,
-    ProgressLine,
-    RateMeter,
-    Rates,
-    costliest_shard,
-    describe_shard,
-    describe_waits,
-)
+from train.monitoring.progress import DataWait, ProgressLine, RateMeter, Rates, describe_waits
 from train.storage.run_folder import SUMMARY_FILE
 
 PREDICT_AFTER_STEPS = 20  # steps of this session after which the run's time is predicted; the first half warms up
@@ -144,12 +135,9 @@ class Reporter:
         self._logged_s += waits.of_s
         return named, replace(rates, data_wait=max(waits.shares)), waits
 
-    def say_what_cost_most(self, dataset: ShardSet, costs: ReadCosts) -> None:
-        """Print which rank waited longest for its data, and which shard cost most to read. A collective."""
-        shard = costliest_shard(self._dist, dataset, costs)
+    def print_waits(self) -> None:
+        """Print which rank waited longest for its data."""
         print0(self._dist, describe_waits(DataWait(tuple(self._waited), self._logged_s)))
-        if shard is not None:
-            print0(self._dist, describe_shard(shard))
 
     def _predict(self, step: int) -> None:
         done = step - self._start_step
