@@ -50,7 +50,6 @@ class Bench:
     """A model in training, and its checkpoints."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        """Trains on a GPU if there is one."""
         self._folder, self._saves, self._sleep_s = folder, 0, 0.0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._device, self._model = device, SimSiam(SimSiamConfig(backbone=config.backbone)).to(device)

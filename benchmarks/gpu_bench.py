@@ -89,11 +89,9 @@ class Suite:
         return Suite(ShardSet.open(data), size, out, name, end_s, dist, watch, stack=stack)
 
     def __enter__(self) -> Suite:
-        """Use as a context."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of the device."""
         self.stack.close()
 
     @property

@@ -26,12 +26,10 @@ class BytesMoved(TorchDispatchMode):
     """Adds up ``total``: bytes of the inputs and outputs of every operation that is not a view."""
 
     def __init__(self) -> None:
-        """Nothing was moved yet."""
         super().__init__()
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count it."""
         made = func(*args, **(kwargs or {}))
         views = (returned.alias_info for returned in func._schema.returns)
         if not any(alias is not None and not alias.is_write for alias in views):

@@ -32,7 +32,6 @@ class Variant:
     optimizer: Literal["apex", "fused", "foreach", "one by one"] = "fused"
 
     def __str__(self) -> str:
-        """For tables."""
         how = "compiled" if self.compiled else "eager"
         return f"batch {self.batch}, {self.precision}, {self.layout}, {how}, SGD {self.optimizer}"
 

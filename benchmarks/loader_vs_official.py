@@ -55,7 +55,6 @@ class PilBlur:
         self.sigma = sigma
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Blur one image."""
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.sigma)))
 
 
@@ -67,7 +66,6 @@ class TwoViews:
         self.transform = transform
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:
-        """Both views of one image."""
         return [self.transform(image), self.transform(image)]
 
 

@@ -47,7 +47,6 @@ class Config:
     """Write the results to this JSON file."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers below 1."""
         for flag in ("batch", "repeats"):
             check_at_least_1(f"--{flag}", getattr(self, flag))
 

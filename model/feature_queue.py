@@ -21,7 +21,6 @@ class FeatureQueue(nn.Module):
     rows: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
-        """The first rows come from torch's global generator."""
         super().__init__()
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
 

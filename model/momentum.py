@@ -22,7 +22,6 @@ class Teacher(nn.Module):
     """
 
     def __init__(self, student: nn.Module) -> None:
-        """Copies ``student``, which is not kept."""
         super().__init__()
         self.module = copy.deepcopy(student).requires_grad_(False)
 

@@ -74,7 +74,6 @@ class NeighboursConfig:
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that make no sense."""
         check_at_least_1("--k", self.k)
         check_at_least_1("--samples", self.samples)
         check_seed(self.seed)

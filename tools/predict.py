@@ -48,7 +48,6 @@ class PredictConfig:
     """Device that computes; auto: a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that make no sense."""
         check_at_least_1("--top", self.top)
         if not self.files:
             raise UserError("name at least one image or folder")

@@ -78,7 +78,6 @@ class PreviewConfig:
     views: Annotated[ViewRecipe, group("views")] = field(default_factory=ViewRecipe)
 
     def __post_init__(self) -> None:
-        """Raise UserError for what cannot be shown, whatever the dataset."""
         check_seed(self.seed)
         require("--epoch", self.epoch, 0 <= self.epoch < PAIR_EPOCHS, f"epochs are numbered 0 .. {PAIR_EPOCHS - 1}")
         one = self.run_dir is None or (self.recipe is None and self.method is None)

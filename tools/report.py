@@ -94,7 +94,6 @@ class ReportConfig:
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that make no sense."""
         check_at_least_1("--samples", self.samples)
         if not self.runs:
             raise UserError("name at least one run folder (the --run-dir of train/pretrain.py)")

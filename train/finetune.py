@@ -100,7 +100,6 @@ class TuneConfig:
     """Strength alpha of mixup (Zhang et al. 2018); 0: off. Partners are images of the same process."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that make no sense."""
         check_at_least_1("--epochs", self.epochs)
         check_at_least_1("--global-batch", self.global_batch)
         for name in ("lr", "head_lr"):
@@ -165,7 +164,6 @@ class FinetuneConfig:
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that make no sense."""
         require("--fraction", self.fraction, 0 < self.fraction <= 1, "it must be above 0 and at most 1")
         parse_interval(self.checkpoint_every)
 

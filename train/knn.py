@@ -69,7 +69,6 @@ class KnnEvalConfig:
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers that make no evaluation."""
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.k):
             raise UserError(f"--k {self.k}: write whole numbers from 1 up, separated by commas, as in 10,20,200")
         check_temperature("--temperature", self.temperature)

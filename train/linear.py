@@ -95,7 +95,6 @@ class LinearConfig:
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for flags that do not go together."""
         require("--fraction", self.fraction, 0 < self.fraction <= 1, "it must be above 0 and at most 1")
         if self.resume and self.run_dir is None:
             raise UserError("--resume: say with --run-dir which evaluation is to go on")

@@ -119,7 +119,6 @@ class MethodConfig:
     stem: Stem = "default"
 
     def __init_subclass__(cls) -> None:
-        """Give a method's flags no prefix."""
         own_flags(cls)
 
     def __post_init__(self) -> None:

@@ -53,7 +53,6 @@ class BYOLConfig(MethodConfig):
     predictor_lr_scale: float = 1.0  # the predictor's rate, times the others'; 10 without momentum encoder (appendix I)
 
     def __post_init__(self) -> None:
-        """Raise UserError for a model that cannot be built."""
         super().__post_init__()
         check_counts(self, "dim", "projector_hidden", "predictor_hidden")
         check_momentum("--teacher-momentum", self.teacher_momentum)
@@ -83,7 +82,6 @@ class BYOL(Method):
     config: BYOLConfig
 
     def __init__(self, config: BYOLConfig) -> None:
-        """Weights come from torch's global generator; the target starts as a copy of the online network."""
         super().__init__()
         self.config = config
         self.backbone, features = build_backbone(config.backbone, config.stem)

@@ -66,7 +66,6 @@ class DINOConfig(MethodConfig):
     clip_gradient: float = 3.0  # largest norm of a parameter's gradient; 0: off: --clip_grad
 
     def __post_init__(self) -> None:
-        """Raise UserError for a model that cannot be built."""
         super().__post_init__()
         check_counts(self, "dim", "head_hidden", "head_layers")
         require("--prototypes", self.prototypes, self.prototypes >= 2, "it must be at least 2")
@@ -125,7 +124,6 @@ class DINO(Method):
     temperature: Tensor
 
     def __init__(self, config: DINOConfig) -> None:
-        """Weights come from torch's global generator."""
         super().__init__()
         self.config = config
         self.backbone, features = build_backbone(config.backbone, config.stem)

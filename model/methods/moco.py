@@ -57,7 +57,6 @@ class MoCoConfig(MethodConfig):
     bn_images: int = 32  # images of a batch norm group: batch 256 on 8 GPUs (main_moco.py)
 
     def __post_init__(self) -> None:
-        """Raise UserError for a model that cannot be built."""
         super().__post_init__()
         check_counts(self, "dim", "projector_hidden", "queue")
         check_momentum("--teacher-momentum", self.teacher_momentum)
@@ -105,7 +104,6 @@ class MoCo(Method):
     config: MoCoConfig
 
     def __init__(self, config: MoCoConfig) -> None:
-        """Weights come from torch's global generator."""
         super().__init__()
         self.config = config
         self.backbone, features = build_backbone(config.backbone, config.stem)

@@ -52,7 +52,6 @@ class SimCLRConfig(MethodConfig):
     stop_gradient: bool = False  # detach the keys; SimSiam section 6.2, with the predictor: 66.0
 
     def __post_init__(self) -> None:
-        """Raise UserError for a model that cannot be built."""
         super().__post_init__()
         check_counts(self, "dim", "projector_layers", "projector_hidden")
         check_temperature("--temperature", self.temperature)
@@ -75,7 +74,6 @@ class SimCLR(Method):
     config: SimCLRConfig
 
     def __init__(self, config: SimCLRConfig) -> None:
-        """Weights come from torch's global generator."""
         super().__init__()
         self.config = config
         self.backbone, features = build_backbone(config.backbone, config.stem)

@@ -84,7 +84,6 @@ class SimSiamConfig(MethodConfig):
     target_memory: Literal["ram", "disk"] = "ram"
 
     def __post_init__(self) -> None:
-        """Raise UserError for a model that cannot be built."""
         super().__post_init__()
         for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden", "pairs", "target_steps"):
             number = getattr(self, name)
@@ -143,7 +142,6 @@ class SimSiam(Method):
     config: SimSiamConfig
 
     def __init__(self, config: SimSiamConfig) -> None:
-        """Weights come from torch's global generator."""
         super().__init__()
         self.config = config
         self.backbone, features = build_backbone(config.backbone, config.stem)

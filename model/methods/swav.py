@@ -65,7 +65,6 @@ class SwAVConfig(MethodConfig):
     stop_gradient: bool = True  # detach the assignments (default; without it the loss is nan: SimSiam section 6.3)
 
     def __post_init__(self) -> None:
-        """Raise UserError for a model that cannot be built."""
         super().__post_init__()
         check_counts(self, "dim", "projector_layers", "projector_hidden", "sinkhorn_iterations")
         require("--prototypes", self.prototypes, self.prototypes >= 2, "it must be at least 2")

@@ -35,7 +35,6 @@ class Batch:
     pair: int = 0  # as in BatchIds
 
     def __len__(self) -> int:
-        """Samples."""
         return len(self.ids)
 
     def only(self, sample: int) -> Batch:
@@ -83,7 +82,6 @@ class UndecodableBatchError(Exception):
     """A back end could not decode a batch; which of its images is the cause is not known yet."""
 
     def __init__(self, batch: Batch, reason: str) -> None:
-        """``reason``: the back end's own message."""
         super().__init__(reason)
         self.batch = batch
         self.reason = reason
@@ -108,7 +106,6 @@ class DaliConfig:
     smooth_chroma: bool = True
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers that DALI cannot work with."""
         require(
             "--dali.hw-decoder-load", self.hw_decoder_load, 0 <= self.hw_decoder_load <= 1, "a share lies in 0 .. 1"
         )

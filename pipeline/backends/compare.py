@@ -22,7 +22,6 @@ class BackendComparison:
     """Compares the decoders of the installed back ends. Not for use by several threads at once."""
 
     def __init__(self) -> None:
-        """Open the decoders."""
         self._dali = None
         if dali_installed():
             from pipeline.backends.dali_backend import DaliDecoder

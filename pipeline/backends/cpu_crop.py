@@ -39,7 +39,6 @@ class CutSquares:
         self._buffers = Buffers(torch.uint8)
 
     def __iter__(self) -> CutSquares:
-        """Itself."""
         return self
 
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n _ _ 3"]]]:

@@ -124,7 +124,6 @@ class DaliImages:
         self._pipeline.build()
 
     def __iter__(self) -> DaliImages:
-        """Itself."""
         return self
 
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "*shape 3"]]]:

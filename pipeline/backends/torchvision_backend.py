@@ -30,7 +30,6 @@ class TorchvisionViews:
         self._dtype = dtype
 
     def __iter__(self) -> TorchvisionViews:
-        """Itself."""
         return self
 
     def __next__(self) -> ViewBatch:

@@ -41,7 +41,6 @@ class CheckOptions:
     """Threads that read and decode; 0 = one per CPU core."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for values outside their range."""
         require("--decode-per-shard", self.decode_per_shard, self.decode_per_shard >= 1, "must be at least 1")
         require("--workers", self.workers, self.workers >= 0, "must be at least 1, or 0 for one per CPU core")
 
@@ -56,7 +55,6 @@ class Damage:
     examples: tuple[str, ...]  # the first EXAMPLES of them
 
     def __str__(self) -> str:
-        """One line for people."""
         more = f", and {self.count - len(self.examples):,} more" if self.count > len(self.examples) > 0 else ""
         return f"{self.where}: {self.kind}" + (f": {'; '.join(self.examples)}{more}" if self.examples else "")
 
@@ -65,7 +63,6 @@ class Findings:
     """The damage found so far in one file: cases counted by kind, a few of each listed."""
 
     def __init__(self, where: str) -> None:
-        """Empty findings of file ``where``."""
         self._where = where
         self._counts: dict[str, int] = {}
         self._examples: dict[str, list[str]] = {}

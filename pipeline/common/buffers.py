@@ -17,7 +17,6 @@ class Buffers:
     """Lends tensors of one dtype; memory is reused once the last tensor that shares it is freed. Thread-safe."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """Nothing is allocated before it is lent."""
         self._dtype = torch.empty(0, dtype=dtype).numpy().dtype
         self._free: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -40,7 +39,6 @@ class HeldUntilRead:
     """
 
     def __init__(self) -> None:
-        """Holds nothing yet."""
         self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     def keep(self, tensors: list[Tensor]) -> None:
@@ -50,7 +48,6 @@ class HeldUntilRead:
             self._held.popleft()
 
     def __len__(self) -> int:
-        """Groups of tensors that are held."""
         return len(self._held)
 
 

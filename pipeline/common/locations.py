@@ -28,11 +28,9 @@ class Url:
         self.secret = secret  # only for the file system that reads it
 
     def __eq__(self, other: object) -> bool:
-        """Whether both URLs are the same, secrets included."""
         return isinstance(other, Url) and self.secret == other.secret
 
     def __hash__(self) -> int:
-        """Hash of the complete URL."""
         return hash(self.secret)
 
     def __str__(self) -> str:
@@ -42,7 +40,6 @@ class Url:
         return urlunsplit((parts.scheme, host, parts.path, "***" if parts.query else "", ""))
 
     def __repr__(self) -> str:
-        """``str``, marked as a Url."""
         return f"Url({str(self)!r})"
 
     @property

@@ -50,7 +50,6 @@ class BadSampleError(Exception):
         self.as_sharded = as_sharded
 
     def __str__(self) -> str:
-        """One line with sample, key, shard and reason."""
         return printable(f"sample {self.sample_id} (key {self.key} in {self.shard}): {self.reason}")
 
 
@@ -109,11 +108,9 @@ class ShardSet:
         return _reopen, (self.path, self.verify_checksums, self._store.cache)
 
     def __len__(self) -> int:
-        """Number of samples."""
         return self.num_samples
 
     def __repr__(self) -> str:
-        """Path and size, for messages."""
         return f"ShardSet({str(self.path)!r}, {self.num_samples} samples in {len(self.shards)} shards)"
 
     @cached_property

@@ -64,15 +64,12 @@ class Shards(Sequence[Shard]):
     """The shards of dataset.json, each made into an object when it is read: a million of them would take seconds."""
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
-        """``entries``: ``shards`` of dataset.json."""
         self._entries = entries
 
     def __len__(self) -> int:
-        """Number of shards."""
         return len(self._entries)
 
     def __getitem__(self, number: Any) -> Any:
-        """A Shard, or a tuple of them for a slice."""
         if isinstance(number, slice):
             return tuple(self[at] for at in range(*number.indices(len(self))))
         return Shard(**{name: self._entries[number][name] for name in _SHARD_TYPES})

@@ -41,7 +41,6 @@ class Names(Sequence[str]):
         self._text, self._starts = text, starts
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self._starts) - 1
 
     @overload

@@ -31,11 +31,9 @@ class Window:
         self._wanted: deque[int] = deque()  # shards not yet handed out by ``take``, in the order of first use
 
     def __contains__(self, shard: int) -> bool:
-        """Whether a step in the window reads the shard."""
         return shard in self._uses
 
     def __iter__(self) -> Iterator[int]:
-        """The shards in the window."""
         return iter(list(self._uses))
 
     def advance(self) -> None:

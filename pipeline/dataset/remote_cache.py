@@ -70,7 +70,6 @@ class CacheConfig:
     cache_shared: bool = False
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that are not a size, a number of threads, or a time."""
         _ = self.limit
         require("--fetch-threads", self.fetch_threads, self.fetch_threads >= 1, "at least 1 shard is fetched at a time")
         require("--retry-minutes", self.retry_minutes, self.retry_minutes >= 0, "it is 0 minutes or more")

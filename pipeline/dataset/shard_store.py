@@ -94,11 +94,9 @@ class OpenFile:
     """A file handle that closes with its last reference; a reader's own reference keeps it open during the read."""
 
     def __init__(self, handle: int) -> None:
-        """``handle``: of ``os.open``."""
         self.handle = handle
 
     def __del__(self) -> None:
-        """Close it."""
         os.close(self.handle)
 
 
@@ -112,7 +110,6 @@ class OpenFiles:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Shards that are open."""
         return len(self._files)
 
     def get(self, shard: int, cancelled: threading.Event) -> OpenFile | None:

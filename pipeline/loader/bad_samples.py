@@ -46,7 +46,6 @@ class BadSamples:
         self._lock = threading.Lock()
 
     def __contains__(self, sample_id: int) -> bool:
-        """Whether a sample is known to be bad."""
         return sample_id in self._found
 
     def candidates(self, sample_id: int) -> Iterator[int]:

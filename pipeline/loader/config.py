@@ -39,7 +39,6 @@ class LoaderConfig:
     cache: Annotated[CacheConfig, group("remote")] = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers with which no batch would ever come, or all at once."""
         require("--threads", self.threads, self.threads >= 0, "it is 0 (all cores) or a number of threads")
         require("--prefetch", self.prefetch, self.prefetch >= 1, "at least 1 finished batch must find room")
         require("--read-ahead", self.read_ahead, self.read_ahead >= 1, "at least 1 batch must be read")

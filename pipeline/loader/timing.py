@@ -16,7 +16,6 @@ class Stalls:
     """The time that one CUDA stream waited for batches. Without a GPU it stays 0."""
 
     def __init__(self) -> None:
-        """Nothing has stalled yet."""
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager

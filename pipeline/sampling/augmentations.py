@@ -34,7 +34,6 @@ class Augmentation:
     prob: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise UserError for options that cannot be."""
         require(self.flag("prob"), self.prob, 0 <= self.prob <= 1, "a probability lies in 0 .. 1")
 
     def flag(self, name: str) -> str:
@@ -78,7 +77,6 @@ class Erasing(Augmentation):
     ratio: tuple[float, float] = (0.3, 3.3)
 
     def __post_init__(self) -> None:
-        """Raise UserError for options that cannot be."""
         super().__post_init__()
         rule = "it takes two numbers, 0 < low <= high <= 1"
         require(self.flag("area"), self.area, 0 < self.area[0] <= self.area[1] <= 1, rule)

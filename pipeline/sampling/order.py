@@ -49,7 +49,6 @@ class OrderConfig:
     block_streams: int = 1
 
     def __post_init__(self) -> None:
-        """Raise UserError for a group without shards, and for streams without blocks."""
         require("--block-shards", self.block_shards, self.block_shards >= 1, "a group has at least 1 shard")
         require("--block-streams", self.block_streams, self.block_streams >= 1, "a batch has at least 1 part")
         if self.block_streams > 1 and self.epoch_order != "blocks":

@@ -83,7 +83,6 @@ class ViewGroup:
         return {name: value for name, value in fields if value is not None}
 
     def __str__(self) -> str:
-        """The words that ``parse_group`` reads."""
         words = ((name.replace("_", "-"), value) for name, value in self.changes.items())
         return " ".join(
             f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in words
@@ -177,7 +176,6 @@ class ViewRecipe:
     extra: Annotated[Augmentations, tyro.conf.arg(name="")] = field(default_factory=Augmentations)
 
     def __post_init__(self) -> None:
-        """Raise UserError for a recipe that no image can follow."""
         require("--image-size", self.image_size, self.image_size >= 2, "a view has at least 2 px a side")
         require("--views", self.count, self.count >= 1, "each image is seen in at least 1 view")
         rule = f"it is one of {', '.join(get_args(Interpolation))}"
@@ -249,7 +247,6 @@ class ViewParams:
     extra: Float64[np.ndarray, "n views augmentations draws"]  # random numbers of ViewRecipe.extra; none if all is off
 
     def __len__(self) -> int:
-        """Samples."""
         return len(self.crop)
 
     @property
@@ -295,7 +292,6 @@ class CentreCrops:
     end: Float32[np.ndarray, "n 2"]  # bottom, right
 
     def __len__(self) -> int:
-        """Samples."""
         return len(self.resized)
 
 

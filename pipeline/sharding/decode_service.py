@@ -42,7 +42,6 @@ class OwnDecoders:
     """Decoders in this process, opened when first used."""
 
     def __init__(self) -> None:
-        """Nothing is imported yet."""
         self._comparison: Any = None
         self._lock = threading.Lock()
 
@@ -58,11 +57,9 @@ class OwnDecoders:
             return self._comparison.fault(encoded)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process opens its own."""
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As new."""
         self.__init__()  # type: ignore[misc]
 
 
@@ -79,7 +76,6 @@ class DecodeClient:
         return {"_address": self._address, "_key": self._key, "_wanted": self._wanted}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """With connections to be made."""
         self.__dict__.update(state, _local=threading.local())
 
     def fault(self, encoded: bytes) -> str | None:
@@ -130,7 +126,6 @@ class DecodeService:
     """Owner's side: starts the process when an image is to be compared, and ends it."""
 
     def __init__(self, context: SpawnContext | None = None) -> None:
-        """Starts nothing yet."""
         self._context = context or multiprocessing.get_context("spawn")
         self._address = f"\0siamstream-{secrets.token_hex(16)}"  # Linux's abstract names: no file remains
         self._key = secrets.token_bytes(32)
@@ -152,11 +147,9 @@ class DecodeService:
             raise RuntimeError(f"the process that compares decoders ended with code {code}")
 
     def __enter__(self) -> DecodeService:
-        """Itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the process; its children end when their connections do."""
         if self._process is not None:
             self._process.terminate()
             self._process.join()

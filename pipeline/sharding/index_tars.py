@@ -110,7 +110,6 @@ class IndexJob(Job):
     options: ShardingOptions
 
     def __len__(self) -> int:
-        """Number of tars."""
         return len(self.tars)
 
     @property

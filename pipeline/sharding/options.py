@@ -78,7 +78,6 @@ class ShardingOptions:
     """Delete the complete or unfinished dataset in OUT and write it again."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for values outside their range."""
         for name in ("samples_per_shard", "max_pixels", "shorter_side", "limit"):
             value = getattr(self, name)
             require(f"--{name.replace('_', '-')}", value, value is None or value >= 1, "must be at least 1")

@@ -133,7 +133,6 @@ class WriteJob(Job):
         return np.load(self.out / PARTIAL_DIR / "order.npy", mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:
-        """Number of shards."""
         return -(-len(self.order) // self.options.samples_per_shard)
 
     def images(self, numbers: list[int]) -> int:

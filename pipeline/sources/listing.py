@@ -92,7 +92,6 @@ class Listing:
     rejected: tuple[Rejected, ...]
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.labels)
 
     def name(self, index: int) -> str:

@@ -123,7 +123,6 @@ class SyntheticImages:
         return tuple(TEXTURES)
 
     def __len__(self) -> int:
-        """The number of images."""
         return self.count
 
     def label(self, index: int) -> int:

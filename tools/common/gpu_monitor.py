@@ -45,19 +45,16 @@ class GpuMonitor:
     """Context that samples a GPU five times a second from a thread; without NVML there are no samples."""
 
     def __init__(self, device: torch.device) -> None:
-        """``device``: where the measured work runs."""
         self._device = device
         self._samples: list[tuple[float, GpuUse]] = []  # time.perf_counter, use
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpu-monitor", daemon=True)
 
     def __enter__(self) -> GpuMonitor:
-        """Start to sample."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop."""
         self._stop.set()
         self._thread.join()
 

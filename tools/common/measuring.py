@@ -33,7 +33,6 @@ class Spread:
         return Spread(min(values), statistics.median(values), max(values), len(values))
 
     def __str__(self) -> str:
-        """Median (minimum .. maximum)."""
         return f"{self.median:.4g} ({self.minimum:.4g} .. {self.maximum:.4g})"
 
 

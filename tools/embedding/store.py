@@ -189,7 +189,6 @@ class Embeddings:
         self.bad: frozenset[int] = frozenset(self.about["bad_samples"])
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.vectors)
 
     @cached_property

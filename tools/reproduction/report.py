@@ -89,7 +89,6 @@ class Interval:
     half: float
 
     def __str__(self) -> str:
-        """Value +- half the interval."""
         return f"{self.value:.1f}" if math.isnan(self.half) else f"{self.value:.1f} ± {self.half:.1f}"
 
 

@@ -71,7 +71,6 @@ class ReproduceConfig:
     """First seed of weights, order and views; further seeds count up from it."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers that are out of range."""
         require("--budget", f"{self.budget:g}", self.budget > 0, "give the minutes that the sweep may take")
         require("--seeds", self.seeds, self.seeds >= 1, "it must be at least 1")
         require("--processes", self.processes, self.processes >= 0, "it must be at least 1, or 0 for one a GPU")
@@ -81,7 +80,6 @@ class Sweep:
     """The runs of one sweep, in the folder ``out``."""
 
     def __init__(self, config: ReproduceConfig, out: Path, train: ShardSet, device: str, processes: int) -> None:
-        """Nothing is written yet."""
         self._config, self._out, self._train, self._device = config, out, train, device
         self._processes, self._recipe_name = processes, choose_recipe(device, train)
         self._recipe = RECIPES[self._recipe_name]

@@ -84,7 +84,6 @@ class ProfileConfig:
     optim: Annotated[OptimConfig, group("optimizer")] = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for what cannot be measured."""
         require(
             "--repeats",
             self.repeats,

@@ -103,7 +103,6 @@ class PretrainConfig:
     knn: Annotated[KnnConfig, group("evaluation")] = field(default_factory=KnnConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for what no run can do, whatever its dataset and the number of processes."""
         if self.model.name != self.method:
             raise UserError(f"--method {self.method}, but the model is one of {self.model.name}: name that method")
         for name in ("epochs", "global_batch", "accumulate", "max_bad_steps", "keep_checkpoints", "log_every"):

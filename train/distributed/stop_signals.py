@@ -41,7 +41,6 @@ class StopRequest:
         return time.monotonic() - self.since_s > PATIENCE_S
 
     def __bool__(self) -> bool:
-        """Whether a signal has come."""
         return self.signal_name is not None
 
 

@@ -71,7 +71,6 @@ class Note:
     age_s: float
 
     def __str__(self) -> str:
-        """For people."""
         return f"{self.age_s:.0f} s in: {self.what}"
 
 
@@ -122,7 +121,6 @@ class OwnBoard:
     """For a single process."""
 
     def __init__(self) -> None:
-        """Empty."""
         self._note: Note | None = None
 
     def post(self, rank: int, note: Note) -> None:

@@ -28,7 +28,6 @@ class SampleMemory:
     """Rows of zeros at first. They are copied to the host, so that each pass waits for a GPU."""
 
     def __init__(self, num_samples: int, dim: int, where: Literal["ram", "disk"], dist: DistContext) -> None:
-        """Takes no memory yet: ``allocate`` does."""
         self._shape, self._where, self._dist = (num_samples, dim), where, dist
         self._rows: Float32[np.ndarray, "samples d"] | None = None
 

@@ -47,7 +47,6 @@ class EncoderConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise UserError for a seed or a size that cannot be."""
         check_seed(self.seed)
         if self.image_size is not None:
             ViewRecipe(image_size=self.image_size)

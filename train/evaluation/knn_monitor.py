@@ -53,7 +53,6 @@ class KnnConfig:
     every: Annotated[int, tyro.conf.arg(name="knn-every")] = 1
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers that make no evaluation."""
         check_at_least_1("--knn-k", self.k)
         check_at_least_1("--knn-bank-size", self.bank_size)
         check_temperature("--knn-temperature", self.temperature)

@@ -44,7 +44,6 @@ class ProbeConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise UserError for numbers with which nothing can be trained."""
         self.base_lrs()
         check_at_least_1("--epochs", self.epochs)
         check_at_least_1("--global-batch", self.global_batch)

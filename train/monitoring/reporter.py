@@ -79,13 +79,11 @@ class Reporter:
         self._waited, self._logged_s = [0.0] * dist.world_size, 0.0
 
     def __enter__(self) -> Reporter:
-        """Use as a context, so that the files are closed."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files."""
         if self._metrics is not None:
             self._metrics.close()
         if self._samples is not None:

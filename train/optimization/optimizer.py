@@ -52,7 +52,6 @@ class OptimConfig:
     trust_coefficient: float = 0.001
 
     def __post_init__(self) -> None:
-        """Raise UserError for rates and a decay that are none."""
         check_sgd(self.momentum, self.weight_decay)
         rule = "it must be above 0 and finite; the paper's is 0.05"
         require("--base-lr", self.base_lr, 0 < self.base_lr < inf, rule)

@@ -72,7 +72,6 @@ class CheckpointWriter:
     """The thread that writes. Leaving its context waits for it and reports a failure that was not asked for."""
 
     def __init__(self) -> None:
-        """The thread starts with the first write."""
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._write: Future[Path] | None = None
         self.newest: Path | None = None  # the last one that is known to be on disk
@@ -94,7 +93,6 @@ class CheckpointWriter:
         return self.newest
 
     def __enter__(self) -> CheckpointWriter:
-        """Use as a context around the loop."""
         return self
 
     def __exit__(
