@@ -58,6 +58,8 @@ def main() -> None:
         print(f"\ninterrupted; the same command goes on with what is missing in {command.out}", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C
     print(describe(summary))
+    if summary.held_out is not None:
+        print(describe(summary.held_out))
 
 
 def window_as_flag(arguments: list[str]) -> list[str]:

@@ -13,9 +13,9 @@ import json
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -42,6 +42,7 @@ from pipeline.dataset.format import (
 )
 from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE
 from pipeline.sharding.finalize import complete
+from pipeline.sharding.hold_out import held_out, thumbnails
 from pipeline.sharding.index_tars import (
     IndexJob,
     check_options,
@@ -61,6 +62,7 @@ from pipeline.sources.listing import Listing
 from pipeline.sources.open_source import open_source, source_title
 from pipeline.sources.readers import WDS
 
+HELD_OUT_SUFFIX = "-val"  # behind OUT: the dataset that --hold-out makes beside it
 _SHARD_GLOB = "shard-" + "[0-9]" * 6
 
 
@@ -84,6 +86,7 @@ class Summary:
     seconds: float
     already_there: bool = False  # the dataset was complete before the call, but for ``restored``
     restored: int = 0  # lost shards that were written again
+    held_out: Summary | None = None  # of the second dataset, of --hold-out
 
 
 def make_dataset(
@@ -102,7 +105,24 @@ def make_dataset(
     image, ...
     """
     options = options or ShardingOptions()
-    out, started = Path(out), time.monotonic()
+    out = Path(out)
+    if options.hold_out is None:
+        return _make_dataset(source, out, options, quiet, in_process)
+    if source.startswith(WDS):
+        raise UserError("--hold-out does not go with wds:, since tars are only indexed: leave it out")
+    val_out = out.with_name(f"{out.name}{HELD_OUT_SUFFIX}")
+    _check_place(source, val_out)  # both, before the work of the first
+    if options.overwrite:
+        for folder in (out, val_out):
+            remove_dataset(folder)
+    sides: tuple[Literal["train", "val"], ...] = ("train", "val")
+    train, val = (replace(options, side=side, split=options.split or side, overwrite=False) for side in sides)
+    made = _make_dataset(source, out, train, quiet, in_process)
+    return replace(made, held_out=_make_dataset(source, val_out, val, quiet, in_process))
+
+
+def _make_dataset(source: str, out: Path, options: ShardingOptions, quiet: bool, in_process: bool) -> Summary:
+    started = time.monotonic()
     with disk_errors(f"making the dataset in {out}"):
         _check_place(source, out)
         if options.overwrite:
@@ -127,7 +147,7 @@ def _make(
         for left_over in (out / PARTIAL_DIR).rglob("*.tmp-*"):
             left_over.unlink()
     try:
-        job, about = _prepare(source, out, options, quiet)
+        job, about = _prepare(source, out, options, quiet, in_process)
     except UserError:
         _forget_beginning(out, options)
         raise
@@ -246,7 +266,7 @@ def _restore(
     source: str, out: Path, options: ShardingOptions, info: dict[str, Any], quiet: bool, in_process: bool
 ) -> None:
     with exclusive_lock(real_folder(out / PARTIAL_DIR) / "lock", shared=False):
-        job, about = _prepare(source, out, options, quiet)
+        job, about = _prepare(source, out, options, quiet, in_process)
         assert isinstance(job, WriteJob)
         restore_shards(job, about["fingerprint"], info, lost_shards(out, info), quiet, in_process)
         shutil.rmtree(out / PARTIAL_DIR)
@@ -260,7 +280,9 @@ def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(f"{flags[n]} was {there.get(n)}, now {wanted.get(n)}" for n in names)
 
 
-def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> tuple[Job, dict[str, Any]]:
+def _prepare(
+    source: str, out: Path, options: ShardingOptions, quiet: bool, in_process: bool
+) -> tuple[Job, dict[str, Any]]:
     """List the source, compare it with an interrupted run, and write the plan of the job to OUT/.partial."""
     job_file = out / PARTIAL_DIR / "job.json"
     earlier = json.loads(job_file.read_text()) if job_file.exists() else None
@@ -305,9 +327,9 @@ def _prepare(source: str, out: Path, options: ShardingOptions, quiet: bool) -> t
         about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
         about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
         about.update(labels_from=found.labels_from, notes=list(found.notes))
-        if earlier is None:
-            _lay_out(found.listing, out, options)
         job = WriteJob(out, found.reader, options)
+        if earlier is None:
+            _lay_out(found.listing, job, quiet, in_process)
     if earlier is None:
         write_json(job_file, about)
     elif earlier["fingerprint"] != about["fingerprint"]:
@@ -332,15 +354,37 @@ def _index_job(pattern: str, out: Path, options: ShardingOptions) -> tuple[Index
     return job, job.sizes
 
 
-def _lay_out(listing: Listing, out: Path, options: ShardingOptions) -> None:
-    """Save the listing and the order for the workers.
+def _lay_out(listing: Listing, job: WriteJob, quiet: bool, in_process: bool) -> None:
+    """Save the listing and the order for the workers; of --hold-out only the images of this side.
 
     The order sorts raw 64-bit numbers: numpy guarantees the raw stream of PCG64, but not Generator.permutation.
     """
-    listing.save(out / PARTIAL_DIR / "listing")
-    order = np.argsort(np.random.PCG64(options.seed).random_raw(len(listing)), kind="stable")
-    with atomic_file(out / PARTIAL_DIR / "order.npy") as file:
-        np.save(file, order[: options.limit])
+    options, partial = job.options, job.out / PARTIAL_DIR
+    listing.save(partial / "listing")
+    order = np.argsort(np.random.PCG64(options.seed).random_raw(len(listing)), kind="stable")[: options.limit]
+    if options.hold_out is not None:
+        held = _held_out(listing, order, job, quiet, in_process)
+        order = order[np.isin(order, held) == (options.side == "val")]
+    with atomic_file(partial / "order.npy") as file:
+        np.save(file, order)
+
+
+def _held_out(listing: Listing, order: np.ndarray, job: WriteJob, quiet: bool, in_process: bool) -> np.ndarray:
+    """Int64[n]: the images that --hold-out holds out; comparing them all once serves both datasets."""
+    options, chosen = job.options, np.sort(order)
+    assert options.hold_out is not None
+    name = f"held-out-{listing.fingerprint()[:16]}.npy"
+    known = job.out / PARTIAL_DIR / name
+    if options.side == "val" and known.exists():
+        return np.load(known, allow_pickle=False)
+    thumbs = thumbnails(job, chosen, quiet, in_process)
+    held = chosen[held_out(thumbs, listing.labels[chosen], options.hold_out, options.seed)]
+    if options.side == "train":
+        other = job.out.with_name(f"{job.out.name}{HELD_OUT_SUFFIX}")
+        other.mkdir(parents=True, exist_ok=True)
+        with atomic_file(real_folder(other / PARTIAL_DIR) / name) as file:
+            np.save(file, held)
+    return held
 
 
 def _summary(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from pipeline.common.errors import UserError, require
 from pipeline.sources.image_file import Verify
@@ -71,11 +73,16 @@ class ShardingOptions:
     split: str | None = None
     """Record this name in dataset.json, as in --split train. Of parquet files of several splits, take this one, or
     several, as in --split train+test."""
+    hold_out: float | None = None
+    """Hold this share of each class out, such as 0.1, as a second dataset OUT-val for validation. Near-duplicates (by
+    the difference hash of thumbnails) stay on one side. Default: hold nothing out."""
     part: str | None = None
     """Part of the work, written i/n: build only part i of n (i from 0 to n - 1), for machines that share OUT; the last
     one to end completes the dataset."""
     overwrite: bool = False
     """Delete the complete or unfinished dataset in OUT and write it again."""
+    side: Annotated[Literal["train", "val"] | None, tyro.conf.Suppress] = None
+    """Which side of --hold-out this dataset is; make_dataset sets it."""
 
     def __post_init__(self) -> None:
         for name in ("samples_per_shard", "max_pixels", "shorter_side", "limit"):
@@ -86,6 +93,11 @@ class ShardingOptions:
         require("--jpeg-quality", self.jpeg_quality, 1 <= self.jpeg_quality <= 100, "must be 1 to 100")
         self._check_window()
         self.part_of()
+        if self.hold_out is not None:
+            share = self.hold_out
+            require("--hold-out", share, 0 < share < 1, "a share lies between 0 and 1, as in --hold-out 0.1")
+            if self.part is not None:
+                raise UserError("--part does not go with --hold-out, which compares all images: leave one of them out")
 
     def _check_window(self) -> None:
         window = self.sixteen_bit_window
@@ -123,4 +135,6 @@ class ShardingOptions:
         values["subtree"] = self.subtree.strip("/")
         if self.shorter_side is None:
             values["jpeg_quality"] = None
+        if self.hold_out is None:
+            del values["hold_out"], values["side"]  # as datasets had it before there was the option
         return values

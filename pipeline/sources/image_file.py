@@ -13,6 +13,8 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
@@ -126,6 +128,19 @@ def eight_bit_image(data: bytes, max_pixels: int, rule: SixteenBitRule, window: 
         raise BadImageError(str(error)) from None
     except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
         raise BadImageError(_reason(error, "cannot be decoded")) from None
+
+
+def gray_thumbnail(data: bytes, width: int, height: int, max_pixels: int) -> UInt8[np.ndarray, "h w"]:
+    """The whole image in gray, shrunk to ``width`` x ``height`` pixels by their means; a deep image by its own range.
+
+    Raises BadImageError if the image cannot be decoded.
+    """
+    image, frame = _open(data, max_pixels)
+    if is_deep(image, data):
+        image = Image.open(io.BytesIO(eight_bit_image(data, max_pixels, "min-max", None)))
+    elif frame is not None and frame.marker in _DCT_FRAMES:
+        image.draft("L", (4 * width, 4 * height))
+    return np.asarray(_decode(image).convert("L").resize((width, height), Image.Resampling.BOX))
 
 
 def _png(pixels: Image.Image) -> bytes:
