@@ -86,11 +86,9 @@ class Bench:
         return path
 
     def undisturbed(self) -> None:
-        """Steps alone."""
         self.steps(self.count)
 
     def foreground(self) -> None:
-        """A checkpoint, then steps."""
         self._save(self._state)
         self.steps(self.count)
 

@@ -100,7 +100,6 @@ class Suite:
         return self.end_s - time.perf_counter()
 
     def record(self, name: str, value: Any) -> None:
-        """Write a number down at once."""
         self.note(name, value)
         print(f"{name}: {value}", flush=True)
 

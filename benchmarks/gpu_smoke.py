@@ -66,7 +66,6 @@ class Smoke:
         self.failed: list[str] = []
 
     def attempt(self, name: str, check: Callable[[], str]) -> None:
-        """Try one check and say what came of it."""
         start_s = time.perf_counter()
         try:
             said = check()
@@ -77,7 +76,6 @@ class Smoke:
         print(f"{name}: {said} ({time.perf_counter() - start_s:.1f} s)", flush=True)
 
     def batch(self) -> Batch:
-        """Some encoded images."""
         ids = np.arange(min(IMAGES, self._dataset.num_samples), dtype=np.int64)
         encoded = [np.frombuffer(self._dataset.read(int(sample)), dtype=np.uint8) for sample in ids]
         params = draw_views(self._recipe, 0, 0, ids, self._dataset.sizes(ids))
@@ -113,7 +111,6 @@ class Smoke:
         return _judged(torch.stack([(a.cpu() - b).abs() * std * 255 for a, b in zip(*views, strict=True)]))
 
     def set_up(self) -> tuple[Bench, Run]:
-        """A run as pretrain.py would have it."""
         config = ProfileConfig(
             data=str(self._dataset.path),
             batch=min(BATCH, self._dataset.num_samples),

@@ -88,7 +88,6 @@ class Difference:
         self.values += apart.numel()
 
     def row(self, name: str) -> str:
-        """A line of the table."""
         if not self.values:
             return f"| {name} | no image is large enough | | |"
         mean, share = self.total / self.values, 100 * self.close / self.values
@@ -163,7 +162,6 @@ class PilTransforms:
 
     @staticmethod
     def transform(image: Tensor, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Tensor:
-        """The whole recipe."""
         own = recipe.per_view[view]
         cropped = PilTransforms.resized_crop(image, params, sample, view, own.image_size, own.interpolation)
         coloured = PilTransforms.colour(cropped, params, sample, view)

@@ -107,7 +107,6 @@ class Growth:
 
     @property
     def grew(self) -> bool:
-        """Whether the difference exceeds the allowance."""
         return self.last - self.second > self.quantity.allowance
 
 

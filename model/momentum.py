@@ -27,7 +27,6 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """What the module makes of ``x``."""
         return self.module(x)
 
     @torch.no_grad()

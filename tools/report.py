@@ -11,7 +11,6 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -32,15 +31,16 @@ from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_err
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location, location
+from pipeline.common.system import versions
 from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
 from pipeline.sampling.order import epoch_order
-from tools.common.plot_style import INK
+from tools.common.plot_style import INK, PALETTE
 from tools.embed import sample_names
 from tools.embedding.store import escaped
 from tools.reporting.page import (
-    PALETTE,
     MapPoint,
     commands,
     details,
@@ -124,7 +124,6 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
         return self.path.resolve().name
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
@@ -251,25 +250,13 @@ def _images(config: ReportConfig, run: RunRecord, number: int, prefix: str) -> l
 
 
 def _bad_samples(run: RunRecord) -> str:
-    lines = [line for line in _json_lines(run.path / "bad_samples.jsonl") if isinstance(line, dict)]
+    lines = read_lines(run.path / BAD_SAMPLES_FILE, "sample")
     if not lines:
         return paragraph("None: every image that was read was as it was written.")
     rows = [
         [line.get("sample"), line.get("shard"), escaped(str(line.get("key"))), line.get("reason")] for line in lines
     ]
     return table(["sample", "shard", "key", "reason"], rows)
-
-
-def _json_lines(path: Path) -> list[Any]:
-    if not path.is_file():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            found.append({"reason": f"a line that is no JSON: {text[:80]}"})
-    return found
 
 
 def _features(
@@ -380,17 +367,10 @@ def _repeat(run: RunRecord) -> str:
 
 
 def _versions(runs: list[RunRecord]) -> str:
-    here = {name: _version(name) for name in PACKAGES}
+    here = dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
     rows = [["python", platform.python_version()], *here.items()]
     recorded = [[f"{run.name}: {key}", value] for run in runs for key, value in run.config.get("versions", {}).items()]
     return details("versions", table(["", "this page was written with"], rows) + table(["", "recorded"], recorded))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

@@ -187,7 +187,6 @@ class Finetuning:
 
     @property
     def total_steps(self) -> int:
-        """Of the whole schedule."""
         return self.config.tune.epochs * self.per_epoch
 
     def identity(self) -> dict[str, Any]:

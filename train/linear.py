@@ -126,7 +126,6 @@ class ProbeSetup:
 
     @property
     def labels(self) -> int:
-        """Number of classes."""
         return len(self.train.dataset.classes)
 
     @property

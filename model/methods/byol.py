@@ -72,7 +72,6 @@ class BYOLConfig(MethodConfig):
         )
 
     def build(self) -> BYOL:
-        """The method."""
         return BYOL(self)
 
 
@@ -104,7 +103,6 @@ class BYOL(Method):
         return [*weights_apart(self._encoder(), "encoder"), *predictor]
 
     def copy_student(self) -> None:
-        """Let the teacher start as the student."""
         if self.teacher is not None:
             self.teacher.copy_every(self._encoder(), 0, 1)
 

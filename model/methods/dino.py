@@ -93,7 +93,6 @@ class DINOConfig(MethodConfig):
         )
 
     def build(self) -> DINO:
-        """The method."""
         return DINO(self)
 
     def check(self, batch: BatchShape, views: ViewRecipe) -> None:
@@ -165,7 +164,6 @@ class DINO(Method):
             self.prototypes.weight.grad = None
 
     def copy_student(self) -> None:
-        """Let the teacher start as the student."""
         self.teacher.copy_every(self._student(), 0, 1)
 
     @torch.no_grad()
@@ -197,7 +195,6 @@ class UnitLength(nn.Module):
     """``[n, d]`` -> rows of length 1, float32."""
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        """Normalised."""
         return unit_rows(x)
 
 

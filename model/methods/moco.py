@@ -64,7 +64,6 @@ class MoCoConfig(MethodConfig):
         check_temperature("--temperature", self.temperature)
 
     def build(self) -> MoCo:
-        """The method."""
         return MoCo(self)
 
     @property
@@ -136,7 +135,6 @@ class MoCo(Method):
         self._keys = []
 
     def copy_student(self) -> None:
-        """Let the teacher start as the student."""
         self.teacher.copy_every(self._encoder(), 0, 1)
 
     @torch.no_grad()

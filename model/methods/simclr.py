@@ -64,7 +64,6 @@ class SimCLRConfig(MethodConfig):
         )
 
     def build(self) -> SimCLR:
-        """The method."""
         return SimCLR(self)
 
 

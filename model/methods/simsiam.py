@@ -97,7 +97,6 @@ class SimSiamConfig(MethodConfig):
             raise UserError(f"--target-steps {self.target_steps} is for --targets frozen, not for {self.targets}")
 
     def build(self) -> SimSiam:
-        """The method."""
         return SimSiam(self)
 
     @property

@@ -84,7 +84,6 @@ class SwAVConfig(MethodConfig):
         return ViewRecipe(crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 
     def build(self) -> SwAV:
-        """The method."""
         return SwAV(self)
 
     def check(self, batch: BatchShape, views: ViewRecipe) -> None:

@@ -64,17 +64,14 @@ class ViewBatch:
 
     @classmethod
     def of(cls, batch: Batch, views: list[Float[Tensor, "_ 3 _ _"]]) -> ViewBatch:
-        """The views made of ``batch``."""
         return cls(views, batch.ids, batch.sources, batch.epoch, batch.step, pair=batch.pair)
 
     @property
     def x1(self) -> Float[Tensor, "n 3 s s"]:
-        """The first view."""
         return self.views[0]
 
     @property
     def x2(self) -> Float[Tensor, "n 3 s s"]:
-        """The second view."""
         return self.views[1]
 
 

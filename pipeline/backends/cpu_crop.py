@@ -27,7 +27,7 @@ BYTES_RESIZED_AS_SUCH = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX
 Decoded = tuple[Batch, list[UInt8[Tensor, "_ _ 3"]]]  # images of their own height and width
 
 
-class CutSquares:
+class CutSquares(Iterator[tuple[Batch, list[Tensor]]]):
     """An iterator over batches of cut squares: uint8 ``[n, s, s, 3]`` for each view, planar in memory."""
 
     def __init__(self, decoded: Iterator[Decoded], recipe: ViewRecipe, pool: ThreadPoolExecutor, threads: int) -> None:
@@ -37,9 +37,6 @@ class CutSquares:
         self._pool = pool
         self._threads = threads
         self._buffers = Buffers(torch.uint8)
-
-    def __iter__(self) -> CutSquares:
-        return self
 
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "n _ _ 3"]]]:
         """The next batch and its squares. Raises UndecodableBatchError, after which the iteration may go on."""

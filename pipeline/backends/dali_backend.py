@@ -98,7 +98,7 @@ class _Inputs:
             raise
 
 
-class DaliImages:
+class DaliImages(Iterator[tuple[Batch, list[Tensor]]]):
     """An iterator over batches and their decoded images, uint8 ``[h, w, 3]``; on a GPU, where DALI cuts, no images."""
 
     _encoded = True  # whether the batches hold encoded images
@@ -122,9 +122,6 @@ class DaliImages:
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph())
         self._pipeline.build()
-
-    def __iter__(self) -> DaliImages:
-        return self
 
     def __next__(self) -> tuple[Batch, list[UInt8[Tensor, "*shape 3"]]]:
         """The next batch and the outputs of the graph.

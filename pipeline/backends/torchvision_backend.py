@@ -16,7 +16,7 @@ from pipeline.backends.reference import centre_crop, decode, finish, normalise, 
 from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe
 
 
-class TorchvisionViews:
+class TorchvisionViews(Iterator[ViewBatch]):
     """An iterator over batches of views, made one image at a time in each thread."""
 
     def __init__(
@@ -28,9 +28,6 @@ class TorchvisionViews:
         self._pool = pool
         self._device = device
         self._dtype = dtype
-
-    def __iter__(self) -> TorchvisionViews:
-        return self
 
     def __next__(self) -> ViewBatch:
         """The views of the next batch. Raises UndecodableBatchError, after which the iteration may go on."""

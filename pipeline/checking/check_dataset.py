@@ -73,11 +73,9 @@ class Inspection:
 
     @property
     def fine(self) -> bool:
-        """Whether nothing is damaged."""
         return not self.damage
 
     def as_json(self) -> dict[str, Any]:
-        """For --json."""
         return {**asdict(self), "path": str(self.path), "fine": self.fine}
 
 

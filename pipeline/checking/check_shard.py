@@ -75,7 +75,6 @@ class Findings:
             examples.append(example)
 
     def damage(self) -> list[Damage]:
-        """The damage found so far."""
         return [Damage(self._where, kind, n, tuple(self._examples[kind])) for kind, n in self._counts.items()]
 
 
@@ -123,7 +122,6 @@ class Records:
 
     @cached_property
     def class_numbers(self) -> dict[str, int]:
-        """The number of each class."""
         return {name: number for number, name in enumerate(self.dataset.classes)}
 
 

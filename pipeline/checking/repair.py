@@ -57,7 +57,6 @@ class RepairJob(IndexJob):
     decoders: Decoders | None = None
 
     def index_name(self, number: int) -> str:
-        """Name of the index of tar ``number``."""
         return self.indexes[number]
 
 

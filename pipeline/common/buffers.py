@@ -22,7 +22,6 @@ class Buffers:
         self._lock = threading.Lock()
 
     def lend(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised tensor."""
         size = math.prod(shape)
         with self._lock:
             free = self._free.setdefault(size, [])

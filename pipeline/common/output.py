@@ -17,7 +17,6 @@ class _Lasting:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As of the stream."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -25,7 +24,6 @@ class _Lasting:
             return len(text)
 
     def flush(self) -> None:
-        """As of the stream."""
         try:
             self._stream.flush()
         except OSError as error:

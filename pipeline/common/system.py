@@ -1,14 +1,15 @@
-"""CPU cores, progress bars, durations, and the stderr of C libraries."""
+"""CPU cores, versions, progress bars, durations, and the stderr of C libraries."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -32,6 +33,15 @@ def cores() -> int:
 def dali_installed() -> bool:
     """Whether NVIDIA DALI can be imported; found out without importing it."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def duration(seconds: float) -> str:

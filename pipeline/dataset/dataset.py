@@ -237,8 +237,8 @@ class ShardSet:
             yield lambda: None
             return
         upcoming = (np.unique(self.shards_of(ids)) for ids in plan.steps)
-        with self._store.follow(upcoming, plan.local_rank, cancelled, max_steps_behind, processes) as steps:
-            yield steps.advance
+        with self._store.follow(upcoming, plan.local_rank, cancelled, max_steps_behind, processes) as begin_step:
+            yield begin_step
 
     def worth_fetching_whole(self, ids: ArrayLike) -> bool:
         """Whether whole shards should be fetched for the sake of samples ``ids`` (int64[n])."""

@@ -85,7 +85,6 @@ class CacheConfig:
 
     @property
     def folder(self) -> Path:
-        """The folder of the files."""
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return self.cache_dir or base / "siamstream"
 
@@ -153,7 +152,6 @@ class ShardCache:
             return part is not _Claim.FULL
 
     def has(self, file: RemoteFile) -> bool:
-        """Whether the file is there."""
         return self._path(file).exists()
 
     def discard(self, file: RemoteFile) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -142,7 +142,7 @@ class RemoteShards:
         cancelled: threading.Event,
         max_steps_behind: int,
         processes: int,
-    ) -> Iterator[ShardPrefetcher]:
+    ) -> Iterator[Callable[[], None]]:
         """As ShardStore: the first process of a machine fetches, into the cache."""
         if local_rank is None:
             budget = int(self._room * _EVALUATION_SHARE) // processes
@@ -156,7 +156,7 @@ class RemoteShards:
             for _ in range(threads):
                 pool.submit(prefetcher.work)
             try:
-                yield prefetcher
+                yield prefetcher.advance
             finally:
                 cancelled.set()
                 self._prefetchers.remove(prefetcher)
@@ -184,11 +184,9 @@ class RemoteShards:
             )
 
     def worth_fetching_whole(self, shards: np.ndarray, wanted_bytes: int) -> bool:
-        """As ShardStore."""
         return wanted_bytes >= _WHOLE_SHARE * sum(self._sizes[shard] for shard in shards.tolist())
 
     def prefetch(self, shard: int, cancelled: threading.Event) -> bool:
-        """As ShardCache.fetch."""
         return self._cache.fetch(self._file(shard), self._needed, cancelled)
 
     def fail(self, error: Exception) -> None:
@@ -254,7 +252,6 @@ class ShardPrefetcher:
             return shard in self._window
 
     def advance(self) -> None:
-        """The next step begins to be read."""
         with self._changed:
             self._window.advance()
             if not self._fetches:

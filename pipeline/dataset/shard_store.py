@@ -37,14 +37,6 @@ class PrefetchPlan:
 
 
 @runtime_checkable  # for the tests, which check arguments
-class StepCounter(Protocol):
-    """Follows a loader through the steps of its plan."""
-
-    def advance(self) -> None:
-        """The next step begins to be read."""
-
-
-@runtime_checkable  # for the tests, which check arguments
 class ShardStore(Protocol):
     """Reads the shards of one dataset. Thread-safe. ``shard`` is the number of a shard in dataset.json."""
 
@@ -76,8 +68,8 @@ class ShardStore(Protocol):
         cancelled: threading.Event,
         max_steps_behind: int,
         processes: int,
-    ) -> AbstractContextManager[StepCounter]:
-        """Prepare the shards of ``upcoming`` ahead of use; call ``advance`` of the result when a step begins.
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Prepare the shards of ``upcoming`` ahead of use; call the result when a step begins.
 
         ``local_rank``: as in ``PrefetchPlan``. ``cancelled`` ends it. ``max_steps_behind``: steps that some process may
         still read when a later one begins. ``processes`` of this machine.
@@ -130,7 +122,6 @@ class OpenFiles:
         return file
 
     def drop(self, shard: int) -> None:
-        """Open the shard anew next time."""
         with self._lock:
             self._files.pop(shard, None)
 
@@ -151,13 +142,11 @@ class LocalShards:
         self.open_files = OpenFiles(lambda shard, _: open_regular(self.path / self._entries[shard]["name"]))
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
-        """As ShardStore."""
         info, file = read_dataset_file(self.path), self.path / SAMPLES_FILE
         self._entries = info["shards"]
         return info, file, open_rows(file, info, str(file))
 
     def read(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
-        """As ShardStore."""
         file = self.open_files.get(shard, cancelled)  # keeps the file open while other threads open more
         assert file is not None
         return os.pread(file.handle, length, offset)
@@ -173,9 +162,9 @@ class LocalShards:
         cancelled: threading.Event,
         max_steps_behind: int,
         processes: int,
-    ) -> AbstractContextManager[StepCounter]:
+    ) -> AbstractContextManager[Callable[[], None]]:
         """Nothing is prepared: the shards are there."""
-        return nullcontext(_NothingToFetch())
+        return nullcontext(lambda: None)
 
     def worth_fetching_whole(self, shards: np.ndarray, wanted_bytes: int) -> bool:
         """False: nothing is fetched."""
@@ -183,8 +172,3 @@ class LocalShards:
 
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
         """No cache, so no limit."""
-
-
-class _NothingToFetch:
-    def advance(self) -> None:
-        pass

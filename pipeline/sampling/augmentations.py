@@ -50,7 +50,6 @@ class VerticalFlip(Augmentation):
     """Top to bottom; for images without an upright side (microscopes, satellites). torchvision: vertical_flip."""
 
     def apply(self, views: Finished, uniforms: Uniforms) -> Finished:
-        """Rows in reverse."""
         return views.flip(2)
 
 

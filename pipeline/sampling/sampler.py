@@ -77,7 +77,6 @@ class World:
 
     @classmethod
     def alone(cls, device: torch.device) -> Self:
-        """The only process."""
         return cls(0, 1, 0, 1, device)
 
 

@@ -251,7 +251,6 @@ class ViewParams:
 
     @property
     def views(self) -> int:
-        """Views of each sample."""
         return self.crop.shape[1]
 
 

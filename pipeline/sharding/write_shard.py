@@ -124,7 +124,6 @@ class WriteJob(Job):
 
     @cached_property
     def listing(self) -> Listing:
-        """The source's images."""
         return Listing.load(self.out / PARTIAL_DIR / "listing")
 
     @cached_property

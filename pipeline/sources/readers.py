@@ -47,7 +47,6 @@ class FolderReader:
     root: Path
 
     def read(self, listing: Listing, index: int) -> bytes:
-        """One file's bytes. Raises OSError."""
         with open(os.path.join(self.root, listing.name(index)), "rb", buffering=0) as file:
             return file.read()
 
@@ -73,7 +72,6 @@ class ContainerReader:
         return self._handles[number], offset - self.starts[number]
 
     def read(self, listing: Listing, index: int) -> bytes:
-        """One byte range. Raises OSError."""
         handle, offset = self.locate(int(listing.offsets[index]))
         return os.pread(handle, int(listing.lengths[index]), offset)
 

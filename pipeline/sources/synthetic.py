@@ -30,7 +30,6 @@ class SyntheticReader:
     seed: int
 
     def read(self, listing: Listing, index: int) -> bytes:
-        """Draw and encode one image."""
         return self._images.encode(index)
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.common.files import atomic_file
-from pipeline.common.system import cores
+from pipeline.common.system import cores, versions
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "numba", "webdataset")
 
@@ -29,7 +28,6 @@ class Spread:
 
     @staticmethod
     def of(values: list[float]) -> Spread:
-        """The spread of at least one value."""
         return Spread(min(values), statistics.median(values), max(values), len(values))
 
     def __str__(self) -> str:
@@ -81,7 +79,7 @@ def machine() -> dict[str, str]:
     system = f"{platform.system()}, Python {platform.python_version()}"
     facts = {
         "machine": f"{_processor()}, {cores()} cores, {_memory_gib()} GiB, {system}",
-        "packages": ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
+        "packages": ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items()),
         "load": f"{os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "unknown",
     }
     if torch.cuda.is_available():
@@ -103,13 +101,6 @@ def write_results(path: Path, results: Mapping[str, object]) -> None:
 def _cpu_seconds() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -88,11 +88,9 @@ class EmbeddingWriter:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
         return -(-self._shape[0] // BLOCK)
 
     def missing(self) -> list[int]:
-        """The blocks that are not done."""
         return [number for number in range(self.blocks) if not self._mark(number).exists()]
 
     def _mark(self, number: int) -> Path:

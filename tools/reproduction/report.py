@@ -19,42 +19,16 @@ from matplotlib.figure import Figure
 
 from model.embedding_stats import least_share
 from pipeline.common.files import atomic_file, disk_errors
-from tools.common.plot_style import INK, QUIET
+from tools.common.plot_style import INK, PALETTE, QUIET
 from tools.reproduction.paper_tables import PAPER_SCALE, PaperTable, Variant
 from train.storage.run_folder import SUMMARY_FILE, RunHistory, read_run
 
-COLOURS = (
-    "#1f5fa8",
-    "#b4511d",
-    "#1d7a4f",
-    "#7a3b9a",
-    "#a8871f",
-    "#3a8fa3",
-    "#a33a5f",
-    "#5b6b7a",
-    "#7fa32a",
-    "#c96f8f",
-    "#2a2f8f",
-)
-PAPER_COLOUR = "#c9ced3"
+COLOURS, PAPER_COLOUR = (*PALETTE, "#2a2f8f"), "#c9ced3"
 # Standard deviation of one run's accuracy, points: assumed where a sweep has one seed and cannot measure it. Equal
 # variants of the committed one-seed pages differ by up to 1.5 points, which is 1.5 / sqrt(2) for one run.
 ONE_SEED_SPREAD = 1.1
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; 2.0 beyond
-T_QUANTILES = {
-    1: 12.71,
-    2: 4.30,
-    3: 3.18,
-    4: 2.78,
-    5: 2.57,
-    6: 2.45,
-    7: 2.36,
-    8: 2.31,
-    9: 2.26,
-    10: 2.23,
-    15: 2.13,
-    20: 2.09,
-}
+T_QUANTILES = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23), 1)) | {15: 2.13, 20: 2.09}
 
 
 @dataclass(frozen=True)

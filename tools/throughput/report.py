@@ -44,7 +44,6 @@ class StageResult:
 
     @staticmethod
     def of(trials: list[Trial]) -> StageResult:
-        """Of at least one trial."""
         uses = [trial.gpu for trial in trials if trial.gpu is not None]
         parts = {
             name: Spread.of([trial.parts[name] / trial.images for trial in trials]).median for name in trials[0].parts

@@ -57,7 +57,6 @@ class Bench:
 
     @property
     def threads(self) -> int:
-        """Threads of the loader."""
         return self.loader.threads or share_of_cores(self.ranks_per_machine)
 
     @property
@@ -116,7 +115,6 @@ class Bench:
             yield open_backend(self.loader.backend).stages(setup), pool
 
     def tidy(self) -> None:
-        """Free cached GPU memory."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()

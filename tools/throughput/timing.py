@@ -31,12 +31,10 @@ class Trial:
 
     @property
     def img_per_s(self) -> float:
-        """Source images per second."""
         return self.images / self.wall_s
 
     @property
     def cores(self) -> float:
-        """CPU cores that were busy."""
         return self.cpu_s / self.wall_s
 
 

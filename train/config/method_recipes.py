@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {"backbone": "resnet_tiny", "projector_hidden": 512}
 CIFAR: dict[str, Any] = {"backbone": "resnet18", "stem": "cifar"}  # Chen & He 2020, appendix D
 
 
-def _recipe(
+def recipe(
     name: RecipeName,
     epochs: int,
     batch: int,
@@ -37,6 +37,7 @@ def _recipe(
     views: ViewRecipe | None = None,
     knn: KnnConfig = KnnConfig(),  # noqa: B008  # frozen
 ) -> PretrainConfig:
+    """A run of a method; ``views`` are the method's own by default."""
     return PretrainConfig(
         data=tyro.MISSING,
         run_dir=tyro.MISSING,
@@ -55,7 +56,7 @@ def _recipe(
 def _imagenet(model: MethodConfig, optim: dict[int, OptimConfig], batch: int) -> list[PretrainConfig]:
     """The runs of 100 and 200 epochs."""
     names: dict[int, RecipeName] = {100: "imagenet-100ep", 200: "imagenet-200ep"}
-    return [_recipe(names[epochs], epochs, batch, model, settings) for epochs, settings in optim.items()]
+    return [recipe(names[epochs], epochs, batch, model, settings) for epochs, settings in optim.items()]
 
 
 def _small(views: ViewRecipe) -> ViewRecipe:
@@ -64,13 +65,15 @@ def _small(views: ViewRecipe) -> ViewRecipe:
     return replace(views, image_size=32, blur_prob=0.0, more_views=more)
 
 
-def _cifar(model: MethodConfig, optim: OptimConfig) -> PretrainConfig:
+def cifar(model: MethodConfig, optim: OptimConfig) -> PretrainConfig:
+    """The run on CIFAR-10 of Chen & He 2020, appendix D."""
     knn = KnnConfig(every=10)  # one evaluation costs about as much as half an epoch
-    return _recipe("cifar10-800ep", 800, 512, model, optim, _small(model.default_views()), knn)
+    return recipe("cifar10-800ep", 800, 512, model, optim, _small(model.default_views()), knn)
 
 
-def _demo(model: MethodConfig, optim: OptimConfig) -> PretrainConfig:
-    return _recipe("demo", 12, 128, model, optim, ViewRecipe(image_size=32, blur_prob=0.0))
+def demo(model: MethodConfig, optim: OptimConfig) -> PretrainConfig:
+    """The run of tools/demo.py."""
+    return recipe("demo", 12, 128, model, optim, ViewRecipe(image_size=32, blur_prob=0.0))
 
 
 # Their 10 epochs of warm-up at batch 4096 are OptimConfig's rule.
@@ -93,29 +96,20 @@ _SGD = OptimConfig(base_lr=0.03, weight_decay=5e-4)  # Chen & He 2020, appendix 
 _ALL = [
     *_imagenet(SimCLRConfig(), {100: _SIMCLR, 200: _SIMCLR}, 4096),  # 66.5, 68.3 % in table 4
     # Appendix D compares with SimCLR, 91.1 %; the temperature is Chen et al. 2020's for CIFAR-10, appendix B.9
-    _cifar(SimCLRConfig(**CIFAR, projector_layers=2, temperature=0.5), _SGD),
-    _demo(
-        SimCLRConfig(**TINY, projector_layers=2, temperature=0.2),
-        OptimConfig(base_lr=1.0, weight_decay=5e-4),
-    ),
+    cifar(SimCLRConfig(**CIFAR, projector_layers=2, temperature=0.5), _SGD),
+    demo(SimCLRConfig(**TINY, projector_layers=2, temperature=0.2), OptimConfig(base_lr=1.0, weight_decay=5e-4)),
     *_imagenet(MoCoConfig(), {100: _MOCO, 200: _MOCO}, 256),  # 67.4, 69.9 % in table 4
     # moco's notebook for CIFAR-10: 512 images in 8 groups, momentum 0.99, 4096 keys, temperature 0.1
-    _cifar(MoCoConfig(**CIFAR, queue=4096, teacher_momentum=0.99, temperature=0.1, bn_images=64), _SGD),
-    _demo(
-        MoCoConfig(**TINY, queue=1024, teacher_momentum=0.99),
-        # In trials of 60 steps z_std rose at a rate of 0.03; at 0.1 all queries became one in the first 12 steps
-        OptimConfig(base_lr=0.06, weight_decay=1e-4),
-    ),
+    cifar(MoCoConfig(**CIFAR, queue=4096, teacher_momentum=0.99, temperature=0.1, bn_images=64), _SGD),
+    # In trials of 60 steps z_std rose at a rate of 0.03; at 0.1 all queries became one in the first 12 steps
+    demo(MoCoConfig(**TINY, queue=1024, teacher_momentum=0.99), OptimConfig(base_lr=0.06, weight_decay=1e-4)),
     # 66.5, 70.6 % in table 4
     *_imagenet(BYOLConfig(), {100: _BYOL, 200: replace(_BYOL, base_lr=0.3)}, 4096),
-    _cifar(BYOLConfig(**CIFAR), _SGD),  # ours, after SimSiam's
-    _demo(
-        BYOLConfig(**TINY, predictor_hidden=512, teacher_momentum=0.98),
-        OptimConfig(base_lr=1.0, weight_decay=5e-4),
-    ),
+    cifar(BYOLConfig(**CIFAR), _SGD),  # ours, after SimSiam's
+    demo(BYOLConfig(**TINY, predictor_hidden=512, teacher_momentum=0.98), OptimConfig(base_lr=1.0, weight_decay=5e-4)),
     *_imagenet(SwAVConfig(), {100: _SWAV, 200: _SWAV}, 4096),  # 66.5, 69.1 % in table 4
     # scripts/swav_200ep_pretrain.sh: 2 x 224 + 6 x 96 px, 73.9 % with the original's projector of 2 layers
-    _recipe(
+    recipe(
         "imagenet-multicrop-200ep",
         200,
         4096,
@@ -127,15 +121,12 @@ _ALL = [
             more_views=(ViewGroup(count=6, image_size=96, crop_scale=(0.05, 0.14)),),
         ),
     ),
-    _cifar(SwAVConfig(**CIFAR, prototypes=300), replace(_SGD, base_lr=0.1)),  # ours
-    _demo(
-        SwAVConfig(**TINY, projector_layers=2, prototypes=300),
-        OptimConfig(base_lr=0.5, weight_decay=5e-4),
-    ),
+    cifar(SwAVConfig(**CIFAR, prototypes=300), replace(_SGD, base_lr=0.1)),  # ours
+    demo(SwAVConfig(**TINY, projector_layers=2, prototypes=300), OptimConfig(base_lr=0.5, weight_decay=5e-4)),
     # README, "Vanilla DINO training": ViT-S/16, 8 GPUs x 64 images, 100 epochs; here without its small crops
-    _recipe("imagenet-100ep", 100, 512, DINOConfig("vit_small_patch16_224"), _DINO),
+    recipe("imagenet-100ep", 100, 512, DINOConfig("vit_small_patch16_224"), _DINO),
     # The same with them, 2 x 224 + 8 x 96 px: 74.0 % linear
-    _recipe(
+    recipe(
         "imagenet-multicrop-100ep",
         100,
         512,
@@ -150,10 +141,9 @@ _ALL = [
             ),
         ),
     ),
-    _cifar(
-        DINOConfig(**CIFAR, prototypes=4096), OptimConfig(base_lr=5e-4, weight_decay=0.04, optimizer="adamw")
-    ),  # ours
-    _demo(
+    # ours
+    cifar(DINOConfig(**CIFAR, prototypes=4096), OptimConfig(base_lr=5e-4, weight_decay=0.04, optimizer="adamw")),
+    demo(
         DINOConfig("resnet_tiny", prototypes=1024, head_hidden=512, dim=128, teacher_momentum=0.98),
         OptimConfig(base_lr=4e-3, weight_decay=0.04, optimizer="adamw"),
     ),

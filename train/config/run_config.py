@@ -123,7 +123,6 @@ class PretrainConfig:
         return 60.0 * (self.loader.cache.retry_minutes + 5) if isinstance(self.data, Url) else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """The configuration for config.json."""
         return _plain(asdict(self))
 
     def identity(self, dataset_fingerprint: str) -> dict[str, Any]:

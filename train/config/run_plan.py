@@ -30,7 +30,6 @@ class RunPlan:
     schedule: Schedule
 
     def describe(self) -> str:
-        """The plan for people."""
         dropped = self.num_samples - self.steps_per_epoch * self.global_batch
         batch = f"{self.world_size} ranks x {self.rank_batch}" if self.world_size > 1 else "1 process"
         if self.accumulate > 1:
@@ -50,7 +49,6 @@ class RunPlan:
         return BatchShape(self.global_batch, self.micro_batch, self.world_size, self.sync_bn, memory_bytes)
 
     def as_json(self) -> dict[str, object]:
-        """The plan for plan.json."""
         return asdict(self)
 
 

@@ -99,7 +99,6 @@ class StoreBoard:
         self._keys = [f"rank {rank}" for rank in range(world_size)]
 
     def post(self, rank: int, note: Note) -> None:
-        """Replace the note of ``rank``."""
         self._store.set(self._keys[rank], json.dumps(asdict(note)))
 
     def read(self) -> list[Note | None]:
@@ -109,11 +108,9 @@ class StoreBoard:
         return [Note(**json.loads(texts[key])) if key in texts else None for key in self._keys]
 
     def ask_to_stop(self, reason: str) -> None:
-        """Tell all ranks to stop."""
         self._store.set("stop", reason)
 
     def stop_reason(self) -> str | None:
-        """The note of one rank."""
         return self._store.get("stop").decode() if self._store.check(["stop"]) else None
 
 
@@ -124,18 +121,15 @@ class OwnBoard:
         self._note: Note | None = None
 
     def post(self, rank: int, note: Note) -> None:
-        """Keep it."""
         self._note = note
 
     def read(self) -> list[Note | None]:
-        """The one note."""
         return [self._note]
 
     def ask_to_stop(self, reason: str) -> None:
         """There is nobody to tell."""
 
     def stop_reason(self) -> str | None:
-        """Nobody tells."""
         return None
 
 
@@ -207,7 +201,6 @@ class HangWatch:
         self._thread.start()
 
     def end(self) -> None:
-        """Stop the thread."""
         self._left.set()
         self._thread.join()
 

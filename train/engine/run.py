@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from model.methods.base import Method, StepInfo
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, exclusive_lock, write_json
+from pipeline.common.system import versions
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import DATASET_FILE
 from train.config.run_config import PretrainConfig
@@ -124,22 +124,12 @@ def _session() -> dict[str, Any]:
         else None
     )
     names = ("torch", "torchvision", "numpy", "timm", "nvidia-dali-cuda130", "apex")
-    found = {name: version(name) for name in names if find_distribution(name)}
     return {
         "start": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "commit": commit.stdout.strip() or None if commit else None,
-        "versions": {"python": platform.python_version(), **found},
+        "versions": {"python": platform.python_version(), **versions(names)},
     }
-
-
-def find_distribution(name: str) -> bool:
-    """Whether a package is installed."""
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 @contextmanager

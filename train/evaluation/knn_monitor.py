@@ -68,7 +68,6 @@ class Score:
 
     @property
     def top1(self) -> float:
-        """Accuracy in percent."""
         return 100.0 * self.correct / max(self.total, 1)
 
 

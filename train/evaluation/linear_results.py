@@ -29,7 +29,6 @@ class HeadScore:
 
     @property
     def top1(self) -> float:
-        """Accuracy in percent."""
         return 100.0 * self.correct1 / self.total
 
     @property
@@ -38,11 +37,9 @@ class HeadScore:
         return 100.0 * self.correct5 / self.total
 
     def describe(self) -> str:
-        """For people."""
         return f"base lr {self.base_lr:g}: top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}"
 
     def as_json(self) -> dict[str, float]:
-        """For metrics.jsonl and summary.json."""
         return {**asdict(self), "val_top1": self.top1, "val_top5": self.top5}
 
 

@@ -58,7 +58,6 @@ class RateMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval now."""
         self._start, self._steps, self._images, self._wait_s, self._caught_up = self._clock(), 0, 0, 0.0, 0
 
     def step(self, images: int, wait_s: float, caught_up: bool = False) -> None:

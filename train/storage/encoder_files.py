@@ -58,7 +58,6 @@ class LoadedEncoder:
     stem_is_guess: bool = False  # the file does not say, and the weights fit two kinds of first layers
 
     def describe(self) -> str:
-        """One line for people."""
         heads = [name for name in ("projector", "predictor") if getattr(self.parts, name)]
         stem = "" if self.stem == find_backbone(self.backbone).default_stem else f", {self.stem} stem"
         about = f"{self.backbone}{stem} from {self.source} ({' + '.join([f'{self.parts.layout} names', *heads])})"

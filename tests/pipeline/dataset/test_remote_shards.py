@@ -90,11 +90,11 @@ def test_every_process_of_a_machine_knows_what_must_stay(local_rank: int, proxy:
     """Also those that leave the fetching to the first: making room, they must not take what is needed next."""
     dataset = opened(proxy, tmp_path)
     upcoming = iter([np.array([shard]) for shard in (0, 1, 2, 0)])
-    with dataset._store.follow(upcoming, local_rank, threading.Event(), 0, 2) as following:
-        following.advance()
+    with dataset._store.follow(upcoming, local_rank, threading.Event(), 0, 2) as begin_step:
+        begin_step()
         if local_rank == 0:
             wait_until_there(tmp_path, 3)
-        assert [shard in following for shard in range(5)] == [True, True, True, False, False]
+        assert [dataset._store._is_awaited(shard) for shard in range(5)] == [True, True, True, False, False]
 
 
 def test_a_fault_in_the_future_is_not_swallowed(proxy: FaultProxy, tmp_path: Path) -> None:
