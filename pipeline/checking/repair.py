@@ -16,7 +16,8 @@ from typing import Any
 from pipeline.checking.check_dataset import read_entries
 from pipeline.checking.check_shard import Findings, recorded_options
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors, exclusive_lock, real_folder
+from pipeline.common.files import disk_errors, real_folder
+from pipeline.common.locks import exclusive_lock
 from pipeline.dataset.format import (
     DATASET_FILE,
     PARTIAL_DIR,
@@ -70,12 +71,12 @@ def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process:
     partial = path / PARTIAL_DIR
     with disk_errors(f"repairing {path}", f"{path} cannot be repaired", "remove what is no file of a dataset"):
         real_folder(partial)
-        with exclusive_lock(partial / "lock", shared=False):
+        with exclusive_lock(partial / "lock", shared=False) as lock:
             try:
                 (partial / _OURS).touch()
                 shutil.rmtree(partial / "done", ignore_errors=True)  # left by a killed repair
                 before = _contents(path, job)
-                build_missing(job, job.options, quiet, in_process)
+                build_missing(job, job.options, quiet, in_process, check=lock.check)
                 lost = _finish(job, info)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)  # it holds only files of this repair

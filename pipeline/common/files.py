@@ -1,17 +1,14 @@
-"""Writing files: complete or not at all, locked where needed; a full disk or a missing permission is a UserError."""
+"""Writing files: complete or not at all; a full disk or a missing permission is a UserError."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import math
 import os
 import socket
 import stat
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +28,6 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 _SYNC_FILE_RANGE: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
 def disk_error(error: OSError, doing: str) -> UserError | None:
@@ -155,43 +151,3 @@ def read_regular(path: Path | str) -> bytes:
     """The contents of a file. Raises OSError as ``open_regular``."""
     with open(open_regular(path), "rb") as file:
         return file.read()
-
-
-@contextmanager
-def exclusive_lock(path: Path, *, shared: bool, folder: Path | None = None) -> Iterator[IO[bytes]]:
-    """Hold ``path`` locked (flock, released by the system when the process dies).
-
-    ``shared`` lets others hold it shared as well. Raises UserError with the name of the program that holds it, which is
-    the file's content; the message names ``folder``, by default that above the lock's. On a file system without locks a
-    note is printed, and the work goes on.
-    """
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = path.read_text(encoding="utf-8") or "another process"  # it has not written its name yet
-            raise UserError(
-                f"{holder} is writing to {folder or path.parent.parent}: wait for it, or end it, then try again"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            print(
-                f"note: no file locks at {path.parent} ({error.strerror}): run one process at a time that writes there",
-                file=sys.stderr,
-            )
-        file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = f"{Path(sys.argv[0]).name} (process {os.getpid()} on {socket.gethostname()}, since {since})"
-        file.write(holder.encode())
-        file.flush()
-        yield file
-
-
-def make_exclusive(lock: IO[bytes]) -> None:
-    """Wait until a shared lock is exclusive; returns at once on a file system without locks."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors, make_exclusive
+from pipeline.common.files import disk_errors
+from pipeline.common.locks import make_exclusive
 from pipeline.dataset.dataset import BadSampleError
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,12 +25,11 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import (
     atomic_file,
     disk_errors,
-    exclusive_lock,
-    make_exclusive,
     read_regular,
     real_folder,
     write_json,
 )
+from pipeline.common.locks import FolderLock, exclusive_lock, make_exclusive
 from pipeline.common.secrets import conceal, reveal
 from pipeline.common.system import dali_installed
 from pipeline.dataset.format import (
@@ -63,6 +63,7 @@ from pipeline.sources.open_source import open_source, source_title
 from pipeline.sources.readers import WDS
 
 HELD_OUT_SUFFIX = "-val"  # behind OUT: the dataset that --hold-out makes beside it
+LOCK_FILE = "lock"  # in .partial
 _SHARD_GLOB = "shard-" + "[0-9]" * 6
 
 
@@ -111,10 +112,17 @@ def make_dataset(
     if source.startswith(WDS):
         raise UserError("--hold-out does not go with wds:, since tars are only indexed: leave it out")
     val_out = out.with_name(f"{out.name}{HELD_OUT_SUFFIX}")
-    _check_place(source, val_out)  # both, before the work of the first
+    for folder in (out, val_out):  # both, before the work of the first
+        _check_place(source, folder)
     if options.overwrite:
         for folder in (out, val_out):
-            remove_dataset(folder)
+            if folder.exists():
+                with (
+                    disk_errors(f"deleting the dataset in {folder}"),
+                    exclusive_lock(real_folder(folder / PARTIAL_DIR) / LOCK_FILE, shared=False),
+                ):
+                    remove_dataset(folder)
+                    _forget_beginning(folder)
     sides: tuple[Literal["train", "val"], ...] = ("train", "val")
     train, val = (replace(options, side=side, split=options.split or side, overwrite=False) for side in sides)
     made = _make_dataset(source, out, train, quiet, in_process)
@@ -125,14 +133,14 @@ def _make_dataset(source: str, out: Path, options: ShardingOptions, quiet: bool,
     started = time.monotonic()
     with disk_errors(f"making the dataset in {out}"):
         _check_place(source, out)
-        if options.overwrite:
-            remove_dataset(out)
-        if (out / DATASET_FILE).exists():
+        if (out / DATASET_FILE).exists() and not options.overwrite:
             return _already_complete(source, out, options, started, quiet, in_process)
         with disk_errors(f"making {out}", f"OUT {out} cannot be made", "name another folder"):
             out.mkdir(parents=True, exist_ok=True)
             real_folder(out / PARTIAL_DIR)
-        with exclusive_lock(out / PARTIAL_DIR / "lock", shared=options.part is not None) as lock:
+        with exclusive_lock(out / PARTIAL_DIR / LOCK_FILE, shared=options.part is not None) as lock:
+            if options.overwrite:
+                remove_dataset(out)
             info = _make(source, out, options, lock, quiet, in_process)
             if info is None:
                 return _already_complete(source, out, options, started, quiet, in_process)
@@ -140,7 +148,7 @@ def _make_dataset(source: str, out: Path, options: ShardingOptions, quiet: bool,
 
 
 def _make(
-    source: str, out: Path, options: ShardingOptions, lock: IO[bytes], quiet: bool, in_process: bool
+    source: str, out: Path, options: ShardingOptions, lock: FolderLock, quiet: bool, in_process: bool
 ) -> dict[str, Any] | None:
     """The contents of dataset.json, a partial summary while parts are missing, or None if another part completed it."""
     if options.part is None:
@@ -149,11 +157,12 @@ def _make(
     try:
         job, about = _prepare(source, out, options, quiet, in_process)
     except UserError:
-        _forget_beginning(out, options)
+        if options.part is None:
+            _forget_beginning(out)
         raise
-    build_missing(job, options, quiet, in_process)
+    build_missing(job, options, quiet, in_process, check=lock.check)
     if options.part is not None:  # parts run side by side; only one may complete the dataset
-        make_exclusive(lock)
+        make_exclusive(lock.file)
         if (out / DATASET_FILE).exists():
             return None
     info = complete(job, about)
@@ -175,10 +184,10 @@ def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _forget_beginning(out: Path, options: ShardingOptions) -> None:
+def _forget_beginning(out: Path) -> None:
     """Remove .partial after a failed listing, unless it holds an unpacked copy of the source or an earlier run."""
     partial = out / PARTIAL_DIR
-    if options.part is None and not (partial / "job.json").exists() and not (partial / "spool.json").exists():
+    if not (partial / "job.json").exists() and not (partial / "spool.json").exists():
         shutil.rmtree(partial)
         if not any(out.iterdir()):
             out.rmdir()
@@ -187,22 +196,31 @@ def _forget_beginning(out: Path, options: ShardingOptions) -> None:
 def remove_dataset(out: Path) -> None:
     """Delete a complete or unfinished dataset from ``out``: only files that make_dataset wrote, dataset.json first.
 
-    Tars that were only indexed are kept. Raises UserError if dataset.json cannot be read to decide that.
+    The lock, which the caller holds, and tars that were only indexed are kept. Raises UserError if dataset.json cannot
+    be read to decide that.
     """
     try:
         title, names = _recorded(out)
     except (OSError, ValueError, KeyError, TypeError):
+        _forget_beginning(out)
         raise UserError(
             f"{out / DATASET_FILE} is damaged: so the files of the dataset are unknown; delete {out} yourself"
         ) from None
-    if title is None:
-        return
-    for name in (DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, REENCODED_FILE, NAMES_FILE, NAME_STARTS_FILE):
-        (out / name).unlink(missing_ok=True)
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-    if (out / PARTIAL_DIR).exists():
-        shutil.rmtree(out / PARTIAL_DIR)
+    job_file = out / PARTIAL_DIR / "job.json"
+    if title is not None:
+        # Killed from here on, the same command finds by this what is left
+        write_json(job_file, {"recipe": {"source": title}, "fingerprint": ""})
+        sidecars = (DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, REENCODED_FILE, NAMES_FILE, NAME_STARTS_FILE)
+        for name in (*sidecars, *names):
+            (out / name).unlink(missing_ok=True)
+    for entry in (out / PARTIAL_DIR).iterdir():
+        if entry.name in (LOCK_FILE, job_file.name):
+            continue
+        if stat.S_ISDIR(entry.lstat().st_mode):
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    job_file.unlink(missing_ok=True)
 
 
 def _recorded(out: Path) -> tuple[str | None, list[str]]:
@@ -215,14 +233,14 @@ def _recorded(out: Path) -> tuple[str | None, list[str]]:
         if any(Path(name).name != name for name in names):
             raise ValueError("the files of a dataset are in its own folder")
         return title, names
-    if not (out / PARTIAL_DIR).exists():
-        return None, []
     job_file = out / PARTIAL_DIR / "job.json"
-    title = json.loads(job_file.read_bytes())["recipe"]["source"] if job_file.exists() else ""
+    if not job_file.exists():  # nothing is there, or what was begun has not left .partial yet
+        return None, []
+    title = json.loads(read_regular(job_file))["recipe"]["source"]
     patterns = (
         ("index-" + "[0-9]" * 6 + ".idx",) if title.startswith(WDS) else (f"{_SHARD_GLOB}.tar", f"{_SHARD_GLOB}.idx")
     )
-    return title, [file.name for pattern in patterns for file in out.glob(pattern)] if title else []
+    return title, [file.name for pattern in patterns for file in out.glob(pattern)]
 
 
 def _check_place(source: str, out: Path) -> None:
@@ -258,17 +276,18 @@ def _already_complete(
     if lost:
         _restore(source, out, options, info, quiet, in_process)
     elif (out / PARTIAL_DIR).exists():  # the last run ended between its last two actions
-        shutil.rmtree(out / PARTIAL_DIR)
+        with exclusive_lock(real_folder(out / PARTIAL_DIR) / LOCK_FILE, shared=False):
+            shutil.rmtree(out / PARTIAL_DIR)
     return _summary(out, info, started, already_there=True, restored=len(lost))
 
 
 def _restore(
     source: str, out: Path, options: ShardingOptions, info: dict[str, Any], quiet: bool, in_process: bool
 ) -> None:
-    with exclusive_lock(real_folder(out / PARTIAL_DIR) / "lock", shared=False):
+    with exclusive_lock(real_folder(out / PARTIAL_DIR) / LOCK_FILE, shared=False) as lock:
         job, about = _prepare(source, out, options, quiet, in_process)
         assert isinstance(job, WriteJob)
-        restore_shards(job, about["fingerprint"], info, lost_shards(out, info), quiet, in_process)
+        restore_shards(job, about["fingerprint"], info, lost_shards(out, info), quiet, in_process, lock.check)
         shutil.rmtree(out / PARTIAL_DIR)
 
 

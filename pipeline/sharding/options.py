@@ -92,6 +92,11 @@ class ShardingOptions:
         require("--seed", self.seed, self.seed >= 0, "must not be negative")
         require("--jpeg-quality", self.jpeg_quality, 1 <= self.jpeg_quality <= 100, "must be 1 to 100")
         self._check_window()
+        if self.overwrite and self.part is not None:
+            raise UserError(
+                "--overwrite with --part: each part would delete what the others wrote; delete OUT yourself, then "
+                "start all parts without --overwrite"
+            )
         self.part_of()
         if self.hold_out is not None:
             share = self.hold_out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ def restore_shards(
     lost: dict[int, dict[str, Any]],
     quiet: bool,
     in_process: bool,
+    check: Callable[[], None],
 ) -> None:
     """Build the shards ``lost`` again. Raises UserError, leaving all tars as they are, for other bytes than recorded.
 
-    ``fingerprint``: of the source as it is now.
+    ``fingerprint``: of the source as it is now. ``check`` is called now and then, and raises what should end the work.
     """
     out, aside = job.out, job.out / PARTIAL_DIR
     if fingerprint != info.get("source_fingerprint"):
@@ -59,7 +61,7 @@ def restore_shards(
     for name in kept:
         os.replace(out / name, aside / name)
     try:
-        build_missing(job, job.options, quiet, in_process, numbers=sorted(lost))
+        build_missing(job, job.options, quiet, in_process, numbers=sorted(lost), check=check)
         records = {number: job.done(number) for number in lost}
         wrong = [shard["name"] for n, shard in lost.items() if (records[n] or {}).get("shard") != shard]
         if wrong:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -45,10 +45,12 @@ def build_missing(
     in_process: bool = False,
     *,
     numbers: Sequence[int] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Build the shards of this part that have no marker yet. Raises UserError, or the OSError of the disk.
 
     ``in_process``: build them in this process, one after the other. ``numbers``: these shards instead of a part.
+    ``check`` is called now and then, and raises what should end the work.
     """
     part, parts = options.part_of()
     mine = list(range(part, len(job), parts)) if numbers is None else list(numbers)
@@ -59,7 +61,7 @@ def build_missing(
     done = 0 if total is None or left is None else total - left
     quiet = quiet or not missing
     with progress(quiet, total=total, initial=done, unit=" images", smoothing=0.05) as bar:
-        meter = _Meter(bar)
+        meter = _Meter(bar, check)
         if in_process:
             for number in missing:
                 job.build(number, meter.add)
@@ -76,10 +78,11 @@ def build_missing(
 class _Meter:
     """Progress bar with images/s and MB/s."""
 
-    def __init__(self, bar: tqdm) -> None:
-        self.bar, self.bytes, self.started = bar, 0, time.monotonic()
+    def __init__(self, bar: tqdm, check: Callable[[], None]) -> None:
+        self.bar, self.check, self.bytes, self.started = bar, check, 0, time.monotonic()
 
     def add(self, images: int, size: int) -> None:
+        self.check()
         self.bytes += size
         rate = self.bytes / 1e6 / max(time.monotonic() - self.started, 1e-3)
         self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.common.files import exclusive_lock
 from pipeline.common.locations import local_path, location
+from pipeline.common.locks import exclusive_lock
 from tests.train.test_pretrain import ROOT, STEPS, flags, losses, run_here
 from train.distributed import process_group
 from train.engine.run import LOCK_FILE

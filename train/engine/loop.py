@@ -17,7 +17,7 @@ from pipeline.loader.prefetch_queue import StarvedError
 from train.distributed.collectives import FlagConsensus, on_rank0, print0, share_buffers
 from train.distributed.process_group import SharedError
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest
-from train.engine.run import Run, finish_checkpoint, save, wait_for_checkpoint
+from train.engine.run import Run, check_lock, finish_checkpoint, save, wait_for_checkpoint
 from train.evaluation.features import Abandoned
 from train.monitoring.progress import GpuProgress
 from train.monitoring.reporter import Reporter, StepResult
@@ -55,11 +55,13 @@ def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, stop: StopR
         if run.step % run.config.log_every == 0:
             stop_if_too_many_steps_were_bad(run, result.lr)
         stop_if_collapsed(run, reporter.collapse)
-        stopping, minutes_over, write_failed = consensus.any_rank(
-            bool(stop), run.timer.minutes_over(), run.writer.has_failed()
+        stopping, minutes_over, write_failed, lock_lost = consensus.any_rank(
+            bool(stop), run.timer.minutes_over(), run.writer.has_failed(), run.lock is not None and run.lock.is_lost
         )
         if write_failed:
             wait_for_checkpoint(run)  # raises the error
+        if lock_lost:
+            check_lock(run)  # raises the error
         if stopping:
             return stop_with_checkpoint(run, stop)
         if minutes_over or run.timer.is_due_at(run.step, plan.steps_per_epoch):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from model.methods.base import Method, StepInfo
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors, exclusive_lock, write_json
+from pipeline.common.files import disk_errors, write_json
+from pipeline.common.locks import FolderLock, exclusive_lock
 from pipeline.common.system import versions
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import DATASET_FILE
@@ -73,6 +74,7 @@ class Run:
     timer: CheckpointTimer
     guard: SkipNonFinite  # of the optimizer's steps
     origins: Origins
+    lock: FolderLock | None = None  # of the run folder, on rank 0
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
     midway: bool = False  # the next one has begun
@@ -141,7 +143,7 @@ def locked_run_dir(run: Run) -> Iterator[None]:
             run_dir = run.config.run_dir
             with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
                 run_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(exclusive_lock(run_dir / LOCK_FILE, shared=False, folder=run_dir))
+                run.lock = stack.enter_context(exclusive_lock(run_dir / LOCK_FILE, shared=False, folder=run_dir))
 
         on_rank0(run.dist, lock)
         yield
@@ -202,8 +204,14 @@ def save(run: Run) -> None:
     """
     share_buffers(run.dist, run.model)
     wait_for_checkpoint(run)
+    check_lock(run)
     on_rank0(run.dist, lambda: _start_write(run))
     run.timer.saved(run.step)
+
+
+def check_lock(run: Run) -> None:
+    """Raise SharedError if the run folder is no longer this run's alone, or was deleted. A collective."""
+    on_rank0(run.dist, lambda: None if run.lock is None else run.lock.check())
 
 
 def _start_write(run: Run) -> None:

@@ -17,7 +17,7 @@ import pytest
 import pipeline.common.files
 import pipeline.sources.readers
 from pipeline.common.errors import UserError
-from pipeline.common.files import exclusive_lock
+from pipeline.common.locks import exclusive_lock
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sharding.make_dataset import Summary, make_dataset
 from pipeline.sharding.options import ShardingOptions
@@ -402,6 +402,47 @@ def test_two_runs_into_one_folder(photo_folder: Path, tmp_path: Path) -> None:
         make(photo_folder, tmp_path / "out")
 
 
+def test_nothing_is_deleted_while_another_writes(photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(photo_folder, out)
+    before = tree(out)
+    (out / ".partial").mkdir()
+    for options in ({"overwrite": True}, {}):
+        if not options:
+            (out / "dataset.json").unlink()
+            del before["dataset.json"]
+        with (
+            exclusive_lock(out / ".partial" / "lock", shared=False),
+            pytest.raises(UserError, match=r"is writing to \S+out: wait for it"),
+        ):
+            make(photo_folder, out, **options)
+        assert {name: data for name, data in tree(out).items() if "partial" not in name} == before
+
+
+@pytest.mark.parametrize("deleted", [1, 4, 12])
+def test_an_overwrite_that_was_killed_leaves_nothing_behind(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
+) -> None:
+    make(photo_folder, tmp_path / "out", samples_per_shard=10)
+    left, unlink = [deleted], Path.unlink
+
+    def strike(path: Path, *arguments: object, **more: object) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(path, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "unlink", strike)
+    with pytest.raises(KeyboardInterrupt):
+        make(photo_folder, tmp_path / "out", samples_per_shard=20, overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"interrupted run with other options|has changed since"):
+        make(photo_folder, tmp_path / "out", samples_per_shard=20)
+    make(photo_folder, tmp_path / "out", samples_per_shard=20, overwrite=True)
+    make(photo_folder, tmp_path / "fresh", samples_per_shard=20)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -412,6 +453,7 @@ def test_two_runs_into_one_folder(photo_folder: Path, tmp_path: Path) -> None:
         {"jpeg_quality": 101},
         {"part": "2/2"},
         {"part": "x"},
+        {"part": "0/2", "overwrite": True},
         {"labels": "no/such/file"},
         {"classes_from": Path("no/such/dataset")},
     ],
