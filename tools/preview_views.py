@@ -13,12 +13,10 @@ in which they were applied, gray, the blur's standard deviation in px, solarize 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -35,11 +33,11 @@ from pipeline.common.locations import Location
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import ViewBatch, open_views
-from pipeline.sampling.augmentations import Augmentations
 from pipeline.sampling.sampler import BatchSampler, World
-from pipeline.sampling.views import PAIR_EPOCHS, ViewGroup, ViewParams, ViewRecipe, draw_views
+from pipeline.sampling.views import PAIR_EPOCHS, ViewParams, ViewRecipe, draw_views
+from train.config.config_file import config_from, read_settings
 from train.config.recipes import parse_config
-from train.config.run_config import RecipeName
+from train.config.run_config import PretrainConfig, RecipeName
 from train.storage.run_folder import CONFIG_FILE
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255, too small to see
@@ -127,28 +125,14 @@ def defaults_of(words: list[str]) -> PreviewConfig:
 
 def views_of_run(run_dir: Path) -> tuple[ViewRecipe, int]:
     """Recipe and seed in the config.json of a run. Raises UserError if there is none, or none that is understood."""
-    file = run_dir / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        views = {name: _tuples(value) for name, value in config["views"].items()}
-        more = tuple(ViewGroup(**{name: _tuples(v) for name, v in one.items()}) for one in views.pop("more_views", ()))
-        kinds = {option.name: option.default_factory for option in dataclasses.fields(Augmentations)}
-        extra: dict[str, Any] = {
-            name: kinds[name](**{key: _tuples(value) for key, value in options.items()})  # type: ignore[operator]
-            for name, options in views.pop("extra", {}).items()
-        }
-        return ViewRecipe(**views, more_views=more, extra=Augmentations(**extra)), config["seed"]
-    except OSError as error:
-        raise UserError(
-            f"--run-dir {run_dir}: {file} cannot be read ({error.strerror}); name a run's folder"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--run-dir {run_dir}: {file} is not the configuration of a run ({error!r})") from error
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples."""
-    return tuple(value) if isinstance(value, list) and not any(isinstance(one, dict) for one in value) else value
+    source = f"--run-dir {run_dir}: {run_dir / CONFIG_FILE}"
+    settings = read_settings(run_dir / CONFIG_FILE, source)
+    if "views" not in settings:
+        raise UserError(f"{source} has no views: name the folder of a run")
+    # The model would need the run's backbone, which may be code of the user's own.
+    known = {name: value for name, value in settings.items() if name in ("method", "views", "seed")}
+    run = config_from(known, PretrainConfig(data=Path(), run_dir=run_dir), source)
+    return run.views, run.seed
 
 
 def backends_of(config: PreviewConfig) -> list[BackendName]:

@@ -36,7 +36,7 @@ def test_a_run_starts_from_another_runs_weights(config: PretrainConfig, tmp_path
     # What a resumed run takes is its own checkpoint, wherever the first weights are by now.
     finish_checkpoint(second)
     gone = replace(second_config, init=tmp_path / "gone", resume=True)
-    assert start_weights(gone, second.model) == "of the checkpoint"
+    assert start_weights(gone, second.model).described == "of the checkpoint"
     with pytest.raises(UserError, match="cannot read the checkpoint"):
         start_weights(replace(gone, resume=False), second.model)
 

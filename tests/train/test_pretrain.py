@@ -324,8 +324,8 @@ def test_a_run_folder_is_not_overwritten_and_not_mixed_up(
     other = flags(photo_dataset_path, undisturbed, "--resume", "--seed", "1", "--base-lr", "0.1")
     assert run_here(monkeypatch, other) == 2
     error = capsys.readouterr().err
-    assert "seed: checkpoint 0, now 1" in error
-    assert "optim.base_lr: checkpoint 0.05, now 0.1" in error
+    assert "--seed: the run has 0, given is 1" in error
+    assert "--base-lr: the run has 0.05, given is 0.1" in error
     assert {
         path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file() and path.name != LOCK_FILE
     } == before

@@ -22,17 +22,24 @@ from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError
 from pipeline.common.flags import usage
 from train.config.method_recipes import CIFAR, METHOD_RECIPES, TINY, cifar, demo, recipe
+from train.config.resumed import resumed_config
 from train.config.run_config import PretrainConfig, RecipeName
 from train.optimization.optimizer import OptimConfig
 
 
 def parse_config(arguments: list[str] | None = None, prints: bool = True) -> PretrainConfig:
-    """Read the command line; a recipe takes the place of defaults.
+    """Read the command line; a recipe takes the place of defaults, and with --resume the run's own configuration.
 
-    Unknown flags end the process with code 2; ``prints``: with a message. Raises UserError for values that cannot be.
+    Unknown flags end the process with code 2; ``prints``: with a message. Raises UserError for values that cannot be,
+    and for flags that disagree with the run to be resumed.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    default = defaults(words)
+    resumed = resumed_config(words, lambda run: _parse(words, run, prints))
+    return _parse(words, defaults(words), prints) if resumed is None else resumed
+
+
+def _parse(words: list[str], default: PretrainConfig, prints: bool) -> PretrainConfig:
+    """The command line over ``default``."""
     _check_flags(words, default.model)
     return tyro.cli(
         PretrainConfig, args=words, prog=usage("--data DIR --run-dir DIR"), default=default, console_outputs=prints

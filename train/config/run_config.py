@@ -73,9 +73,10 @@ class PretrainConfig:
     one_pass: Literal["auto", "on", "off"] = "auto"
     # Compile the model with torch.compile; saves time in long runs on a GPU.
     compile: bool = False
-    # Go on from the newest checkpoint in --run-dir; from the start if there is none.
+    # Go on from the newest checkpoint in --run-dir; from the start if there is none. Alone with --run-dir it takes the
+    # run's configuration from config.json there; flags given as well must agree with it where they decide numbers.
     resume: bool = False
-    # Stop after so many steps of the schedule that --epochs lays out.
+    # Stop after so many steps of the schedule that --epochs lays out; a resumed run goes on to the end without it.
     max_steps: int | None = None
     # Steps in a row with nan or inf gradients, all of them skipped, before the run stops.
     max_bad_steps: int = 20
@@ -123,20 +124,23 @@ class PretrainConfig:
         return 60.0 * (self.loader.cache.retry_minutes + 5) if isinstance(self.data, Url) else 0.0
 
     def as_json(self) -> dict[str, Any]:
+        """The configuration for config.json, with complete paths, so that it holds in any folder."""
         return _plain(asdict(self))
 
-    def identity(self, dataset_fingerprint: str) -> dict[str, Any]:
+    def identity(self, dataset_fingerprint: str, init_weights: str | None = None) -> dict[str, Any]:
         """What decides a run's numbers, as one flat dictionary; a checkpoint is resumed only where all of it is equal.
 
         The number of processes, the loader, the precision and the optimizer's implementation are free to change: they
         decide no batch and no draw, only how sums, and with --backend and some of --dali.* also pixels, are rounded.
         So is --accumulate, so that a run may go on on fewer GPUs; batch norm may then use other numbers of images,
         which a resumed run prints. Where the loss couples the images of a pass, --accumulate counts as well.
+
+        ``init_weights``: identity of the weights of --init; None: their path, as the first checkpoints have it.
         """
         run = {"epochs": self.epochs, "global_batch": self.global_batch, "seed": self.seed, **self.order.identity()}
         fields = {f"views.{name}": value for name, value in self.views.identity().items()}
         if self.init is not None:
-            fields["init"] = str(self.init)
+            fields["init"] = str(self.init) if init_weights is None else init_weights
         if self.model.batch_coupled and self.accumulate > 1:
             fields["accumulate"] = self.accumulate
         fields = {**fields, **self.model.identity(), **self.optim.identity()}
@@ -150,7 +154,9 @@ def _plain(value: Any) -> Any:
             return {key: _plain(entry) for key, entry in value.items()}
         case list() | tuple():
             return [_plain(entry) for entry in value]
-        case Path() | Url():
+        case Path():
+            return str(value.absolute())
+        case Url():
             return str(value)
         case _:
             return value

@@ -9,7 +9,7 @@ import inspect
 import os
 import platform
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     check_cache(dataset, config.order, config.loader, config.global_batch, dist)
     plan = make_plan(config, dataset.num_samples, dist.world_size, memory_bytes(dist))
     dist.status.work("building the model")
-    model, weights_from = build_model(config, dist)
+    model, weights = build_model(config, dist)
     memory = None
     if model.memory_dim is not None:
         memory = SampleMemory(dataset.num_samples, model.memory_dim, config.model.memory_place, dist)
@@ -90,18 +90,21 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
         knn=knn,
         timer=CheckpointTimer(config.checkpoint_every),
         guard=SkipNonFinite(model, optimizer, dist.device),
-        origins=Origins(weights_from, implementation, _loader(config, dist, f"{backend} ({reason})", plan.micro_batch)),
+        origins=Origins(
+            weights.described, implementation, _loader(config, dist, f"{backend} ({reason})", plan.micro_batch)
+        ),
+        init_weights=weights.identity,
     )
 
 
-def build_model(config: PretrainConfig, dist: DistContext) -> tuple[Method, str]:
+def build_model(config: PretrainConfig, dist: DistContext) -> tuple[Method, StartWeights]:
     """The method on its device, the same on all ranks, and where its weights are from. Raises UserError."""
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model = config.model.build()
-    weights_from = start_weights(config, model)
+    weights = start_weights(config, model)
     _prepare_batch_norm(model, config, dist)
-    return model.to(device=dist.device, memory_format=torch.channels_last), weights_from  # type: ignore[call-overload]
+    return model.to(device=dist.device, memory_format=torch.channels_last), weights  # type: ignore[call-overload]
 
 
 def _prepare_batch_norm(model: nn.Module, config: PretrainConfig, dist: DistContext) -> None:
@@ -112,17 +115,25 @@ def _prepare_batch_norm(model: nn.Module, config: PretrainConfig, dist: DistCont
         raise UserError(f"--sync-bn, but in --backbone {config.model.backbone} {error}: take --no-sync-bn") from error
 
 
-def start_weights(config: PretrainConfig, model: Method) -> str:
+class StartWeights(NamedTuple):
+    """Where the weights of a new model are from."""
+
+    described: str  # for people
+    identity: str | None = None  # of the file of --init; None without one, and in a resumed run
+
+
+def start_weights(config: PretrainConfig, model: Method) -> StartWeights:
     """Put the weights of --init into a new model; returns where they are from. A resumed run brings its own."""
     if config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None:
-        return "of the checkpoint"
+        return StartWeights("of the checkpoint")
     if config.init is None:
-        return f"random, seed {config.seed}"
+        return StartWeights(f"random, seed {config.seed}")
     name, stem = config.model.backbone, config.model.stem
     stem = find_backbone(name).default_stem if stem == "default" else stem
-    origin = initialise(model, read_weights(config.init, name, stem))
+    weights = read_weights(config.init, name, stem)
+    origin = initialise(model, weights)
     model.copy_student()
-    return origin
+    return StartWeights(origin, weights.identity)
 
 
 def _parallel(model: Method, config: PretrainConfig, dist: DistContext) -> nn.Module:

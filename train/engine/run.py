@@ -6,6 +6,7 @@ train/engine/build.py makes a ``Run``; train/engine/loop.py trains it.
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from pipeline.common.locks import FolderLock, exclusive_lock
 from pipeline.common.system import versions
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import DATASET_FILE
+from train.config.config_file import INIT_WEIGHTS, SESSION
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan
 from train.distributed.collectives import on_all_ranks, on_rank0, print0, share_buffers
@@ -35,6 +37,7 @@ from train.evaluation.knn_monitor import OnlineKnn
 from train.optimization.precision import Precision, SkipNonFinite
 from train.storage.checkpoints import (
     CHECKPOINTS,
+    HASH_DIGITS,
     CheckpointTimer,
     CheckpointWriter,
     check_same_run,
@@ -74,10 +77,17 @@ class Run:
     timer: CheckpointTimer
     guard: SkipNonFinite  # of the optimizer's steps
     origins: Origins
+    # Identity of the weights of --init; None without it, and of runs that began before it was recorded
+    init_weights: str | None = None
     lock: FolderLock | None = None  # of the run folder, on rank 0
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)  # on rank 0
     step: int = 0  # optimizer steps done
     midway: bool = False  # the next one has begun
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's numbers: a checkpoint goes on where all of it is equal."""
+        return self.config.identity(self.dataset.fingerprint, self.init_weights)
 
     @property
     def info(self) -> StepInfo:
@@ -110,7 +120,8 @@ def write_run_files(run: Run) -> None:
     def write() -> None:
         with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / CONFIG_FILE, {**run.config.as_json(), "session": _session()})
+            weights = {} if run.init_weights is None else {INIT_WEIGHTS: run.init_weights}
+            write_json(run_dir / CONFIG_FILE, {**run.config.as_json(), **weights, SESSION: _session()})
             write_json(run_dir / PLAN_FILE, run.plan.as_json())
 
     on_rank0(run.dist, write)
@@ -172,7 +183,11 @@ def resume(run: Run) -> None:
 def _load(run: Run, path: Path) -> int:
     """Load a checkpoint; returns the former session's plan.bn_batch. Raises UserError."""
     state = load_checkpoint(path)
-    check_same_run(state["identity"], run.config.identity(run.dataset.fingerprint), path)
+    identity = state["identity"]
+    run.init_weights = _recorded_weights(identity.get("init"))
+    if run.init_weights is None and run.config.init is not None and "init" in identity:
+        identity = {**identity, "init": run.identity["init"]}  # two paths; the flag was compared by its content
+    check_same_run(identity, run.identity, path)
     run.model.load_state_dict(_method_state(state))
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
     if run.precision.scaler.is_enabled() and state["scaler"]:
@@ -182,6 +197,11 @@ def _load(run: Run, path: Path) -> int:
         run.memory.load(state["targets"], path.parent)
     run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
     return int(state.get("bn_batch", run.plan.bn_batch))  # older checkpoints do not say
+
+
+def _recorded_weights(init: str | None) -> str | None:
+    """The identity of the weights of --init in a checkpoint; the first checkpoints hold their path instead."""
+    return init if init is not None and re.fullmatch(f"[0-9a-f]{{{HASH_DIGITS}}}", init) else None
 
 
 def _method_state(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -223,7 +243,7 @@ def _start_write(run: Run) -> None:
         "bn_batch": run.plan.bn_batch,
         "scaler": run.precision.scaler.state_dict(),
         "config": run.config.as_json(),
-        "identity": run.config.identity(run.dataset.fingerprint),
+        "identity": run.identity,
     }
     tensors = host_copy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]})
     rows: Callable[[], dict[str, Any]] = dict if run.memory is None else run.memory.save(folder, done)

@@ -105,7 +105,7 @@ def read_weights(path: Path, backbone: str | None = None, stem: Stem | None = No
     known_stem = known_stem or find_backbone(known_backbone).default_stem
     _check_shapes(parts.backbone, known_backbone, known_stem, str(path), about)
     _check_finite(parts, path)
-    identity = file_sha256(path)[:HASH_DIGITS]
+    identity = weights_identity(path)
     unsure = stem is None and guessed == known_stem and known_stem in ("cifar", "small")
     return LoadedEncoder(str(path), parts, known_backbone, known_stem, about.pixels, identity, unsure)
 
@@ -166,6 +166,15 @@ class FileMetadata:
     stem: Stem | None = None
     pixels: InputSpec | None = None
     is_ours: bool = False  # this project wrote it: a stem that it does not name is the backbone's own
+
+
+def weights_identity(path: Path) -> str:
+    """What changes with the weights in a file, or in the newest checkpoint of a run folder. Raises UserError."""
+    path = _file_of(path)
+    try:
+        return file_sha256(path)[:HASH_DIGITS]
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
 
 
 def _file_of(path: Path) -> Path:

@@ -1,0 +1,159 @@
+"""A run's configuration in a JSON file, as config.json in a run folder holds it: read back as dataclasses.
+
+    base = recipe_of("demo")
+    config = read_config(Path("runs/a/config.json"), base)      # what the file does not name is as in base
+
+The result is a default for the parser, so that flags override it: train/config/recipes.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from model.methods.registry import method_config
+from pipeline.common.errors import UserError
+from pipeline.common.locations import Url, local_path, location
+from train.config.run_config import PretrainConfig
+
+# Keys of config.json that are no settings, or no longer: what a session was run with; the weights of --init; the file
+# that --loader-tuning named, whose numbers stand under loader.
+SESSION, INIT_WEIGHTS = "session", "init_weights"
+_NO_SETTINGS = (SESSION, INIT_WEIGHTS, "loader_tuning")
+C = TypeVar("C")
+
+
+def read_settings(path: Path, source: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, which begins with ``source``, if there is none."""
+    source = source or str(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}): name the config.json of a run") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is no JSON ({error}): name the config.json of a run, or a file like it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source} holds no JSON object with settings: name the config.json of a run, or one like it")
+    return values
+
+
+def read_config(path: Path, base: PretrainConfig) -> PretrainConfig:
+    """``base`` with the settings of a file in their places. Raises UserError for what is no setting, or no value."""
+    return config_from(read_settings(path), base, str(path))
+
+
+def config_from(values: dict[str, Any], base: PretrainConfig, source: str) -> PretrainConfig:
+    """``base`` with ``values`` in their places. Errors are UserErrors that begin with ``source``.
+
+    Where ``values`` name another method than ``base`` has, its model and views start from that method's own.
+    """
+    method = values.get("method", base.method)
+    if method != base.method and isinstance(method, str):
+        model = method_config(method)()
+        base = replace(base, method=method, model=model, views=model.default_views())
+    return _merged(base, {key: value for key, value in values.items() if key not in _NO_SETTINGS}, "", source)
+
+
+def check_urls_are_whole(config: PretrainConfig, path: Path) -> None:
+    """Raise UserError for a URL whose password or signature was left out when it was recorded in ``path``."""
+    for flag, data in (("--data", config.data), ("--knn-data", config.knn.data)):
+        if isinstance(data, Url) and "***" in data.secret:
+            raise UserError(f"{path} holds no passwords and signatures of URLs: give {flag} again, in full ({data})")
+
+
+def _merged(base: C, values: Any, place: str, source: str) -> C:
+    """A dataclass with some of its fields replaced; ``place`` is the dotted name of its key, for errors."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source} has {place} {_shown(values)}, which has settings of its own: write an object")
+    kinds = get_type_hints(type(base))
+    names = [one.name for one in fields(base)]  # type: ignore[arg-type]
+    changed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{place}.{key}" if place else key
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known here are {', '.join(names)}"
+            raise UserError(f"{source} has {name}, which is no setting of a run: {hint}")
+        former = getattr(base, key)
+        changed[key] = (
+            _merged(former, value, name, source) if is_dataclass(former) else _value(kinds[key], value, name, source)
+        )
+    return replace(base, **changed)  # type: ignore[type-var]
+
+
+def _value(kind: Any, value: Any, name: str, source: str) -> Any:
+    """A value of JSON as one of a field's type. Raises UserError if it is none."""
+    refusal = UserError(f"{source} has {name} {_shown(value)}, which is no {_kind(kind)}")
+    match get_origin(kind) or kind:
+        case origin if origin in (Union, UnionType):
+            return _one_of(kind, value, name, source, refusal)
+        case origin if origin is Literal:
+            holds = any(value == known and type(value) is type(known) for known in get_args(kind))
+        case origin if origin is tuple:
+            return _tuple(kind, value, name, source, refusal)
+        case origin if origin is float:
+            holds = type(value) in (int, float)
+            value = float(value) if holds else value
+        case origin if origin is NoneType:
+            holds = value is None
+        case origin if origin in (Path, Url):
+            if not isinstance(value, str):
+                raise refusal
+            return local_path(value)
+        case origin if is_dataclass(origin):
+            assert isinstance(origin, type)
+            return _merged(origin(), value, name, source)
+        case origin:
+            holds = type(value) is origin
+    if not holds:
+        raise refusal
+    return value
+
+
+def _one_of(kind: Any, value: Any, name: str, source: str, refusal: UserError) -> Any:
+    if Url in get_args(kind) and isinstance(value, str):
+        return location(value)
+    for one in get_args(kind):
+        try:
+            return _value(one, value, name, source)
+        except UserError:  # of the next kind, perhaps
+            continue
+    raise refusal
+
+
+def _tuple(kind: Any, value: Any, name: str, source: str, refusal: UserError) -> Any:
+    if not isinstance(value, list):
+        raise refusal
+    kinds = get_args(kind)
+    kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+    if len(kinds) != len(value):
+        raise refusal
+    return tuple(
+        _value(one, entry, f"{name}[{place}]", source)
+        for place, (one, entry) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _kind(kind: Any) -> str:
+    """A type as people call it."""
+    names = {float: "number", int: "whole number", bool: "true or false", str: "text", NoneType: "null", Path: "path"}
+    match get_origin(kind):
+        case origin if origin in (Union, UnionType):
+            return " or ".join("URL" if one is Url else _kind(one) for one in get_args(kind))
+        case origin if origin is Literal:
+            return " or ".join(map(json.dumps, get_args(kind)))
+        case origin if origin is tuple:
+            kinds = get_args(kind)
+            inner = "group of views" if is_dataclass(kinds[0]) else _kind(kinds[0])
+            return f"list of {inner}s" if kinds[-1] is Ellipsis else f"list of {len(kinds)} {inner}s"
+        case _:
+            return names.get(kind, "object")
