@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class DINOConfig(MethodConfig):
     prototypes: int = 65536  # width of the distributions: --out_dim
     head_hidden: int = 2048  # width of the head's hidden layers: DINOHead
     head_layers: int = 3  # layers of the head before the prototypes: DINOHead
+    head_batch_norm: bool = False  # a batch norm after each hidden layer of the head: --use_bn_in_head
     dim: int = 256  # width of the bottleneck that is compared with the prototypes: DINOHead
     student_temperature: float = 0.1  # DINOLoss
     teacher_temperature: float = 0.04  # after its warm-up; up to 0.07 in longer runs: --teacher_temp
@@ -79,6 +80,13 @@ class DINOConfig(MethodConfig):
         frozen = self.freeze_prototypes
         if isinstance(frozen, int):
             require("--freeze-prototypes", frozen, frozen >= 0, "it must be a number of steps, or epoch")
+
+    def identity(self) -> dict[str, Any]:
+        """The first checkpoints of the method do not know --head-batch-norm."""
+        fields = super().identity()
+        if not self.head_batch_norm:
+            del fields["model.head_batch_norm"]
+        return fields
 
     @classmethod
     def default_views(cls) -> ViewRecipe:
@@ -199,15 +207,17 @@ class UnitLength(nn.Module):
 
 
 def dino_head(features: int, config: DINOConfig) -> nn.Sequential:
-    """``[n, features]`` -> unit vectors ``[n, dim]``: linear layers with GELU between them (DINOHead, without BN)."""
+    """``[n, features]`` -> unit vectors ``[n, dim]``: DINOHead, linear layers with GELU and, if asked for, BN between."""
     widths = [features, *[config.head_hidden] * (config.head_layers - 1), config.dim]
     modules: list[nn.Module] = []
-    for in_dim, out_dim in itertools.pairwise(widths):
+    for layer, (in_dim, out_dim) in enumerate(itertools.pairwise(widths), start=1):
         linear = nn.Linear(in_dim, out_dim)
         nn.init.trunc_normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)
-        modules += [linear, nn.GELU()]
-    return nn.Sequential(*modules[:-1], UnitLength())
+        modules.append(linear)
+        if layer < config.head_layers:
+            modules += [nn.BatchNorm1d(out_dim), nn.GELU()] if config.head_batch_norm else [nn.GELU()]
+    return nn.Sequential(*modules, UnitLength())
 
 
 def distillation(

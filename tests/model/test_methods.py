@@ -481,6 +481,16 @@ def test_the_weight_normalised_layer_ignores_lengths() -> None:
     assert before.abs().max() <= 1 + 1e-6
 
 
+def test_the_head_has_batch_norm_where_asked_for_and_older_checkpoints_know_nothing_of_it() -> None:
+    plain, normed = tiny("dino"), tiny("dino", head_batch_norm=True)
+    assert not [m for m in plain.build().head if isinstance(m, nn.BatchNorm1d)]
+    kinds = [type(m) for m in normed.build().head]
+    assert kinds[:3] == [nn.Linear, nn.BatchNorm1d, nn.GELU]
+    assert kinds[-2] is nn.Linear  # none after the last
+    assert "model.head_batch_norm" not in plain.identity()
+    assert normed.identity()["model.head_batch_norm"] is True
+
+
 def test_each_gradient_is_clipped_by_its_own_norm() -> None:
     gradients = [torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4]), torch.tensor([math.nan, 1.0])]
     clip_each(gradients, 1.0)

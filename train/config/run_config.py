@@ -83,6 +83,9 @@ class PretrainConfig:
     # Reaction when z_std, the effective rank of z or the kNN accuracy show that the encoder collapses: warn and go on,
     # or stop with exit code 2. Checked with every log line; a sign must last for three of them.
     on_collapse: Literal["warn", "stop"] = "warn"
+    # Train a linear classifier beside the method, on detached features of its own passes, where the dataset has labels;
+    # its accuracy is probe_top1 in metrics.jsonl.
+    probe: bool = False
     # Interval between checkpoints: 1epoch, 500steps, or 10m (minutes).
     checkpoint_every: str = "1epoch"
     # Newest checkpoints that stay on disk.

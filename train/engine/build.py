@@ -30,6 +30,7 @@ from train.engine.run import Origins, Run
 from train.engine.sample_memory import SampleMemory
 from train.evaluation.features import ImageSource, Samples
 from train.evaluation.knn_monitor import OnlineKnn
+from train.evaluation.online_probe import open_probe
 from train.optimization.optimizer import build_optimizer
 from train.optimization.precision import SkipNonFinite, choose_precision
 from train.storage.checkpoints import CHECKPOINTS, CheckpointTimer, newest_checkpoint
@@ -77,6 +78,8 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     if config.knn.every > 0 and (dataset.has_labels or len(Samples.labelled(dataset).ids)):
         source = ImageSource(config.views, config.loader, dist, precision.autocast, precision.view_dtype)
         knn = OnlineKnn(dataset, config.knn, source)
+    width = find_backbone(config.model.backbone).features
+    probe = open_probe(model.backbone, width, dataset, dist) if config.probe else None
     return Run(
         config=config,
         dist=dist,
@@ -88,6 +91,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
         memory=memory,
         optimizer=optimizer,
         knn=knn,
+        probe=probe,
         timer=CheckpointTimer(config.checkpoint_every),
         guard=SkipNonFinite(model, optimizer, dist.device),
         origins=Origins(
@@ -176,6 +180,8 @@ def describe(run: Run) -> Iterator[str]:
         yield f"  kNN          {run.knn.describe()}"
     elif config.knn.every > 0:
         yield "  kNN          none: the dataset has no labels"
+    if run.probe is not None:
+        yield "  probe        a linear classifier beside the method, on features of the first view"
 
 
 def _loader(config: PretrainConfig, dist: DistContext, backend: str, micro_batch: int) -> str:

@@ -128,6 +128,8 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
             with run.precision.autocast():
                 out: MethodOutput = run.parallel(batch.views, info)
             scaler.scale(out.loss / passes).backward()
+        if run.probe is not None:
+            run.probe.add(batch.sources)
         if run.memory is not None:
             assert out.memory is not None
             run.memory.write(batch.ids, out.memory)
@@ -139,13 +141,17 @@ def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
     progress.backward_launched()
     scaler.unscale_(run.optimizer)
     model.before_optimizer(info)
-    model.after_step(info, run.guard.step(scaler))
+    applied = run.guard.step(scaler)
+    model.after_step(info, applied)
+    metrics = {name: torch.stack([out.metrics[name] for out in outputs]).mean() for name in outputs[0].metrics}
+    if run.probe is not None:
+        metrics["probe_top1"] = run.probe.step(applied)
     caught_up = progress.caught_up()
     run.midway = False
     run.dist.status.work(f"step {run.step + 1}: between two steps")
     return StepResult(
         loss=torch.stack([out.loss for out in outputs]).mean(),
-        metrics={name: torch.stack([out.metrics[name] for out in outputs]).mean() for name in outputs[0].metrics},
+        metrics=metrics,
         schedules=model.schedules(info),
         z=outputs[-1].embedding,
         skipped=run.guard.skipped,

@@ -34,6 +34,7 @@ from train.distributed.collectives import on_all_ranks, on_rank0, print0, share_
 from train.distributed.process_group import DistContext
 from train.engine.sample_memory import SampleMemory
 from train.evaluation.knn_monitor import OnlineKnn
+from train.evaluation.online_probe import OnlineProbe
 from train.optimization.precision import Precision, SkipNonFinite
 from train.storage.checkpoints import (
     CHECKPOINTS,
@@ -74,6 +75,7 @@ class Run:
     memory: SampleMemory | None  # for a method that asks for it
     optimizer: torch.optim.Optimizer
     knn: OnlineKnn | None  # None: switched off, or the dataset has no labels
+    probe: OnlineProbe | None  # with --probe
     timer: CheckpointTimer
     guard: SkipNonFinite  # of the optimizer's steps
     origins: Origins
@@ -195,6 +197,8 @@ def _load(run: Run, path: Path) -> int:
     if run.memory is not None:
         run.memory.allocate(run.config.run_dir)
         run.memory.load(state["targets"], path.parent)
+    if run.probe is not None and "probe" in state:  # a run may take --probe up later
+        run.probe.load(state["probe"])
     run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
     return int(state.get("bn_batch", run.plan.bn_batch))  # older checkpoints do not say
 
@@ -245,7 +249,8 @@ def _start_write(run: Run) -> None:
         "config": run.config.as_json(),
         "identity": run.identity,
     }
-    tensors = host_copy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"]})
+    probe = {} if run.probe is None else {"probe": run.probe.state()}
+    tensors = host_copy({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()["state"], **probe})
     rows: Callable[[], dict[str, Any]] = dict if run.memory is None else run.memory.save(folder, done)
 
     def write() -> Path:

@@ -99,7 +99,14 @@ class ProgressLine:
         self._last_line_s = -math.inf
 
     def show(
-        self, epoch: int, step: int, loss: float, z_std: float, rates: Rates, data_wait: str | None = None
+        self,
+        epoch: int,
+        step: int,
+        loss: float,
+        z_std: float,
+        rates: Rates,
+        data_wait: str | None = None,
+        probe_top1: float | None = None,
     ) -> None:
         """Show the state after ``step`` steps. ``data_wait`` says more of it than the rates do."""
         now = self._clock()
@@ -109,8 +116,9 @@ class ProgressLine:
         self._last_line_s = now
         left = (self._total - step) * rates.step_s
         host = f" host_bound {rates.host_bound:.0%}" if rates.host_bound > 0 else ""
+        probe = "" if probe_top1 is None else f"probe {probe_top1:.1f} % "
         text = (
-            f"epoch {epoch} step {step}/{self._total} loss {loss:.4f} z_std {z_std:.4f} "
+            f"epoch {epoch} step {step}/{self._total} loss {loss:.4f} z_std {z_std:.4f} {probe}"
             f"{rates.img_per_s:.0f} img/s data_wait {data_wait or format(rates.data_wait, '.0%')}{host} "
             f"left {duration(left)}"
         )

@@ -38,7 +38,7 @@ class StepResult:
     """What one optimizer step leaves behind; tensors stay on the device until a line is due."""
 
     loss: Float[Tensor, ""]
-    metrics: dict[str, Tensor]  # of the method, scalars; z_std among them
+    metrics: dict[str, Tensor]  # of the method, scalars; z_std among them; probe_top1 with --probe
     schedules: dict[str, float | int]  # of the method, which follow from the step
     z: Float[Tensor, "n d"]  # embeddings of one view in the step's last pass
     skipped: Float[Tensor, ""]  # steps of this session that were skipped, this one included; the same on every rank
@@ -105,7 +105,9 @@ class Reporter:
             if self._metrics is not None:
                 more = {**result.schedules, **asdict(rates), **_per_rank(waits), **skipped}
                 self._metrics.write(epoch, step, lr=result.lr, **values, **more)
-                self._progress.show(epoch, step, values["loss"], values["z_std"], rates, str(waits))
+                self._progress.show(
+                    epoch, step, values["loss"], values["z_std"], rates, str(waits), values.get("probe_top1")
+                )
             reading = CollapseReading(values["z_std"], values["z_rank"], len(result.z), values["loss"])
             self._warn(self._guard.check(step, reading))
         self._predict(step)
