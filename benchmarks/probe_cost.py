@@ -1,8 +1,8 @@
 """What --probe costs a training step: python benchmarks/probe_cost.py DATASET
 
-The training loop's step with and without the linear probe, and the probe's own work alone on features of the same size,
-in turn. Views are kept in memory, so that no loader is measured. DATASET needs labels; its images are not read. The work
-alone is the sharper measure: whole steps differ by more from run to run.
+The training loop's step with and without the linear probe, and the probe's own work on features of the same size, in
+turn. Views are kept in memory, so that no loader is measured. DATASET needs labels; its images are not read. The
+probe's own work is the sharper measure: whole steps differ by more from run to run.
 """
 
 from __future__ import annotations

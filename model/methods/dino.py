@@ -207,7 +207,7 @@ class UnitLength(nn.Module):
 
 
 def dino_head(features: int, config: DINOConfig) -> nn.Sequential:
-    """``[n, features]`` -> unit vectors ``[n, dim]``: DINOHead, linear layers with GELU and, if asked for, BN between."""
+    """``[n, features]`` -> unit vectors ``[n, dim]``: DINOHead, linear layers with GELU, or BN and GELU, between."""
     widths = [features, *[config.head_hidden] * (config.head_layers - 1), config.dim]
     modules: list[nn.Module] = []
     for layer, (in_dim, out_dim) in enumerate(itertools.pairwise(widths), start=1):

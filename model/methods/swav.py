@@ -186,17 +186,16 @@ def sinkhorn(scores: Float[Tensor, "n k"], epsilon: float, iterations: int) -> F
     """Assignments of this rank's rows, each a distribution over the prototypes, which all ranks' rows use evenly.
 
     distributed_sinkhorn of main_swav.py: ``exp(scores / epsilon)``, then rows and columns are scaled in turn, the
-    columns (samples) last. float32: exp(1 / 0.05) is beyond float16. ``scores`` are cosines; the constant that is taken
-    off leaves the result as it is, and the exponential at most 1. A collective.
+    columns (samples) last. Of the logarithms, in float32: exp(1 / 0.05) is beyond float16, and at an epsilon of 0.005
+    exp is beyond float32, too. That each prototype has 1 / prototypes of the mass is the same factor for all, which the
+    samples' turn takes away. A collective.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        q = torch.exp((wide(scores) - 1) / epsilon)
-        samples, prototypes = len(q) * rank_and_world()[1], q.shape[1]
+        log_q = wide(scores) / epsilon
         for _ in range(iterations):
-            of_prototypes = gather_rows(q.sum(dim=0, keepdim=True)).sum(dim=0)
-            q = q / of_prototypes / prototypes
-            q = q / q.sum(dim=1, keepdim=True) / samples
-        return q * samples
+            of_prototypes = gather_rows(log_q.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)
+            log_q = F.log_softmax(log_q - of_prototypes, dim=1)
+        return log_q.exp()
 
 
 def swapped_prediction(

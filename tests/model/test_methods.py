@@ -329,6 +329,17 @@ def test_sinkhorn_stands_scores_that_float16_could_not_hold() -> None:
     torch.testing.assert_close(made, torch.eye(2))
 
 
+@pytest.mark.parametrize("epsilon", [0.02, 0.005, 1e-4])
+def test_sinkhorn_stands_any_epsilon(epsilon: float) -> None:
+    scores = (unit(16, 5) @ unit(4, 5, seed=1).T).requires_grad_()
+    q = sinkhorn(scores, epsilon, 3)
+    torch.testing.assert_close(q.sum(dim=1), torch.ones(16))
+    q.square().sum().backward()
+    assert scores.grad.isfinite().all()
+    if epsilon >= 0.005:  # float64 holds exp(1 / 0.005)
+        torch.testing.assert_close(q.double(), written_out_sinkhorn(scores.double(), epsilon), atol=1e-4, rtol=1e-3)
+
+
 def test_swapped_prediction_by_hand() -> None:
     scores = [torch.log(torch.tensor([[3.0, 1.0]])), torch.log(torch.tensor([[1.0, 1.0]]))]
     q = [torch.tensor([[0.8, 0.2]]), torch.tensor([[1.0, 0.0]])]
