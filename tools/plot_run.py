@@ -1,7 +1,8 @@
 """Plot a pretraining run: python tools/plot_run.py RUN_DIR [OUT.png]
 
-Three panels over the same steps: the loss, z_std beside its healthy value 1/sqrt(d), and the kNN accuracy from the
-untrained encoder on. A run can be plotted at any time, also while it trains.
+Three panels over the same steps: the loss (of other methods than SimSiam beside that of an encoder that tells no two
+samples apart), z_std beside its healthy value 1/sqrt(d), and the kNN accuracy from the untrained encoder on. A run can
+be plotted at any time, also while it trains.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
 def draw(run: RunHistory) -> Figure:
     """Three panels over the steps; the third one is empty, with a note, if the run has no kNN accuracies."""
     figure = Figure(figsize=(8, 8.4), layout="constrained")
-    figure.suptitle(f"SimSiam run {run.name}\n{run.title}", fontsize=11, color=INK)
+    figure.suptitle(f"{run.method} run {run.name}\n{run.title}", fontsize=11, color=INK)
     loss_axes, std_axes, knn_axes = figure.subplots(3, 1, sharex=True)
     _draw_loss(loss_axes, run)
     _draw_std(std_axes, run)
@@ -72,8 +73,15 @@ def draw(run: RunHistory) -> Figure:
 
 def _draw_loss(axes: Axes, run: RunHistory) -> None:
     axes.plot(run.steps, run.loss, color=LOSS_COLOUR, linewidth=1.6, marker="." if len(run.steps) < 3 else None)
-    axes.set_ylim(-1.04, max(0.04, 1.05 * _highest(run.loss)))
-    axes.set_ylabel("loss\n(negative cosine, −1 to 1)")
+    if run.method == "simsiam":
+        axes.set_ylim(-1.04, max(0.04, 1.05 * _highest(run.loss)))
+        axes.set_ylabel("loss\n(negative cosine, −1 to 1)")
+        return
+    axes.set_ylim(0, 1.05 * max(_highest(run.loss), run.stuck_loss or 0.0) or 1.0)
+    axes.set_ylabel("loss")
+    if run.stuck_loss is not None:
+        axes.axhline(run.stuck_loss, color=QUIET, linestyle="--", linewidth=1.2)
+        axes.set_title(f"dashed: no two samples told apart, {run.stuck_loss:.4g}", loc="right", fontsize=10, color=INK)
 
 
 def _draw_std(axes: Axes, run: RunHistory) -> None:

@@ -65,6 +65,20 @@ def test_without_labels_the_third_panel_says_so(tmp_path: Path) -> None:
     assert "no kNN" in knn.texts[0].get_text()
 
 
+def test_other_methods_have_a_loss_above_0_and_a_line_for_one_that_is_stuck(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "method": "simclr"}))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "step": 50, "loss": 2.5, "z_std": 0.1, "stuck_loss": 4.0}\n')
+    figure = draw(read_run(folder))
+    loss = figure.axes[0]
+    assert list(loss.lines[1].get_ydata()) == [4.0, 4.0]
+    assert loss.get_ylim() == (0, 4.2)
+    assert "cosine" not in loss.get_ylabel()
+    assert figure.get_suptitle().startswith("simclr run")
+
+
 def test_a_loss_that_is_not_a_number_does_not_stop_the_plot(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with open(folder / "metrics.jsonl", "a") as file:

@@ -69,6 +69,8 @@ class Reporter:
         self._stalls = stalls
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
+        stuck = collapse.stuck_loss
+        self._stuck = {} if stuck is None else {"stuck_loss": stuck}
         self._guard = CollapseGuard(collapse, config.views, plan.schedule.peak_lr, plan.total_steps)
         self._former_knn = on_rank0(dist, lambda: self._metrics.knn if self._metrics is not None else {})
         for step in sorted(self._former_knn):
@@ -103,7 +105,7 @@ class Reporter:
             skipped = {"skipped_steps": result.skipped.item()} if result.skipped else {}
             epoch = (step - 1) // self._plan.steps_per_epoch
             if self._metrics is not None:
-                more = {**result.schedules, **asdict(rates), **_per_rank(waits), **skipped}
+                more = {**result.schedules, **self._stuck, **asdict(rates), **_per_rank(waits), **skipped}
                 self._metrics.write(epoch, step, lr=result.lr, **values, **more)
                 self._progress.show(
                     epoch, step, values["loss"], values["z_std"], rates, str(waits), values.get("probe_top1")

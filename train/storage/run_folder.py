@@ -77,6 +77,8 @@ class RunHistory:
     dim: int  # width d of z
     classes: int | None  # for the line of chance; None where it is unknown
     steps_per_epoch: int
+    method: str = "simsiam"
+    stuck_loss: float | None = None  # of an encoder that tells no two samples apart, where the method has one
 
 
 def read_run(run_dir: Path) -> RunHistory:
@@ -102,6 +104,8 @@ def read_run(run_dir: Path) -> RunHistory:
             dim=config["model"]["dim"],
             classes=_count_classes(Path(config["data"])),
             steps_per_epoch=plan["steps_per_epoch"],
+            method=config.get("method", "simsiam"),  # the first runs knew no other
+            stuck_loss=logged[-1].get("stuck_loss"),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{run_dir} is no run folder that this version wrote ({error!r}); give another one") from error

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.methods.registry import METHODS
 from pipeline.backends.base import ViewBatch
 from pipeline.common.errors import UserError
 from tests.helpers.method_ranks import SIZES
-from tests.train.test_pretrain import CPU, alone, losses, run_here
+from tests.train.test_pretrain import CPU, alone, losses, run_apart, run_here
 from train.config.recipes import parse_config
 from train.config.run_plan import make_plan
 from train.engine.build import prepare
 from train.engine.loop import train_step
+from train.storage.checkpoints import CHECKPOINTS, load_checkpoint, newest_checkpoint
 from train.storage.run_folder import read_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,17 +37,112 @@ def flags(method: str, data: Path, run_dir: Path, *more: str) -> list[str]:
     return ["--method", method, *places, *small, *OWN, *sizes, *short, "--accumulate", "2", *more]
 
 
+KILLED = """
+import train.openmp
+import os, signal, sys, time
+from train import pretrain
+from train.monitoring.reporter import Reporter
+
+write = Reporter.step
+
+def write_then_die(self, step, result):
+    write(self, step, result)
+    if step == 7:  # in the middle of the second epoch, and after the checkpoint of step 6 is on disk
+        while not list(self._config.run_dir.glob("checkpoints/step-000000006-*.pt")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Reporter.step = write_then_die
+for words in eval(sys.argv[1]):  # a process each, which has everything imported
+    child = os.fork()
+    if not child:
+        sys.argv[1:] = words
+        pretrain.main()
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(photo_dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each method that was killed at step 7."""
+    folder = tmp_path_factory.mktemp("killed")
+    every = ("--checkpoint-every", "3steps")
+    runs = [flags(method, photo_dataset_path, folder / method, *every) for method in METHODS]
+    done = run_apart([sys.executable, "-c", KILLED, repr(runs)])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def whole_state(run_dir: Path) -> dict[str, Any]:
+    """All of the newest checkpoint that decides how a run goes on."""
+    path = newest_checkpoint(run_dir / CHECKPOINTS)
+    assert path is not None
+    state = load_checkpoint(path)
+    return {name: state[name] for name in ("epoch", "step", "model", "optimizer")}
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Nested dictionaries with equal keys, and tensors equal bit for bit."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(value, theirs[key]) for key, value in ours.items())
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_in_mid_epoch_it_is_the_undisturbed_run(
-    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+def test_stopped_or_killed_in_mid_epoch_and_resumed_it_is_the_undisturbed_run(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, killed: Path
 ) -> None:
+    """Stopped after step 3, with MoCo's queue three quarters full and prototypes frozen; killed after step 7, from the
+    checkpoint of step 6, with SwAV's queue in use."""
     assert run_here(monkeypatch, flags(method, photo_dataset_path, tmp_path / "whole")) == 0
     whole = losses(tmp_path / "whole")
     assert len(set(whole.values())) == len(whole) == 8
     assert run_here(monkeypatch, flags(method, photo_dataset_path, tmp_path / "run", "--max-steps", "3")) == 0
-    assert run_here(monkeypatch, flags(method, photo_dataset_path, tmp_path / "run", "--resume")) == 0
-    assert losses(tmp_path / "run") == whole
-    assert all("z_std" in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
+    for run_dir, known in ((tmp_path / "run", 3), (killed / method, 7)):
+        assert max(losses(run_dir)) == known
+        assert run_here(monkeypatch, flags(method, photo_dataset_path, run_dir, "--resume")) == 0
+        assert losses(run_dir) == whole
+        assert same(whole_state(run_dir), whole_state(tmp_path / "whole"))
+
+
+MONITORED = {
+    "simsiam": set(),
+    "simclr": {"stuck_loss"},
+    "moco-v2": {"queue_age", "stuck_loss"},
+    "byol": {"teacher_momentum"},
+    "swav": {"queue_age", "prototype_entropy", "stuck_loss"},
+    "dino": {"teacher_momentum", "teacher_temperature", "prototype_entropy", "stuck_loss"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_is_watched_by_is_in_metrics_and_tensorboard(killed: Path, method: str) -> None:
+    lines = [line for line in read_lines(killed / method / "metrics.jsonl") if "loss" in line]
+    every = set().union(*MONITORED.values())
+    for line in lines:
+        assert every & set(line) == MONITORED[method]
+        assert line["z_std"] > 0
+    board = EventAccumulator(str(killed / method / "tensorboard"))
+    board.Reload()
+    assert {*MONITORED[method], "loss", "z_std"} <= set(board.Tags()["scalars"])
+    for name in MONITORED[method]:
+        written = {event.step: event.value for event in board.Scalars(name)}
+        for line in lines:
+            if line["step"] in written:  # a killed session leaves some unwritten
+                assert written[line["step"]] == pytest.approx(line[name], rel=1e-6)
+    first = lines[0]
+    if method == "simclr":
+        assert first["stuck_loss"] == pytest.approx(math.log(2 * 6 - 1))
+    if method == "moco-v2":
+        assert first["stuck_loss"] == pytest.approx(2 * math.log(97))
+        assert [line["queue_age"] for line in lines][:6] == [0, 1, 2, 3, 4, 4]
+    if method in ("swav", "dino"):
+        assert first["stuck_loss"] == pytest.approx(math.log(10))
+        assert 0 < first["prototype_entropy"] <= math.log(10) + 1e-6
+    if "teacher_momentum" in MONITORED[method]:
+        momenta = [line["teacher_momentum"] for line in lines]
+        assert momenta == sorted(momenta)
+        assert momenta[0] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("method", METHODS)
