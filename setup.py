@@ -38,11 +38,14 @@ RUNTIME = [
 PARQUET = ["pyarrow>=15"]
 FAISS, UMAP = ["faiss-cpu>=1.8"], ["umap-learn>=0.5"]
 ONNX = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"]
+WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=2.10"]  # mlflow itself brings the server along
 S3, GCS, HF = ["s3fs>=2024.6"], ["gcsfs>=2024.6"], ["huggingface_hub"]
 TEST = [
     *PARQUET,
     *S3,
     *ONNX,
+    *WANDB,
+    *MLFLOW,
     "transformers>=4.40",  # reads what export writes for it
     "moto[server]",  # an S3 server of one's own
     "pytest>=8",
@@ -105,6 +108,8 @@ setup(
         "onnx": ONNX,
         "faiss": FAISS,
         "umap": UMAP,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "s3": S3,
         "gcs": GCS,
         "hf": HF,

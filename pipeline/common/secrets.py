@@ -7,10 +7,12 @@ alone. Libraries that got a whole URL may still print it in an error, so traceba
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 from types import TracebackType
 
 _SCHEMES = "s3a?|gs|gcs|hf|https?|ftps?|sftp|ssh|abfss?|az|adl|wasbs?|webhdfs|oci|ossx?|dav|github|smb"
@@ -62,6 +64,16 @@ def scrub(text: str) -> str:
     for word in sorted(_words, key=len, reverse=True):
         text = text.replace(word, "***")
     return text
+
+
+def conceal_variables(names: Iterable[str]) -> None:
+    """Let ``scrub`` hide the values of environment variables: keys as a whole, of URLs what ``conceal`` takes out."""
+    for name in names:
+        value = os.environ.get(name, "")
+        if _URL.search(value) is not None:
+            conceal(value)
+        elif len(value) >= 4:
+            _words.add(value)
 
 
 def conceal_arguments() -> None:

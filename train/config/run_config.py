@@ -17,6 +17,7 @@ from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.order import OrderConfig
 from pipeline.sampling.views import ViewRecipe
+from train.config.tracker_config import TrackerConfig
 from train.distributed.watchdog import parse_hang_timeout
 from train.evaluation.knn_monitor import KnnConfig
 from train.optimization.optimizer import OptimConfig
@@ -105,6 +106,7 @@ class PretrainConfig:
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
     optim: Annotated[OptimConfig, group("optimizer")] = field(default_factory=OptimConfig)
     knn: Annotated[KnnConfig, group("evaluation")] = field(default_factory=KnnConfig)
+    trackers: Annotated[TrackerConfig, group("trackers")] = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
         if self.model.name != self.method:

@@ -63,6 +63,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     precision = choose_precision(config.precision, dist.device)
     backend, reason = choose_backend(config.loader.backend)
     check_compiler(dist.device)
+    config.trackers.check_installed()
     dist.status.work("opening the dataset")
     dataset = open_dataset(config.data, config.loader)
     check_cache(dataset, config.order, config.loader, config.global_batch, dist)

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard and the progress line.
+"""What a run reports: metrics.jsonl, and the same values to trackers.
 
 A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
 (optimizer steps done), time (seconds since 1970), loss, lr, z_std, z_rank (effective rank), img_per_s (images), step_s
@@ -20,23 +20,26 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.files import disk_errors
+from train.config.tracker_config import TrackerConfig
+from train.monitoring.trackers import End, Trackers, open_trackers
 from train.storage.run_folder import METRICS_FILE, cut_off, json_line
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run; used on rank 0 only."""
+    """metrics.jsonl and the trackers of one run; used on rank 0 only."""
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
-        """Open for appending after step ``resume_step``. Raises UserError if the disk is full or not writable."""
-        from torch.utils.tensorboard import SummaryWriter  # takes over a second to import: not for every rank
+    def __init__(self, run_dir: Path, resume_step: int, trackers: Trackers | None = None) -> None:
+        """Open for appending after step ``resume_step``. Raises UserError if the disk is full or not writable.
 
+        ``trackers``: closed with the log; None: TensorBoard.
+        """
         self._path = run_dir / METRICS_FILE
         with disk_errors(f"writing {self._path}"):
             kept = cut_off(self._path, resume_step)
             self._knn = {line["step"]: line["knn_top1"] for line in kept if "knn_top1" in line}
             self._last: dict[str, Any] = next((line for line in reversed(kept) if "loss" in line), {})
             self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._trackers = trackers or open_trackers(TrackerConfig(), run_dir, resume_step, {})
 
     @property
     def knn(self) -> dict[int, float]:
@@ -53,24 +56,26 @@ class MetricsLog:
         return values
 
     def write(self, epoch: int, step: int, **values: float) -> None:
-        """Append a line, and the values to TensorBoard. Raises UserError as the constructor does."""
+        """Append a line, and send the values to the trackers. Raises UserError as the constructor does."""
         line: dict[str, Any] = {"epoch": epoch, "step": step, "time": round(time.time(), 3), **values}
         with disk_errors(f"writing {self._path}"):
             self._file.write(json_line(line))
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._trackers.write(step, values)
         if "knn_top1" in values:
             self._knn[step] = values["knn_top1"]
         else:
             self._last = line
 
-    def close(self) -> None:
-        """Flush and close. What could not be written before is tried once more, so this raises as ``write`` does."""
-        with disk_errors(f"writing {self._path}"):
-            try:
+    def close(self, end: End = "finished") -> None:
+        """Flush and close. What could not be written before is tried once more, so this raises as ``write`` does.
+
+        ``end``: how the session ends, for the trackers.
+        """
+        try:
+            with disk_errors(f"writing {self._path}"):
                 self._file.close()
-            finally:
-                self._board.close()
+        finally:
+            self._trackers.close(end)
 
 
 class SampleRecord:

@@ -27,6 +27,7 @@ from train.distributed.process_group import DistContext
 from train.monitoring.collapse import CollapseGuard, CollapseReading
 from train.monitoring.metrics import MetricsLog, SampleRecord
 from train.monitoring.progress import DataWait, ProgressLine, RateMeter, Rates, describe_waits
+from train.monitoring.trackers import open_trackers
 from train.storage.run_folder import SUMMARY_FILE
 
 PREDICT_AFTER_STEPS = 20  # steps of this session after which the run's time is predicted; the first half warms up
@@ -49,7 +50,7 @@ class StepResult:
 
 
 class Reporter:
-    """metrics.jsonl, TensorBoard, the progress line, the predicted time, the alarm and the summary of one session."""
+    """metrics.jsonl, trackers, the progress line, the predicted time, the alarm and the summary of one session."""
 
     def __init__(
         self,
@@ -65,7 +66,8 @@ class Reporter:
         ``stalls`` are the loader's, of this rank; ``collapse`` is the method's.
         """
         self._dist, self._config, self._plan, self._start_step = dist, config, plan, start_step
-        self._metrics = on_all_ranks(dist, lambda: MetricsLog(config.run_dir, start_step) if dist.is_main else None)
+        self._metrics = on_all_ranks(dist, lambda: self._open_log() if dist.is_main else None)
+        self._finished = False
         self._stalls = stalls
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
@@ -80,6 +82,10 @@ class Reporter:
         self._paused_s = 0.0
         self._waited, self._logged_s = [0.0] * dist.world_size, 0.0
 
+    def _open_log(self) -> MetricsLog:
+        config, step = self._config, self._start_step
+        return MetricsLog(config.run_dir, step, open_trackers(config.trackers, config.run_dir, step, config.as_json()))
+
     def __enter__(self) -> Reporter:
         return self
 
@@ -87,7 +93,7 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            self._metrics.close("failed" if error is not None else "finished" if self._finished else "stopped")
         if self._samples is not None:
             self._samples.close()
 
@@ -193,6 +199,7 @@ class Reporter:
         }
         with disk_errors(f"writing {self._config.run_dir}"):
             write_json(self._config.run_dir / SUMMARY_FILE, values)
+        self._finished = True
 
 
 def _per_rank(waits: DataWait) -> dict[str, float]:
