@@ -22,14 +22,15 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from pipeline.common.errors import exit_on_user_error
-from pipeline.common.locations import LocalPath
+from pipeline.common.locations import Location, Url
 from pipeline.common.text import printable
-from pipeline.dataset.format import REJECTED_FILE
+from pipeline.dataset.format import REENCODED_FILE, REJECTED_FILE
 from pipeline.sharding.make_dataset import Summary, make_dataset
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.listing import NO_IMAGE_NAME, Rejected, kinds_of
@@ -43,8 +44,8 @@ class Command:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A folder of images, a tar, a zip, parquet files, synthetic:N or wds:PATTERN."""
-    out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder of the dataset; made if it is not there."""
+    out: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder of the dataset, made if it is not there: on a disk, or s3:// or gs://."""
     sharding: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
 
 
@@ -84,14 +85,14 @@ def describe(summary: Summary) -> str:
     lines += [f"note: {note}" for note in summary.notes]
     refused = sum(summary.rejected.values())
     if refused:
-        lines.append(f"{refused} entries of the source were refused (see {summary.out / 'rejected.jsonl'}):")
+        lines.append(f"{refused} entries of the source were refused (see {_file(summary, REJECTED_FILE)}):")
         lines += [
             f"  {count:8d}  {describe_reason(summary, reason)}"
             for reason, count in sorted(summary.rejected.items(), key=lambda e: -e[1])
         ]
     if summary.reencoded:
         count = sum(summary.reencoded.values())
-        lines.append(f"{count} images were re-encoded without loss (see {summary.out / 'reencoded.jsonl'}):")
+        lines.append(f"{count} images were re-encoded without loss (see {_file(summary, REENCODED_FILE)}):")
         lines += [f"  {n:8d}  {reason}" for reason, n in sorted(summary.reencoded.items(), key=lambda e: -e[1])]
     if summary.missing:
         lines.append(
@@ -115,6 +116,10 @@ def describe_classes(summary: Summary) -> list[str]:
     return lines
 
 
+def _file(summary: Summary, name: str) -> Path | Url:
+    return summary.out.file(name) if isinstance(summary.out, Url) else summary.out / name
+
+
 def quoted(name: str) -> str:
     """A class name, in quotes if it holds a comma."""
     return f'"{name}"' if "," in name else name
@@ -122,8 +127,8 @@ def quoted(name: str) -> str:
 
 def describe_reason(summary: Summary, reason: str) -> str:
     """A reason of refusals; entries that are no images by their names are counted by ending."""
-    file = summary.out / REJECTED_FILE
-    if reason != NO_IMAGE_NAME or not file.exists():
+    file = _file(summary, REJECTED_FILE)
+    if reason != NO_IMAGE_NAME or isinstance(file, Url) or not file.exists():
         return reason
     with open(file, "rb") as lines:
         kinds = kinds_of(Rejected(**json.loads(line)) for line in lines)

@@ -27,7 +27,7 @@ from pipeline.dataset.format import (
     file_sha256,
     read_dataset_file,
 )
-from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, read_names, read_pieces
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, decode_names, read_names, read_pieces
 from pipeline.dataset.shard_tar import split_key
 from pipeline.sharding.decode_service import Decoders, OwnDecoders
 from pipeline.sharding.finalize import Names, complete
@@ -130,7 +130,7 @@ def _lost_job(path: Path, workers: int) -> RepairJob:
 
 def _finish(job: RepairJob, info: dict[str, Any] | None) -> list[str]:
     """Compare with dataset.json, write the sidecar files; returns descriptions of what is lost."""
-    records = [job.done(number) for number in range(len(job))]
+    records = list(job.records(range(len(job))))
     assert all(records), "every shard was built"
     again = [record["shard"] for record in records if record is not None]
     refused = {(name, reason) for record in records if record is not None for name, reason in record["rejected"]}
@@ -173,7 +173,8 @@ def _names(job: RepairJob, info: dict[str, Any] | None, shards: list[dict[str, A
     if info is not None:
         as_many = sum(piece.count(0) for piece in read_pieces(file)) == sum(shard["samples"] for shard in shards)
         return "as they are" if as_many and file_sha256(file) == info.get("names", {}).get("sha256") else "none"
-    members = (name for n, shard in enumerate(shards) if shard["samples"] for name in read_names(job.names_file(n)))
+    encoded = job.encoded_names([n for n, shard in enumerate(shards) if shard["samples"]])
+    members = (name for names in encoded for name in decode_names(names))
     pairs = zip_longest(map(key_stem, read_names(file)), members)
     fits = all(stem is not None and member is not None and stem == _stem_of(member) for stem, member in pairs)
     return "as they are" if fits else "none"

@@ -111,7 +111,12 @@ def sync_folder(path: Path) -> None:
 def write_json(path: Path, value: Any, workshop: Path | None = None) -> None:
     """Write ``value`` as indented JSON, atomically and always with the same bytes."""
     with atomic_file(path, workshop) as file:
-        file.write(json.dumps(strict_json(value), indent=1, allow_nan=False).encode() + b"\n")
+        file.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """``value`` as indented JSON, always the same bytes."""
+    return json.dumps(strict_json(value), indent=1, allow_nan=False).encode() + b"\n"
 
 
 def strict_json(value: Any) -> Any:

@@ -56,6 +56,11 @@ class Url:
         return Url(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
 
 
+def is_url(text: str) -> bool:
+    """Whether ``text`` is written like a URL, as s3://BUCKET/FOLDER."""
+    return _SCHEME.match(text) is not None
+
+
 def location(text: str) -> Path | Url:
     """The folder or URL that ``text`` names. Raises UserError for a URL without a host or bucket."""
     if _SCHEME.match(text) is None:

@@ -12,16 +12,16 @@ names.bin and the sha256 of both. Datasets of earlier versions have neither.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import numpy as np
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, open_regular
-from pipeline.dataset.format import file_sha256
 
 NAMES_FILE, NAME_STARTS_FILE = "names.bin", "names.npy"
 _PIECE = 1 << 22  # bytes
@@ -31,6 +31,11 @@ _REMEDY = "tools/check_shards.py --repair mends it where it can"
 def encode_names(names: Iterable[str]) -> bytes:
     """Names as names.bin holds them."""
     return b"".join(name.replace("\0", "\ufffd").encode("utf-8", "surrogateescape") + b"\0" for name in names)
+
+
+def decode_names(encoded: bytes) -> list[str]:
+    """The names that ``encode_names`` joined."""
+    return [name.decode("utf-8", "surrogateescape") for name in encoded.split(b"\0")[:-1]]
 
 
 class Names(Sequence[str]):
@@ -81,28 +86,44 @@ def open_names(folder: Path, info: dict[str, Any]) -> Names | None:
 
 def write_names(folder: Path, parts: Iterable[bytes], samples: int, workshop: Path) -> dict[str, Any]:
     """Write both files for encoded names that come in ``parts``; returns ``names`` of dataset.json."""
-    with atomic_file(folder / NAMES_FILE, workshop) as file:
-        for part in parts:
-            file.write(part)
-    return write_name_starts(folder, samples, workshop)
+    with (
+        atomic_file(folder / NAMES_FILE, workshop) as text,
+        atomic_file(folder / NAME_STARTS_FILE, workshop) as starts,
+    ):
+        return join_names(text, starts, parts, samples)
 
 
 def write_name_starts(folder: Path, samples: int, workshop: Path) -> dict[str, Any]:
     """Write names.npy for names.bin; returns ``names`` of dataset.json. Raises ValueError for another count."""
-    digest, at, found = hashlib.sha256(), 0, 0
-    with atomic_file(folder / NAME_STARTS_FILE, workshop) as file:
-        header = {"descr": "<i8", "fortran_order": False, "shape": (samples + 1,)}
-        np.lib.format.write_array_header_2_0(file, header)
-        file.write(np.zeros(1, "<i8").tobytes())
-        for piece in read_pieces(folder / NAMES_FILE):
-            digest.update(piece)
-            ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == 0)
-            file.write((ends + (at + 1)).astype("<i8").tobytes())
-            at, found = at + len(piece), found + len(ends)
-        if found != samples:
-            raise ValueError(f"{found} names for {samples} samples")
-    starts_sha256 = file_sha256(folder / NAME_STARTS_FILE)
-    return {"bytes": at, "sha256": digest.hexdigest(), "starts_sha256": starts_sha256}
+    with atomic_file(folder / NAME_STARTS_FILE, workshop) as starts:
+        return join_names(None, starts, read_pieces(folder / NAMES_FILE), samples)
+
+
+def join_names(text: IO[bytes] | None, starts: IO[bytes], parts: Iterable[bytes], samples: int) -> dict[str, Any]:
+    """Write encoded names that come in ``parts`` as names.bin (None: it is there) and names.npy, both open and empty.
+
+    Returns ``names`` of dataset.json. Raises ValueError for another number of names than ``samples``.
+    """
+    digest, starts_digest, at, found = hashlib.sha256(), hashlib.sha256(), 0, 0
+
+    def put(data: bytes) -> None:
+        starts_digest.update(data)
+        starts.write(data)
+
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, {"descr": "<i8", "fortran_order": False, "shape": (samples + 1,)})
+    put(header.getvalue())
+    put(np.zeros(1, "<i8").tobytes())
+    for part in parts:
+        digest.update(part)
+        ends = np.flatnonzero(np.frombuffer(part, np.uint8) == 0)
+        put((ends + (at + 1)).astype("<i8").tobytes())
+        at, found = at + len(part), found + len(ends)
+        if text is not None:
+            text.write(part)
+    if found != samples:
+        raise ValueError(f"{found} names for {samples} samples")
+    return {"bytes": at, "sha256": digest.hexdigest(), "starts_sha256": starts_digest.hexdigest()}
 
 
 def read_names(file: Path) -> Iterator[str]:

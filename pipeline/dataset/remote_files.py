@@ -7,7 +7,10 @@ each answer is checked here, its content by the caller.
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import random
+import re
 import sys
 import threading
 import time
@@ -28,6 +31,11 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0  # between attempts: doubled each ti
 HOPELESS_ATTEMPTS = 4  # of errors that waiting seldom cures: no such file, no permission, too short an object
 _READS = 6  # of a file without a checksum, at most, until two in a row are equal
 _REPORTED_ATTEMPT = 3  # failures are printed from this attempt on
+UNKNOWN_VERSION = 0
+FULL = "its quota or its disk is full"
+_CHECK = "check the URL, the permissions and the network"
+_FULL_CODE = re.compile(r"quota|insufficientstorage|storagefull|nospace", re.IGNORECASE)
+_FULL_STATUS, _FULL_ERRNO = 507, frozenset({errno.ENOSPC, errno.EDQUOT})
 _POLL_S = 0.2  # how soon a waiting thread notices ``cancelled``
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
 
@@ -39,6 +47,10 @@ _OURS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedErr
 
 
 _Answer = TypeVar("_Answer")
+
+
+class ChangedError(Exception):
+    """A file has another version than when it was listed."""
 
 
 class FetchCancelledError(Exception):
@@ -90,12 +102,34 @@ class RemoteFolder:
                 f"{url}: nothing is known of {url.scheme}://; s3, gs, https, http and hf are, and the schemes of fsspec"
             ) from None
 
-    def read(self, name: str, start: int, length: int, cancelled: threading.Event) -> bytes:
+    @property
+    def fs(self) -> Any:
+        """The file system of fsspec behind the URL's scheme. What is asked of it belongs into ``request``."""
+        return self._fs
+
+    def path(self, name: str) -> str:
+        """File ``name``, or the folder itself for "", as ``fs`` calls it; it may hold secrets."""
+        return self._fs._strip_protocol(self.url.file(name).secret if name else self.url.secret)
+
+    def request(
+        self, name: str, ask: Callable[[], _Answer], cancelled: threading.Event | None = None, doing: str = "fetch"
+    ) -> _Answer:
+        """The answer of ``ask``, again and again until it gives one. Raises as ``read``, naming ``name``."""
+        return self._with_retries(name, ask, cancelled or threading.Event(), doing)
+
+    def read(
+        self, name: str, start: int, length: int, cancelled: threading.Event, version: int = UNKNOWN_VERSION
+    ) -> bytes:
         """``length`` bytes of file ``name`` from byte ``start`` on, in one request.
 
-        Raises UserError after --retry-minutes of failures, FetchCancelledError if ``cancelled`` is set meanwhile.
+        ``version``: what ``version_of`` gave for it earlier. Raises UserError after --retry-minutes of failures, or if
+        the file has another version now; FetchCancelledError if ``cancelled`` is set meanwhile.
         """
-        return self._read_with_retries(name, (start, start + length), length, cancelled)
+        return self._read_with_retries(name, (start, start + length), length, cancelled, version)
+
+    def read_all(self, name: str, limit: int, version: int = UNKNOWN_VERSION) -> bytes:
+        """A whole file of at most ``limit`` bytes, in one request. Raises as ``read``, and for a longer one."""
+        return self._read_with_retries(name, None, limit, threading.Event(), version)
 
     def size(self, name: str) -> int:
         """The bytes of file ``name``. Raises UserError as ``read``, and if the server does not say."""
@@ -134,16 +168,31 @@ class RemoteFolder:
             yield self.read(name, offset, min(PIECE, size - offset), cancelled)
 
     def _read_with_retries(
-        self, name: str, span: tuple[int, int] | None, limit: int, cancelled: threading.Event
+        self,
+        name: str,
+        span: tuple[int, int] | None,
+        limit: int,
+        cancelled: threading.Event,
+        version: int = UNKNOWN_VERSION,
     ) -> bytes:
-        return self._with_retries(name, lambda: self._attempt(self.url.file(name), span, limit, cancelled), cancelled)
+        try:
+            return self._with_retries(
+                name, lambda: self._attempt(self.url.file(name), span, limit, cancelled, version), cancelled
+            )
+        except ChangedError:
+            raise UserError(
+                f"{name} of {self.url} has changed since it was listed: wait until nothing writes there, then run the "
+                "same command again (make_shards.py with --overwrite)"
+            ) from None
 
-    def _with_retries(self, name: str, request: Callable[[], _Answer], cancelled: threading.Event) -> _Answer:
+    def _with_retries(
+        self, name: str, request: Callable[[], _Answer], cancelled: threading.Event, doing: str = "fetch"
+    ) -> _Answer:
         started, attempt, hopeless, arrived = time.monotonic(), 0, 0, self._arrived
         while True:
             try:
                 return request()
-            except (FetchCancelledError, UserError, *_OURS):
+            except (FetchCancelledError, UserError, ChangedError, *_OURS):
                 raise
             except ImportError as error:  # some file systems import their client with the first request
                 raise UserError(f"{self.url} needs a package that is not installed: {error.name}") from None
@@ -156,26 +205,29 @@ class RemoteFolder:
                 reason = describe(error)
             waited = time.monotonic() - started
             if hopeless >= HOPELESS_ATTEMPTS or waited >= self._retry_s:
+                check = "free space there, or raise the quota" if reason == FULL else _CHECK
                 raise UserError(
-                    f"cannot fetch {name} of {self.url}: {reason}, {attempt} times in {waited:.0f} s; check the URL, "
-                    "the permissions and the network, then run the same command again (pretrain.py with --resume)"
+                    f"cannot {doing} {name} of {self.url}: {reason}, {attempt} times in {waited:.0f} s; {check}, then "
+                    "run the same command again (pretrain.py with --resume)"
                 )
-            self._wait(name, reason, attempt, cancelled)
+            self._wait(name, reason, attempt, cancelled, doing)
 
-    def _wait(self, name: str, reason: str, attempt: int, cancelled: threading.Event) -> None:
+    def _wait(self, name: str, reason: str, attempt: int, cancelled: threading.Event, doing: str) -> None:
         longest = min(FIRST_DELAY_S * 2 ** min(attempt - 1, 32), LONGEST_DELAY_S)
         delay = longest * random.uniform(0.5, 1.0)  # so that processes do not all retry at the same moment
         if attempt >= _REPORTED_ATTEMPT:
-            text = f"fetching {name} of {self.url} failed, attempt {attempt}: {reason}; again in {delay:.1f} s"
+            text = f"note: cannot {doing} {name} of {self.url}, attempt {attempt}: {reason}; again in {delay:.1f} s"
             print(text, file=sys.stderr, flush=True)
         if cancelled.wait(delay):
             raise FetchCancelledError(name)
 
-    def _attempt(self, url: Url, span: tuple[int, int] | None, limit: int, cancelled: threading.Event) -> bytes:
+    def _attempt(
+        self, url: Url, span: tuple[int, int] | None, limit: int, cancelled: threading.Event, version: int
+    ) -> bytes:
         """One request. At most ``limit`` bytes of its answer are held, whatever the server sends."""
         path = self._fs._strip_protocol(url.secret)
         if isinstance(self._fs, AsyncFileSystem) and self._fs.loop is not None:
-            coroutine = asyncio.wait_for(_bounded(self._fs, path, span, limit), PIECE_TIMEOUT_S)
+            coroutine = asyncio.wait_for(_bounded(self._fs, path, span, limit, version), PIECE_TIMEOUT_S)
             data = _result(asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop), cancelled)
         else:
             start, end = span or (0, limit + 1)
@@ -189,7 +241,9 @@ class RemoteFolder:
         return data
 
 
-async def _bounded(fs: AsyncFileSystem, path: str, span: tuple[int, int] | None, limit: int) -> bytes:
+async def _bounded(
+    fs: AsyncFileSystem, path: str, span: tuple[int, int] | None, limit: int, version: int = UNKNOWN_VERSION
+) -> bytes:
     """The bytes of a file, or of a range of it, of which at most ``limit`` + 1 are read."""
     kinds = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
     headers = {} if span is None else {"Range": f"bytes={span[0]}-{span[1] - 1}"}
@@ -200,14 +254,16 @@ async def _bounded(fs: AsyncFileSystem, path: str, span: tuple[int, int] | None,
             fs._raise_not_found_for_status(answer, path)
             if answer.headers.get("Content-Encoding", "identity") != "identity":
                 raise _EncodedError(answer.headers["Content-Encoding"])
+            _check_version(answer.headers.get("ETag"), version)
             _check_length(answer.content_length, answer.status == 206, span, limit)
             return await _collect(answer.content, limit)
     if "s3" in kinds:
-        bucket, key, version = fs.split_path(path)
-        more = {"VersionId": version} if version else {}
+        bucket, key, number = fs.split_path(path)
+        more = {"VersionId": number} if number else {}
         got = await fs._call_s3("get_object", Bucket=bucket, Key=key, **headers, **more, **fs.req_kw)
         body = got["Body"]
         try:
+            _check_version(got.get("ETag"), version)
             _check_length(got.get("ContentLength"), "ContentRange" in got, span, limit)
             return await _collect(body, limit)
         finally:
@@ -222,6 +278,19 @@ def _check_length(length: int | None, ranged: bool, span: tuple[int, int] | None
         raise _LongError if span is not None else _LargeError(limit)
     if span is not None and not ranged and (span[0] > 0 or length is None):
         raise _LongError
+
+
+def version_of(tag: Any) -> int:
+    """64 bits of an entity tag, as a listing keeps them; UNKNOWN_VERSION for none."""
+    if not isinstance(tag, str) or not tag:
+        return UNKNOWN_VERSION
+    digest = hashlib.blake2b(tag.removeprefix("W/").strip('"').encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+def _check_version(tag: Any, version: int) -> None:
+    if version != UNKNOWN_VERSION and (found := version_of(tag)) not in (UNKNOWN_VERSION, version):
+        raise ChangedError(found)
 
 
 async def _collect(stream: Any, limit: int) -> bytes:
@@ -248,13 +317,37 @@ def _result(future: Future[bytes], cancelled: threading.Event) -> bytes:
     raise FetchCancelledError
 
 
+def write_error(url: Url, name: str, error: Exception) -> UserError:
+    """The message for a failure to write ``name`` that is not tried again."""
+    reason = describe(error)
+    check = "free space there, or raise the quota" if reason == FULL else _CHECK
+    return UserError(f"cannot write {name} of {url}: {reason}; {check}, then run the same command again")
+
+
 def is_hopeless(error: Exception) -> bool:
     """Whether waiting seldom cures this failure of a request."""
     status = _status(error)
     if status is not None:
-        return 400 <= status < 500 and status not in _TRANSIENT_4XX
+        return _is_full(error) or (400 <= status < 500 and status not in _TRANSIENT_4XX)
     kinds = (FileNotFoundError, PermissionError, _ShortError, _LongError, _LargeError, _EncodedError)
-    return isinstance(error, kinds) or _is_one_of(error, _CREDENTIALS | _CERTIFICATES)
+    return isinstance(error, kinds) or _is_full(error) or _is_one_of(error, _CREDENTIALS | _CERTIFICATES)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the other side has no room for what is written."""
+    code = _code(error)
+    full = (code is not None and _FULL_CODE.search(code)) or _status(error) == _FULL_STATUS
+    return bool(full) or getattr(error, "errno", None) in _FULL_ERRNO
+
+
+def _code(error: BaseException | None) -> str | None:
+    """The name that S3 gave to an error, which botocore keeps in the error or in a cause of it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict) and isinstance(code := response.get("Error", {}).get("Code"), str):
+            return code if re.fullmatch(r"\w{1,60}", code) else None
+        error = error.__cause__
+    return None
 
 
 def _is_one_of(error: BaseException, names: frozenset[str]) -> bool:
@@ -269,6 +362,8 @@ def _is_one_of(error: BaseException, names: frozenset[str]) -> bool:
 
 def describe(error: Exception) -> str:
     """A failure of a request without its text, which may hold the URL with its secrets."""
+    if _is_full(error):
+        return FULL
     match error:
         case FileNotFoundError():
             return "no such file"
@@ -287,7 +382,7 @@ def describe(error: Exception) -> str:
     if _is_one_of(error, _CERTIFICATES):
         return "its certificate is not trusted here (SSL_CERT_FILE, or AWS_CA_BUNDLE for s3, names the trusted ones)"
     status = _status(error)
-    return f"HTTP status {status}" if status is not None else type(error).__name__
+    return f"HTTP status {status}" if status is not None else _code(error) or type(error).__name__
 
 
 def _status(error: Exception) -> int | None:

@@ -11,16 +11,14 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import IO
 
-from pipeline.common.files import atomic_file, start_writing_back
+from pipeline.common.files import start_writing_back
 
 
-def write_index(path: Path, samples: Iterable[list[Component]], workshop: Path | None = None) -> None:
-    """DALI's index of a tar, atomically."""
-    with atomic_file(path, workshop) as file:
-        file.write(index_bytes(samples))
+def write_index(file: IO[bytes], samples: Iterable[list[Component]]) -> None:
+    """Write DALI's index of a tar."""
+    file.write(index_bytes(samples))
 
 
 def index_bytes(samples: Iterable[list[Component]]) -> bytes:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import shutil
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, write_json
 from pipeline.dataset.format import (
     DATASET_FILE,
     FORMAT_VERSION,
@@ -21,9 +20,9 @@ from pipeline.dataset.format import (
     REJECTED_FILE,
     SAMPLE_DTYPE,
     SAMPLES_FILE,
-    file_sha256,
 )
-from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, write_name_starts, write_names
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, join_names, write_name_starts
+from pipeline.dataset.out_folder import OutFolder, write_json
 from pipeline.sharding.write_shard import Job
 from pipeline.sources.class_names import check_class_number, mixed_classes, number_words
 
@@ -37,8 +36,7 @@ def complete(job: Job, about: dict[str, Any], names: Names = "from the shards") 
     ends that were compared and re-encoded images. ``names``: what becomes of names.bin. Raises UserError if no image is
     usable.
     """
-    out = job.out
-    records = [job.done(n) for n in range(len(job))]
+    records = list(job.records(range(len(job))))
     present = [record for record in records if record is not None]
     if len(present) < len(job):
         return None
@@ -51,7 +49,7 @@ def complete(job: Job, about: dict[str, Any], names: Names = "from the shards") 
         [*about.get("reencoded", []), *(entry for record in present for entry in record.get("reencoded", []))]
     )
     classes, tables = _classes_of_words(present, about["classes"])
-    labels = _write_samples(job, present, tables)
+    labels, samples_sha256 = _write_samples(job, present, tables)
     num_samples = sum(shard["samples"] for shard in shards)
     recorded_names = _write_names(job, present, num_samples, names)
     info = {
@@ -71,36 +69,35 @@ def complete(job: Job, about: dict[str, Any], names: Names = "from the shards") 
         "num_labelled": labels.count - labels.missing,
         "labels_from": about.get("labels_from") if labels.highest >= 0 else None,
         "notes": about.get("notes", []),
-        "samples_sha256": file_sha256(out / SAMPLES_FILE),
+        "samples_sha256": samples_sha256,
         **({} if recorded_names is None else {"names": recorded_names}),
         "shards": shards,
     }
-    partial = out / PARTIAL_DIR
-    _write_list(out / REJECTED_FILE, rejected, partial)
+    _write_list(job.store, REJECTED_FILE, rejected)
     if reencoded:
-        _write_list(out / REENCODED_FILE, reencoded, partial)
-    write_json(out / DATASET_FILE, info, partial)
-    shutil.rmtree(partial)
+        _write_list(job.store, REENCODED_FILE, reencoded)
+    write_json(job.store, DATASET_FILE, info)
+    job.store.remove_partial()
     return info
 
 
-def _write_list(path: Path, entries: list[list[str]], workshop: Path) -> None:
-    with atomic_file(path, workshop) as file:
-        file.writelines(json.dumps({"name": n, "reason": r}).encode() + b"\n" for n, r in entries)
+def _write_list(out: OutFolder, name: str, entries: list[list[str]]) -> None:
+    with out.writer(name) as file:
+        for sample, reason in entries:
+            file.write(json.dumps({"name": sample, "reason": reason}).encode() + b"\n")
 
 
 def _write_names(job: Job, records: list[dict[str, Any]], samples: int, names: Names) -> dict[str, Any] | None:
     """Write names.bin and names.npy; returns ``names`` of dataset.json, or None if the dataset is to have none."""
-    out, workshop = job.out, job.out / PARTIAL_DIR
     match names:
         case "from the shards":
-            numbers = (number for number, record in enumerate(records) if record["shard"]["samples"])
-            return write_names(out, (job.names_file(n).read_bytes() for n in numbers), samples, workshop)
+            numbers = [number for number, record in enumerate(records) if record["shard"]["samples"]]
+            with job.store.writer(NAMES_FILE) as text, job.store.writer(NAME_STARTS_FILE) as starts:
+                return join_names(text, starts, job.encoded_names(numbers), samples)
         case "as they are":
-            return write_name_starts(out, samples, workshop)
+            return write_name_starts(job.out, samples, job.out / PARTIAL_DIR)
         case "none":
-            for name in (NAMES_FILE, NAME_STARTS_FILE):
-                (out / name).unlink(missing_ok=True)
+            job.store.remove([NAMES_FILE, NAME_STARTS_FILE])
             return None
 
 
@@ -147,21 +144,26 @@ def _checked_classes(known: list[str], labels: _Labels) -> list[str]:
     return known or [str(number) for number in range(labels.highest + 1)]
 
 
-def _write_samples(job: Job, records: list[dict[str, Any]], tables: list[np.ndarray | None]) -> _Labels:
-    """Join the shards' rows into samples.npy, one shard in memory at a time; ``tables``: numbers of their words."""
+def _write_samples(job: Job, records: list[dict[str, Any]], tables: list[np.ndarray | None]) -> tuple[_Labels, str]:
+    """Join the shards' rows into samples.npy; returns its labels and its sha256.
+
+    ``tables``: numbers of the shards' words. Few shards are in memory at a time.
+    """
     images = sum(record["shard"]["samples"] for record in records)
-    shard, labels = 0, _Labels()
-    with atomic_file(job.out / SAMPLES_FILE, job.out / PARTIAL_DIR) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (images,)}
-        np.lib.format.write_array_header_2_0(file, header)
-        for number, (record, table) in enumerate(zip(records, tables, strict=True)):
-            if record["shard"]["samples"] == 0:
-                continue
-            rows = job.rows(number)
+    labels, digest, header = _Labels(), hashlib.sha256(), io.BytesIO()
+    np.lib.format.write_array_header_2_0(
+        header,
+        {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (images,)},
+    )
+    numbers = [number for number, record in enumerate(records) if record["shard"]["samples"]]
+    with job.store.writer(SAMPLES_FILE) as file:
+        digest.update(header.getvalue())
+        file.write(header.getvalue())
+        for shard, (number, rows) in enumerate(zip(numbers, job.all_rows(numbers), strict=True)):
             rows["shard"] = shard
-            if table is not None:
+            if (table := tables[number]) is not None:
                 rows["label"] = table[rows["label"]]
-            labels.add(rows["label"], record["shard"]["name"])
+            labels.add(rows["label"], records[number]["shard"]["name"])
+            digest.update(rows.tobytes())
             file.write(rows.tobytes())
-            shard += 1
-    return labels
+    return labels, digest.hexdigest()

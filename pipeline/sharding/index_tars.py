@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 
 from pipeline.common.errors import UserError
 from pipeline.common.secrets import conceal
-from pipeline.dataset.format import file_sha256
+from pipeline.dataset.format import Shard, file_sha256
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.prepare_image import inspect_in_place
 from pipeline.sharding.write_shard import Job, ShardParts, Tick
@@ -139,6 +139,13 @@ class IndexJob(Job):
                 tick(1, length)
             size, sha256 = tar.stat().st_size, file_sha256(tar)
         self.finish(number, self.place(number), size, sha256, parts, self.index_name(number))
+
+    def is_whole(self, number: int, shard: Shard, sizes: dict[str, int]) -> bool:
+        """Whether the tar has the length that it had when it was indexed."""
+        try:
+            return (self.out / shard.name).stat().st_size == shard.bytes
+        except FileNotFoundError:
+            return False
 
     @contextmanager
     def tar(self, number: int) -> Iterator[Path]:

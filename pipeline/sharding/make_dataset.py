@@ -9,11 +9,13 @@ OUT is not a dataset.
 
 from __future__ import annotations
 
+import io
 import json
 import re
-import shutil
-import stat
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +24,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import (
-    atomic_file,
-    disk_errors,
-    read_regular,
-    real_folder,
-    write_json,
-)
-from pipeline.common.locks import FolderLock, exclusive_lock, make_exclusive
+from pipeline.common.files import atomic_file, disk_errors
+from pipeline.common.locations import Url, is_url, location
 from pipeline.common.secrets import conceal, reveal
 from pipeline.common.system import dali_installed
 from pipeline.dataset.format import (
@@ -38,9 +34,11 @@ from pipeline.dataset.format import (
     REENCODED_FILE,
     REJECTED_FILE,
     SAMPLES_FILE,
+    parse_dataset_file,
     read_dataset_file,
 )
 from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE
+from pipeline.dataset.out_folder import Lock, OutFolder, RemoteOut, open_out, write_json
 from pipeline.sharding.finalize import complete
 from pipeline.sharding.hold_out import held_out, thumbnails
 from pipeline.sharding.index_tars import (
@@ -60,18 +58,17 @@ from pipeline.sharding.write_shard import Job, WriteJob
 from pipeline.sources.labels import dataset_classes
 from pipeline.sources.listing import Listing
 from pipeline.sources.open_source import open_source, source_title
-from pipeline.sources.readers import WDS
+from pipeline.sources.readers import SPOOL_FILE, WDS
 
 HELD_OUT_SUFFIX = "-val"  # behind OUT: the dataset that --hold-out makes beside it
-LOCK_FILE = "lock"  # in .partial
-_SHARD_GLOB = "shard-" + "[0-9]" * 6
+_JOB_FILE = f"{PARTIAL_DIR}/job.json"
 
 
 @dataclass(frozen=True)
 class Summary:
     """Result of one call of make_dataset."""
 
-    out: Path
+    out: Path | Url
     missing: int  # shards that other parts still have to build; 0 = complete
     shards: int
     images: int
@@ -92,13 +89,13 @@ class Summary:
 
 def make_dataset(
     source: str,
-    out: str | Path,
+    out: str | Path | Url,
     options: ShardingOptions | None = None,
     *,
     quiet: bool = False,
     in_process: bool = False,
 ) -> Summary:
-    """Write the images of SOURCE as a dataset into folder ``out``, or continue an interrupted call.
+    """Write the images of SOURCE as a dataset into ``out``, a folder or a bucket's, or continue an interrupted call.
 
     The bytes written depend on the images, the seed and the options, not on the number of workers or interruptions.
     ``quiet`` turns the progress bar off; ``in_process`` builds the shards in this process. Raises UserError for
@@ -106,72 +103,107 @@ def make_dataset(
     image, ...
     """
     options = options or ShardingOptions()
-    out = Path(out)
+    place = location(out) if isinstance(out, str) else out
     if options.hold_out is None:
-        return _make_dataset(source, out, options, quiet, in_process)
+        return _make_dataset(source, place, options, quiet, in_process)
     if source.startswith(WDS):
         raise UserError("--hold-out does not go with wds:, since tars are only indexed: leave it out")
-    val_out = out.with_name(f"{out.name}{HELD_OUT_SUFFIX}")
-    for folder in (out, val_out):  # both, before the work of the first
-        _check_place(source, folder)
+    val_place = _beside(place)
+    stores = (open_out(place), open_out(val_place))
+    for store in stores:  # both, before the work of the first
+        _check_place(source, store)
     if options.overwrite:
-        for folder in (out, val_out):
-            if folder.exists():
-                with (
-                    disk_errors(f"deleting the dataset in {folder}"),
-                    exclusive_lock(real_folder(folder / PARTIAL_DIR) / LOCK_FILE, shared=False),
-                ):
-                    remove_dataset(folder)
-                    _forget_beginning(folder)
+        for store in stores:
+            if store.exists():
+                with disk_errors(f"deleting the dataset in {store.place}"), store.lock(None):
+                    remove_dataset(store)
+                    _forget_beginning(store)
     sides: tuple[Literal["train", "val"], ...] = ("train", "val")
     train, val = (replace(options, side=side, split=options.split or side, overwrite=False) for side in sides)
-    made = _make_dataset(source, out, train, quiet, in_process)
-    return replace(made, held_out=_make_dataset(source, val_out, val, quiet, in_process))
+    made = _make_dataset(source, place, train, quiet, in_process)
+    return replace(made, held_out=_make_dataset(source, val_place, val, quiet, in_process))
 
 
-def _make_dataset(source: str, out: Path, options: ShardingOptions, quiet: bool, in_process: bool) -> Summary:
-    started = time.monotonic()
-    with disk_errors(f"making the dataset in {out}"):
-        _check_place(source, out)
-        if (out / DATASET_FILE).exists() and not options.overwrite:
-            return _already_complete(source, out, options, started, quiet, in_process)
-        with disk_errors(f"making {out}", f"OUT {out} cannot be made", "name another folder"):
-            out.mkdir(parents=True, exist_ok=True)
-            real_folder(out / PARTIAL_DIR)
-        with exclusive_lock(out / PARTIAL_DIR / LOCK_FILE, shared=options.part is not None) as lock:
+def _beside(place: Path | Url) -> Path | Url:
+    """The folder of the images that --hold-out holds out."""
+    if isinstance(place, Url):
+        return Url(f"{place.secret.rstrip('/')}{HELD_OUT_SUFFIX}")
+    return place.with_name(f"{place.name}{HELD_OUT_SUFFIX}")
+
+
+def _make_dataset(source: str, place: Path | Url, options: ShardingOptions, quiet: bool, in_process: bool) -> Summary:
+    store, started = open_out(place), time.monotonic()
+    with disk_errors(f"making the dataset in {place}"), _work_folder(place) as work:
+        call = _Call(source, store, work, options, quiet, in_process)
+        _check_place(source, store)
+        if store.has(DATASET_FILE) and not options.overwrite:
+            return _already_complete(call, started)
+        with store.lock(options.part) as lock:
             if options.overwrite:
-                remove_dataset(out)
-            info = _make(source, out, options, lock, quiet, in_process)
+                remove_dataset(store)
+            info = _make(call, lock)
             if info is None:
-                return _already_complete(source, out, options, started, quiet, in_process)
-            return _summary(out, info, started)
+                return _already_complete(call, started)
+            return _summary(place, info, started)
 
 
-def _make(
-    source: str, out: Path, options: ShardingOptions, lock: FolderLock, quiet: bool, in_process: bool
-) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of make_dataset."""
+
+    source: str
+    store: OutFolder
+    work: Path  # the listing and the order, and what has no random access; of a folder on a disk, its PARTIAL_DIR
+    options: ShardingOptions
+    quiet: bool
+    in_process: bool
+
+    @property
+    def place(self) -> Path | Url:
+        """OUT."""
+        return self.store.place
+
+    @property
+    def remote(self) -> RemoteOut | None:
+        """OUT if it is a bucket's folder."""
+        return self.store if isinstance(self.store, RemoteOut) else None
+
+    @property
+    def folder(self) -> Path:
+        """OUT, or for a bucket the folder of this machine that stands for it during the work."""
+        return self.place if isinstance(self.place, Path) else self.work
+
+
+@contextmanager
+def _work_folder(place: Path | Url) -> Iterator[Path]:
+    if isinstance(place, Path):
+        yield place / PARTIAL_DIR
+        return
+    with tempfile.TemporaryDirectory(prefix="siamstream-") as folder:
+        yield Path(folder)
+
+
+def _make(call: _Call, lock: Lock) -> dict[str, Any] | None:
     """The contents of dataset.json, a partial summary while parts are missing, or None if another part completed it."""
-    if options.part is None:
-        for left_over in (out / PARTIAL_DIR).rglob("*.tmp-*"):
-            left_over.unlink()
     try:
-        job, about = _prepare(source, out, options, quiet, in_process)
+        job, about = _prepare(call)
     except UserError:
-        if options.part is None:
-            _forget_beginning(out)
+        if call.options.part is None:
+            _forget_beginning(call.store)
         raise
-    build_missing(job, options, quiet, in_process, check=lock.check)
-    if options.part is not None:  # parts run side by side; only one may complete the dataset
-        make_exclusive(lock.file)
-        if (out / DATASET_FILE).exists():
+    build_missing(job, call.options, call.quiet, call.in_process, check=lock.check)
+    lock.check()
+    if call.options.part is not None:  # parts run side by side; only one may complete the dataset
+        lock.make_exclusive()
+        if call.store.has(DATASET_FILE):
             return None
     info = complete(job, about)
-    assert info is not None or options.part is not None, "a run without --part builds every shard"
+    assert info is not None or call.options.part is not None, "a run without --part builds every shard"
     return info or _so_far(job, about)
 
 
 def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
-    shards = [record["shard"] for record in map(job.done, range(len(job))) if record is not None]
+    shards = [record["shard"] for record in job.records(range(len(job))) if record is not None]
     images = sum(shard["samples"] for shard in shards)
     return {
         "num_samples": images,
@@ -184,87 +216,89 @@ def _so_far(job: Job, about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _forget_beginning(out: Path) -> None:
+def _forget_beginning(store: OutFolder) -> None:
     """Remove .partial after a failed listing, unless it holds an unpacked copy of the source or an earlier run."""
-    partial = out / PARTIAL_DIR
-    if not (partial / "job.json").exists() and not (partial / "spool.json").exists():
-        shutil.rmtree(partial)
-        if not any(out.iterdir()):
-            out.rmdir()
+    if not store.has(_JOB_FILE) and not store.has(f"{PARTIAL_DIR}/{SPOOL_FILE}"):
+        store.remove_partial()
 
 
-def remove_dataset(out: Path) -> None:
-    """Delete a complete or unfinished dataset from ``out``: only files that make_dataset wrote, dataset.json first.
+def remove_dataset(store: OutFolder) -> None:
+    """Delete a complete or unfinished dataset: only files that make_dataset wrote, dataset.json first.
 
     The lock, which the caller holds, and tars that were only indexed are kept. Raises UserError if dataset.json cannot
     be read to decide that.
     """
     try:
-        title, names = _recorded(out)
+        title, names = _recorded(store)
     except (OSError, ValueError, KeyError, TypeError):
-        _forget_beginning(out)
+        _forget_beginning(store)
         raise UserError(
-            f"{out / DATASET_FILE} is damaged: so the files of the dataset are unknown; delete {out} yourself"
+            f"{DATASET_FILE} of {store.place} is damaged: so the files of the dataset are unknown; delete "
+            f"{store.place} yourself"
         ) from None
-    job_file = out / PARTIAL_DIR / "job.json"
     if title is not None:
         # Killed from here on, the same command finds by this what is left
-        write_json(job_file, {"recipe": {"source": title}, "fingerprint": ""})
-        sidecars = (DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, REENCODED_FILE, NAMES_FILE, NAME_STARTS_FILE)
-        for name in (*sidecars, *names):
-            (out / name).unlink(missing_ok=True)
-    for entry in (out / PARTIAL_DIR).iterdir():
-        if entry.name in (LOCK_FILE, job_file.name):
-            continue
-        if stat.S_ISDIR(entry.lstat().st_mode):
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    job_file.unlink(missing_ok=True)
+        write_json(store, _JOB_FILE, {"recipe": {"source": title}, "fingerprint": ""})
+        store.remove([DATASET_FILE])
+        store.remove([SAMPLES_FILE, REJECTED_FILE, REENCODED_FILE, NAMES_FILE, NAME_STARTS_FILE, *names])
+    store.clear_partial(keep=_JOB_FILE)
+    store.remove([_JOB_FILE])
 
 
-def _recorded(out: Path) -> tuple[str | None, list[str]]:
+def _recorded(store: OutFolder) -> tuple[str | None, list[str]]:
     """(title of the source, names of the tars and indexes that we wrote), from dataset.json or the interrupted run."""
-    if (out / DATASET_FILE).exists():
-        info = json.loads(read_regular(out / DATASET_FILE))
+    if store.has(DATASET_FILE):
+        info = json.loads(store.read(DATASET_FILE) or b"")
         title, shards = info["source"], info["shards"]
         names = [shard["index"] for shard in shards]
         names += [] if title.startswith(WDS) else [shard["name"] for shard in shards]
         if any(Path(name).name != name for name in names):
             raise ValueError("the files of a dataset are in its own folder")
         return title, names
-    job_file = out / PARTIAL_DIR / "job.json"
-    if not job_file.exists():  # nothing is there, or what was begun has not left .partial yet
+    job_file = store.read(_JOB_FILE)
+    if job_file is None:  # nothing is there, or what was begun has not left .partial yet
         return None, []
-    title = json.loads(read_regular(job_file))["recipe"]["source"]
-    patterns = (
-        ("index-" + "[0-9]" * 6 + ".idx",) if title.startswith(WDS) else (f"{_SHARD_GLOB}.tar", f"{_SHARD_GLOB}.idx")
-    )
-    return title, [file.name for pattern in patterns for file in out.glob(pattern)]
+    title = json.loads(job_file)["recipe"]["source"]
+    pattern = r"index-\d{6}\.idx" if title.startswith(WDS) else r"shard-\d{6,}\.(tar|idx)"
+    return title, [name for name in store.sizes() if re.fullmatch(pattern, name)]
 
 
-def _check_place(source: str, out: Path) -> None:
-    if (out / PARTIAL_DIR).is_symlink():
-        raise UserError(f"{out / PARTIAL_DIR} is a link to another folder: remove it, then try again")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"OUT {out} is a file: give a folder")
-    folder = Path(source)
-    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+def _check_place(source: str, store: OutFolder) -> None:
+    out = store.place
+    if isinstance(out, Path):
+        if (out / PARTIAL_DIR).is_symlink():
+            raise UserError(f"{out / PARTIAL_DIR} is a link to another folder: remove it, then try again")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"OUT {out} is a file: give a folder")
+    if _lies_inside(out, source):
         raise UserError(
-            f"OUT {out} lies inside SOURCE {source}: its shards would become part of the source; choose another folder"
+            f"OUT {out} lies inside SOURCE {conceal(source)}: its shards would become part of the source; choose "
+            "another folder"
         )
-    ours = (out / DATASET_FILE).exists() or (out / PARTIAL_DIR).exists()
-    patterns = [SAMPLES_FILE] if source.startswith(WDS) else [SAMPLES_FILE, f"{_SHARD_GLOB}.tar", f"{_SHARD_GLOB}.idx"]
-    if not ours and out.is_dir() and any(file for pattern in patterns for file in out.glob(pattern)):
+    if store.has(DATASET_FILE) or store.has(PARTIAL_DIR):
+        return
+    ours = re.escape(SAMPLES_FILE) + ("" if source.startswith(WDS) else r"|shard-\d{6}\.(tar|idx)")
+    if any(re.fullmatch(ours, name) for name in store.sizes()):
         raise UserError(f"{out} has shards but no {DATASET_FILE}: choose an empty folder, or delete them yourself")
 
 
-def _already_complete(
-    source: str, out: Path, options: ShardingOptions, started: float, quiet: bool, in_process: bool
-) -> Summary:
+def _lies_inside(out: Path | Url, source: str) -> bool:
+    if source.startswith(WDS):
+        return False
+    if isinstance(out, Path):
+        folder = Path(source)
+        return folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
+    return is_url(source) and f"{out.secret.rstrip('/')}/".startswith(f"{reveal(source).rstrip('/')}/")
+
+
+def _already_complete(call: _Call, started: float) -> Summary:
     """The summary of a complete dataset of ours, whose lost shards are written again."""
+    source, out, options = call.source, call.place, call.options
     own = not source.startswith(WDS)
-    info = read_dataset_file(out, check_files=not own and not is_remote(source.removeprefix(WDS)))
+    if isinstance(out, Path):
+        info = read_dataset_file(out, check_files=not own and not is_remote(source.removeprefix(WDS)))
+    else:
+        info = parse_dataset_file(call.store.read(DATASET_FILE) or b"", f"{DATASET_FILE} of {out}")
     wanted = {"source": source_title(source), **options.recipe()}
     there = {"source": info["source"], **info["recipe"]}
     if differences := _differences(there, wanted):
@@ -272,23 +306,22 @@ def _already_complete(
             f"{out} holds a complete dataset made with other options ({differences}): choose another folder, "
             "or say --overwrite to replace it"
         )
-    lost = lost_shards(out, info) if own else {}
+    lost = lost_shards(call.store, info) if own else {}
     if lost:
-        _restore(source, out, options, info, quiet, in_process)
-    elif (out / PARTIAL_DIR).exists():  # the last run ended between its last two actions
-        with exclusive_lock(real_folder(out / PARTIAL_DIR) / LOCK_FILE, shared=False):
-            shutil.rmtree(out / PARTIAL_DIR)
+        _restore(call, info)
+    elif call.store.has(PARTIAL_DIR):  # the last run ended between its last two actions
+        with call.store.lock(None):
+            call.store.remove_partial()
     return _summary(out, info, started, already_there=True, restored=len(lost))
 
 
-def _restore(
-    source: str, out: Path, options: ShardingOptions, info: dict[str, Any], quiet: bool, in_process: bool
-) -> None:
-    with exclusive_lock(real_folder(out / PARTIAL_DIR) / LOCK_FILE, shared=False) as lock:
-        job, about = _prepare(source, out, options, quiet, in_process)
+def _restore(call: _Call, info: dict[str, Any]) -> None:
+    with call.store.lock(None) as lock:
+        job, about = _prepare(call)
         assert isinstance(job, WriteJob)
-        restore_shards(job, about["fingerprint"], info, lost_shards(out, info), quiet, in_process, lock.check)
-        shutil.rmtree(out / PARTIAL_DIR)
+        lost = lost_shards(call.store, info)
+        restore_shards(job, about["fingerprint"], info, lost, call.quiet, call.in_process, lock.check)
+        call.store.remove_partial()
 
 
 def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -299,12 +332,11 @@ def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(f"{flags[n]} was {there.get(n)}, now {wanted.get(n)}" for n in names)
 
 
-def _prepare(
-    source: str, out: Path, options: ShardingOptions, quiet: bool, in_process: bool
-) -> tuple[Job, dict[str, Any]]:
+def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
     """List the source, compare it with an interrupted run, and write the plan of the job to OUT/.partial."""
-    job_file = out / PARTIAL_DIR / "job.json"
-    earlier = json.loads(job_file.read_text()) if job_file.exists() else None
+    source, out, options = call.source, call.place, call.options
+    job_file = call.store.read(_JOB_FILE)
+    earlier = None if job_file is None else json.loads(job_file)
     about: dict[str, Any] = {
         "recipe": {"source": source_title(source), **options.recipe()},
         "compared": ["torchvision", "dali"] if dali_installed() else ["torchvision"],
@@ -316,6 +348,11 @@ def _prepare(
         )
     job: Job
     if source.startswith(WDS):
+        if not isinstance(out, Path):
+            raise UserError(
+                f"OUT {out}: the index of {WDS} tars is written to a folder of this machine; name one, then copy its "
+                "files beside the tars, dataset.json last"
+            )
         job, sizes = _index_job(source.removeprefix(WDS), out, options)
         known = [] if options.classes_from is None else list(dataset_classes(options.classes_from))
         about.update(
@@ -333,7 +370,7 @@ def _prepare(
         refuse_wds_options(options)
         found = open_source(
             source,
-            out / PARTIAL_DIR,
+            call.work,
             subtree=options.subtree,
             labels=options.labels,
             label_column=options.label_column,
@@ -341,20 +378,21 @@ def _prepare(
             split=options.split,
             classes_from=options.classes_from,
             seed=options.seed,
-            quiet=quiet,
+            quiet=call.quiet,
         )
         about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
         about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
         about.update(labels_from=found.labels_from, notes=list(found.notes))
-        job = WriteJob(out, found.reader, options)
-        if earlier is None:
-            _lay_out(found.listing, job, quiet, in_process)
+        job = WriteJob(call.folder, found.reader, options)
+        job.work, job.remote = call.work, call.remote
+        if earlier is None or call.remote is not None:
+            _lay_out(found.listing, job, call)
     if earlier is None:
-        write_json(job_file, about)
+        write_json(call.store, _JOB_FILE, about)
     elif earlier["fingerprint"] != about["fingerprint"]:
         raise UserError(
-            f"{source} has changed since the interrupted run in {out} began (images were added, removed, renamed or "
-            "have another length): restore it to go on, or say --overwrite to start again"
+            f"{conceal(source)} has changed since the interrupted run in {out} began (images were added, removed, "
+            "renamed or have another length): restore it to go on, or say --overwrite to start again"
         )
     return job, about
 
@@ -373,41 +411,38 @@ def _index_job(pattern: str, out: Path, options: ShardingOptions) -> tuple[Index
     return job, job.sizes
 
 
-def _lay_out(listing: Listing, job: WriteJob, quiet: bool, in_process: bool) -> None:
+def _lay_out(listing: Listing, job: WriteJob, call: _Call) -> None:
     """Save the listing and the order for the workers; of --hold-out only the images of this side.
 
     The order sorts raw 64-bit numbers: numpy guarantees the raw stream of PCG64, but not Generator.permutation.
     """
-    options, partial = job.options, job.out / PARTIAL_DIR
-    listing.save(partial / "listing")
+    options = call.options
+    listing.save(call.work / "listing")
     order = np.argsort(np.random.PCG64(options.seed).random_raw(len(listing)), kind="stable")[: options.limit]
     if options.hold_out is not None:
-        held = _held_out(listing, order, job, quiet, in_process)
+        held = _held_out(listing, order, job, call)
         order = order[np.isin(order, held) == (options.side == "val")]
-    with atomic_file(partial / "order.npy") as file:
+    with atomic_file(call.work / "order.npy") as file:
         np.save(file, order)
 
 
-def _held_out(listing: Listing, order: np.ndarray, job: WriteJob, quiet: bool, in_process: bool) -> np.ndarray:
+def _held_out(listing: Listing, order: np.ndarray, job: WriteJob, call: _Call) -> np.ndarray:
     """Int64[n]: the images that --hold-out holds out; comparing them all once serves both datasets."""
-    options, chosen = job.options, np.sort(order)
+    options, chosen = call.options, np.sort(order)
     assert options.hold_out is not None
-    name = f"held-out-{listing.fingerprint()[:16]}.npy"
-    known = job.out / PARTIAL_DIR / name
-    if options.side == "val" and known.exists():
-        return np.load(known, allow_pickle=False)
-    thumbs = thumbnails(job, chosen, quiet, in_process)
+    name = f"{PARTIAL_DIR}/held-out-{listing.fingerprint()[:16]}.npy"
+    if options.side == "val" and (known := call.store.read(name)) is not None:
+        return np.load(io.BytesIO(known), allow_pickle=False)
+    thumbs = thumbnails(job, chosen, call.quiet, call.in_process)
     held = chosen[held_out(thumbs, listing.labels[chosen], options.hold_out, options.seed)]
     if options.side == "train":
-        other = job.out.with_name(f"{job.out.name}{HELD_OUT_SUFFIX}")
-        other.mkdir(parents=True, exist_ok=True)
-        with atomic_file(real_folder(other / PARTIAL_DIR) / name) as file:
+        with open_out(_beside(call.place)).writer(name) as file:
             np.save(file, held)
     return held
 
 
 def _summary(
-    out: Path, info: dict[str, Any], started: float, already_there: bool = False, restored: int = 0
+    out: Path | Url, info: dict[str, Any], started: float, already_there: bool = False, restored: int = 0
 ) -> Summary:
     return Summary(
         out=out,

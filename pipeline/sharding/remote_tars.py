@@ -6,7 +6,6 @@ dataset.json last, they make a remote dataset.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url, location
-from pipeline.dataset.format import PARTIAL_DIR
+from pipeline.dataset.format import PARTIAL_DIR, Shard
 from pipeline.dataset.remote_cache import CacheConfig
 from pipeline.dataset.remote_files import RemoteFolder
 from pipeline.sharding.index_tars import IndexJob
@@ -65,13 +64,9 @@ class RemoteIndexJob(IndexJob):
         """One tar for each worker lies on the disk at a time."""
         return max((self.sizes[number] for number in numbers), default=0)
 
-    def done(self, number: int) -> dict[str, Any] | None:
-        """As of other jobs; whether the tar is still there and the same is not asked again."""
-        try:
-            record = json.loads(self._marker(number).read_text())
-            return record if record["shard"]["bytes"] == self.sizes[number] else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+    def is_whole(self, number: int, shard: Shard, sizes: dict[str, int]) -> bool:
+        """Whether the tar has the length that it had; whether it is still there and the same is not asked again."""
+        return shard.bytes == self.sizes[number]
 
     @contextmanager
     def tar(self, number: int) -> Iterator[Path]:

@@ -54,9 +54,9 @@ def build_missing(
     """
     part, parts = options.part_of()
     mine = list(range(part, len(job), parts)) if numbers is None else list(numbers)
-    missing = [n for n in mine if job.done(n) is None]
-    check_room(job.out, job.room(missing), "writing the shards")
+    missing = [n for n, record in zip(mine, job.records(mine), strict=True) if record is None]
     workers = min(options.workers or cores(), len(missing))
+    check_room(job.out, _room(job, missing, workers), "writing the shards")
     total, left = job.images(mine), job.images(missing)
     done = 0 if total is None or left is None else total - left
     quiet = quiet or not missing
@@ -73,6 +73,13 @@ def build_missing(
                     "a worker process was killed, most likely for lack of memory: run the same command again with "
                     "fewer --workers; it goes on with the missing shards"
                 ) from error
+
+
+def _room(job: Job, missing: list[int], workers: int) -> int:
+    """Bytes that the shards take on the disk; on the way into a bucket one for each worker does."""
+    if job.remote is None:
+        return job.room(missing)
+    return workers * max((job.room([number]) for number in missing[: 4 * workers]), default=0)
 
 
 class _Meter:

@@ -7,22 +7,26 @@ fixed, so equal images give equal bytes on every machine and with any number of 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, write_json
 from pipeline.dataset.format import PARTIAL_DIR, SAMPLE_DTYPE, Shard
 from pipeline.dataset.names import encode_names
+from pipeline.dataset.out_folder import LocalOut, OutFolder, RemoteOut, write_json
 from pipeline.dataset.shard_tar import BLOCK, Component, ShardTar, write_index
 from pipeline.sharding.decode_service import Decoders, OwnDecoders
 from pipeline.sharding.options import ShardingOptions
@@ -32,6 +36,7 @@ from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected
 from pipeline.sources.readers import Reader
 
 Tick = Callable[[int, int], None]  # (images, bytes) done since the last call; may raise to stop the work
+_READS_AHEAD = 16  # remote images that a worker has requested at a time
 _KEY_STEM = 60  # characters of the original name in a key; a member's name then always fits a plain tar header
 
 
@@ -51,7 +56,8 @@ class ShardParts:
 class Job(ABC):
     """A dataset being made: numbered shards that can be built in any order by any process."""
 
-    out: Path
+    out: Path  # on a disk; of a bucket, a folder of this machine for the time of the work
+    remote: RemoteOut | None = None  # OUT if it is a bucket
     decoders: Decoders | None = OwnDecoders()  # worker processes set theirs; None: compare nothing
 
     @abstractmethod
@@ -70,45 +76,78 @@ class Job(ABC):
     def build(self, number: int, tick: Tick) -> None:
         """Build shard ``number`` and write its marker. Raises OSError, UserError, and the exceptions of ``tick``."""
 
+    @property
+    def store(self) -> OutFolder:
+        """The folder that the dataset is written to."""
+        return self.remote or LocalOut(self.out)
+
     def done(self, number: int) -> dict[str, Any] | None:
         """The record of a finished shard; None if unfinished.
 
         {"shard": Shard, "rejected": [[name, reason]], "reencoded": [[name, reason]]}
         """
+        return next(self.records([number]))
+
+    def records(self, numbers: Sequence[int]) -> Iterator[dict[str, Any] | None]:
+        """``done`` of each of ``numbers``, in order. One listing of a bucket serves all of them."""
+        sizes = self.store.sizes() if len(numbers) else {}
+        markers = self.store.sizes(_DONE) if len(numbers) else {}
+        there = [number for number in numbers if f"{_stem(number)}.json" in markers]
+        read = zip(there, self.store.read_many(f"{_DONE}/{_stem(number)}.json" for number in there), strict=True)
+        found = next(read, None)
+        for number in numbers:
+            if found is None or found[0] != number:
+                yield None
+                continue
+            yield self._record(number, found[1], sizes)
+            found = next(read, None)
+
+    def _record(self, number: int, marker: bytes | None, sizes: dict[str, int]) -> dict[str, Any] | None:
         try:
-            record = json.loads(self._marker(number).read_text())
+            record = json.loads(marker or b"")
             shard = Shard(**record["shard"])
-            if shard.samples == 0 or (self.out / shard.name).stat().st_size == shard.bytes:
+            if shard.samples == 0 or self.is_whole(number, shard, sizes):
                 return record
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             pass  # unfinished, or damaged by a crash of the machine: build it again
         return None
 
-    def rows(self, number: int) -> np.ndarray:
-        """Rows of samples.npy for finished shard ``number``: SAMPLE_DTYPE[samples], field ``shard`` not yet set."""
-        return np.load(self._marker(number).with_suffix(".npy"), allow_pickle=False)
+    def is_whole(self, number: int, shard: Shard, sizes: dict[str, int]) -> bool:
+        """Whether the tar of shard ``number`` has the recorded length; ``sizes``: of the files in OUT."""
+        return sizes.get(shard.name) == shard.bytes
 
-    def names_file(self, number: int) -> Path:
-        """The names of finished shard ``number``, as ``pipeline.dataset.names`` encodes them."""
-        return self._marker(number).with_suffix(".names")
+    def all_rows(self, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+        """Rows of samples.npy for finished shards: SAMPLE_DTYPE[samples], field ``shard`` not yet set."""
+        for data in self.store.read_many(f"{_DONE}/{_stem(number)}.npy" for number in numbers):
+            yield np.load(io.BytesIO(data or b""), allow_pickle=False)
+
+    def encoded_names(self, numbers: Iterable[int]) -> Iterator[bytes]:
+        """The names of finished shards, as ``pipeline.dataset.names`` encodes them."""
+        for data in self.store.read_many(f"{_DONE}/{_stem(number)}.names" for number in numbers):
+            yield data or b""
 
     def finish(self, number: int, tar: str, size: int, sha256: str, parts: ShardParts, index: str) -> None:
         """Write the sidecar files of a finished tar; the marker is written last."""
         if parts.rows:
-            write_index(self.out / index, parts.samples, self.out / PARTIAL_DIR)
-        self._marker(number).parent.mkdir(exist_ok=True)
-        with atomic_file(self._marker(number).with_suffix(".npy")) as file:
+            with self.store.writer(index) as file:
+                write_index(file, parts.samples)
+        stem = f"{_DONE}/{_stem(number)}"
+        with self.store.writer(f"{stem}.npy") as file:
             np.save(file, np.array(parts.rows, SAMPLE_DTYPE))
-        with atomic_file(self.names_file(number)) as file:
+        with self.store.writer(f"{stem}.names") as file:
             file.write(encode_names(parts.names))
         shard = Shard(tar, index, len(parts.rows), size, sha256)
         lists = {"rejected": parts.rejected, "reencoded": parts.reencoded}
         named = {kind: [[entry.name, entry.reason] for entry in entries] for kind, entries in lists.items()}
         words = {"words": list(parts.words), "numbered": parts.numbered} if parts.words or parts.numbered else {}
-        write_json(self._marker(number), {"shard": asdict(shard), **named, **words})
+        write_json(self.store, f"{stem}.json", {"shard": asdict(shard), **named, **words})
 
-    def _marker(self, number: int) -> Path:
-        return self.out / PARTIAL_DIR / "done" / f"shard-{number:06d}.json"
+
+_DONE = f"{PARTIAL_DIR}/done"
+
+
+def _stem(number: int) -> str:
+    return f"shard-{number:06d}"
 
 
 @dataclass
@@ -121,15 +160,20 @@ class WriteJob(Job):
     out: Path
     reader: Reader
     options: ShardingOptions
+    work: Path | None = None  # where listing and order are; None: in OUT
 
     @cached_property
     def listing(self) -> Listing:
-        return Listing.load(self.out / PARTIAL_DIR / "listing")
+        return Listing.load(self._work / "listing")
+
+    @property
+    def _work(self) -> Path:
+        return self.work or self.out / PARTIAL_DIR
 
     @cached_property
     def order(self) -> np.ndarray:
         """Int64[n]: image numbers in the order of writing."""
-        return np.load(self.out / PARTIAL_DIR / "order.npy", mmap_mode="r", allow_pickle=False)
+        return np.load(self._work / "order.npy", mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.options.samples_per_shard)
@@ -150,21 +194,21 @@ class WriteJob(Job):
         """Read, check and write the images of one shard."""
         first = number * self.options.samples_per_shard
         chosen = self.order[first : first + self.options.samples_per_shard]
-        path = self.out / f"shard-{number:06d}.tar"
-        with atomic_file(path, self.out / PARTIAL_DIR) as file:
+        name = f"{_stem(number)}.tar"
+        with self.store.large(name) as file:
             tar = ShardTar(file)
             parts = self._write(tar, chosen, tick)
             sha256 = tar.end()
         if not parts.rows:
-            path.unlink()
-        self.finish(number, path.name, tar.size, sha256, parts, path.with_suffix(".idx").name)
+            self.store.remove([name])
+        self.finish(number, name, tar.size, sha256, parts, f"{_stem(number)}.idx")
 
     def _write(self, tar: ShardTar, chosen: np.ndarray, tick: Tick) -> ShardParts:
         parts = ShardParts([], [], [])
-        for index in chosen.tolist():
+        for index, read in _reads(self.reader, self.listing, chosen.tolist()):
             length, name = 0, self.listing.name(index)
             try:
-                image = prepare_image(read_image(self.reader, self.listing, index), self.options, self.decoders)
+                image = prepare_image(read(), self.options, self.decoders)
                 length = len(image.data)
                 self._add(tar, index, name, image, parts)
             except BadImageError as error:
@@ -187,6 +231,27 @@ class WriteJob(Job):
 
 def _room(lengths: np.ndarray) -> int:
     return int((np.maximum(lengths, 0) + 2 * BLOCK).sum())
+
+
+def _reads(reader: Reader, listing: Listing, indices: list[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
+    """(number of an image, a function that gives its bytes or raises as ``read_image``); remote ones are read ahead."""
+    if not reader.is_remote:
+        for index in indices:
+            yield index, partial(read_image, reader, listing, index)
+        return
+    with ThreadPoolExecutor(_READS_AHEAD) as pool:
+        todo, running = iter(indices), deque[tuple[int, Future[bytes]]]()
+        try:
+            while True:
+                for index in islice(todo, _READS_AHEAD - len(running)):
+                    running.append((index, pool.submit(read_image, reader, listing, index)))
+                if not running:
+                    return
+                index, future = running.popleft()
+                yield index, future.result
+        finally:
+            for _, future in running:
+                future.cancel()
 
 
 def read_image(reader: Reader, listing: Listing, index: int) -> bytes:

@@ -22,6 +22,7 @@ from pipeline.sources.image_file import IMAGE_SUFFIXES
 
 UNKNOWN_LENGTH = -1
 _COLUMNS = ("names", "name_starts", "offsets", "lengths", "labels")
+_VERSIONS = "versions"  # a column of remote sources
 
 
 NO_IMAGE_NAME = "not an image file"
@@ -90,6 +91,7 @@ class Listing:
     labels: np.ndarray  # int32; -1 = none
     classes: tuple[str, ...]
     rejected: tuple[Rejected, ...]
+    versions: np.ndarray | None = None  # uint64, of remote files: what changes when the file does; 0 if unknown
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,6 +100,10 @@ class Listing:
         """Name of image ``index`` within the source; bytes that are not UTF-8 are surrogate-escaped."""
         start, stop = self.name_starts[index : index + 2]
         return bytes(self.names[start:stop]).decode("utf-8", "surrogateescape")
+
+    def version(self, index: int) -> int:
+        """What changes when the file of image ``index`` does; 0 if unknown."""
+        return 0 if self.versions is None else int(self.versions[index])
 
     def fingerprint(self) -> str:
         """sha256 over names, lengths, labels and classes. A changed file of the same length goes unnoticed."""
@@ -110,7 +116,7 @@ class Listing:
     def save(self, folder: Path) -> None:
         """Write the columns into ``folder``, each atomically; meta.json last."""
         folder.mkdir(parents=True, exist_ok=True)
-        for column in _COLUMNS:
+        for column in (*_COLUMNS, *((_VERSIONS,) if self.versions is not None else ())):
             with atomic_file(folder / f"{column}.npy") as file:
                 np.save(file, getattr(self, column))
         rejected = [[r.name, r.reason] for r in self.rejected]
@@ -120,7 +126,8 @@ class Listing:
     def load(cls, folder: Path) -> Listing:
         """Map a saved listing. Raises OSError if it does not exist."""
         meta = json.loads((folder / "meta.json").read_text())
-        maps = {c: np.load(folder / f"{c}.npy", mmap_mode="r", allow_pickle=False) for c in _COLUMNS}
+        there = (*_COLUMNS, *((_VERSIONS,) if (folder / f"{_VERSIONS}.npy").exists() else ()))
+        maps = {c: np.load(folder / f"{c}.npy", mmap_mode="r", allow_pickle=False) for c in there}
         columns = {c: column.view(np.ndarray) for c, column in maps.items()}  # memmap itself is slow to index
         rejected = tuple(Rejected(name, reason) for name, reason in meta["rejected"])
         return cls(**columns, classes=tuple(meta["classes"]), rejected=rejected)
@@ -135,9 +142,13 @@ class ListingBuilder:
     offsets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)  # only for sources that know them; else empty
+    versions: list[int] = field(default_factory=list)  # likewise
     rejected: list[Rejected] = field(default_factory=list)
 
-    def add(self, name: str, offset: int, length: int, label: int | None = None) -> None:
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, name: str, offset: int, length: int, label: int | None = None, version: int | None = None) -> None:
         """Add one entry; a name without an image's extension goes to ``rejected``."""
         if suffix(name) not in IMAGE_SUFFIXES:
             self.reject(name, NO_IMAGE_NAME)
@@ -153,6 +164,8 @@ class ListingBuilder:
         self.lengths.append(length)
         if label is not None:
             self.labels.append(label)
+        if version is not None:
+            self.versions.append(version)
 
     def reject(self, name: str, reason: str) -> None:
         """Record an entry that is not used, with the reason."""
@@ -179,6 +192,7 @@ class ListingBuilder:
             labels=labels,
             classes=tuple(classes),
             rejected=tuple(sorted(self.rejected, key=lambda r: (r.name, r.reason))),
+            versions=np.array(self.versions, np.uint64)[rows] if self.versions else None,
         )
 
     def _seen(self) -> str:
@@ -219,4 +233,5 @@ def select(listing: Listing, mask: np.ndarray, rejected: tuple[Rejected, ...]) -
         lengths=listing.lengths[rows],
         labels=listing.labels[rows],
         rejected=tuple(everything),
+        versions=None if listing.versions is None else listing.versions[rows],
     )

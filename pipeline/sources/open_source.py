@@ -13,26 +13,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.common.errors import UserError
+from pipeline.common.locations import Url, is_url, location
+from pipeline.common.secrets import conceal, reveal
 from pipeline.dataset.format import DATASET_FILE
 from pipeline.sources.file_kinds import describe_unknown
 from pipeline.sources.labels import adopt_classes, dataset_classes, label_by_file, label_by_folder
-from pipeline.sources.listing import NO_IMAGE_NAME, Listing, plain_name, suffix
+from pipeline.sources.listing import NO_IMAGE_NAME, Listing, ListingBuilder, Rejected, plain_name, suffix
 from pipeline.sources.parquet import ParquetColumns, open_parquet
-from pipeline.sources.parquet_layout import choose_files, parquet_files
-from pipeline.sources.readers import WDS, ContainerReader, FolderReader, Source, list_folder
+from pipeline.sources.parquet_layout import choose_files, is_parquet, parquet_files
+from pipeline.sources.readers import WDS, ContainerReader, FolderReader, RemoteFolderReader, Source, list_folder
+from pipeline.sources.remote_listing import entries, list_remote_folder
+from pipeline.sources.remote_path import RemotePath, SourcePath, known, open_file
 from pipeline.sources.synthetic import open_synthetic
 from pipeline.sources.tar import compression, list_class_tars, list_tar, unpack_tar
 from pipeline.sources.tar_members import is_plain_tar
 from pipeline.sources.zip_archive import is_zip, open_zip
 
-_OpenParquet = Callable[[Path, list[Path]], Source]  # (SOURCE, files that may belong to the dataset)
+_OpenParquet = Callable[[SourcePath, Sequence[SourcePath]], Source]  # (SOURCE, files that may belong to the dataset)
 
 # KIND:REST is opened by KINDS[KIND](REST, subtree, seed).
 KINDS: dict[str, Callable[[str, str, int], Source]] = {"synthetic": open_synthetic}
@@ -47,6 +51,8 @@ def source_title(source: str) -> str:
     if colon and (kind in KINDS or source.startswith(WDS)):
         path = rest.partition("?")[0] if "://" in rest else rest  # a query may be a signature
         return f"{kind}:{os.path.basename(path)}"
+    if is_url(source):
+        return RemotePath.of(Url(reveal(source))).name
     return Path(source).resolve().name
 
 
@@ -73,32 +79,43 @@ def open_source(
     if kind in KINDS:
         opened = KINDS[kind](rest, subtree, seed)
     else:
-        path = Path(source)
+        place = location(source)
+        path: SourcePath = RemotePath.of(place) if isinstance(place, Url) else Path(source)
         if not path.exists():
             raise UserError(
-                f"SOURCE {source} does not exist: give a folder, tar, zip, parquet files, synthetic:N or wds:PATTERN"
+                f"SOURCE {conceal(source)} does not exist: give a folder, tar, zip, parquet files, a URL of one of "
+                "these, synthetic:N or wds:PATTERN"
             )
         columns = ParquetColumns(labels in ("auto", "folders"), label_column, image_column)
 
-        def open_files(root: Path, files: list[Path]) -> Source:
+        def open_files(root: SourcePath, files: Sequence[SourcePath]) -> Source:
             return open_parquet(root, choose_files(root, files, subtree, split), columns, spool, quiet)
 
         opened = _open_path(path, subtree, labels, spool, open_files, quiet)
-    return _with_labels(opened, source, labels, label_column, classes_from)
+    return _with_labels(opened, conceal(source), labels, label_column, classes_from)
 
 
-def _open_path(path: Path, subtree: str, labels: str, spool: Path, open_parquet: _OpenParquet, quiet: bool) -> Source:
-    if parquet := parquet_files(path, subtree):
+def _open_path(
+    path: SourcePath, subtree: str, labels: str, spool: Path, open_parquet: _OpenParquet, quiet: bool
+) -> Source:
+    if isinstance(path, RemotePath) and path.is_dir():
+        return _open_remote_folder(RemotePath("", path.url), subtree, labels, open_parquet, quiet)
+    parquet: Sequence[SourcePath]
+    if isinstance(path, RemotePath):
+        parquet = [path] if is_parquet(path) else []
+    else:
+        parquet = parquet_files(path, subtree)
+    if parquet:
         return open_parquet(path, parquet)
-    if path.is_dir():
+    if isinstance(path, Path) and path.is_dir():
         return _open_folder(path, subtree, labels, open_parquet, quiet)
     if not path.is_file():
         raise UserError(f"SOURCE {path} is a pipe, socket or device: give a folder or a file")
     if is_zip(path):
         return _told_of_webdataset(open_zip(path, subtree, quiet), path)
-    container = path if compression(path) is None else unpack_tar(path, spool, quiet)
+    container = known(path) if compression(path) is None else unpack_tar(path, spool, quiet)
     if not is_plain_tar(container):
-        with open(container, "rb") as file:
+        with open_file(container) as file:
             kind = describe_unknown(file.read(4096))
         raise UserError(
             f"SOURCE {path} is neither a tar (plain, gz, bz2, xz), nor a zip, nor a parquet file ({kind}): unpack "
@@ -118,28 +135,79 @@ def _open_folder(root: Path, subtree: str, labels: str, open_parquet: _OpenParqu
             raise UserError(f"{top} is not a folder: check SOURCE and --subtree")
         return _open_class_tars(root, tars[:1], subtree, labels, quiet)
     builder = list_folder(top, quiet)
+    if (found := _open_other(root, top, builder, labels, open_parquet, quiet)) is not None:
+        return found
+    return Source(builder.build(), FolderReader(top))
+
+
+def _open_remote_folder(root: RemotePath, subtree: str, labels: str, open_parquet: _OpenParquet, quiet: bool) -> Source:
+    """As ``_open_folder``; a bucket is listed once, from which follows what it holds."""
+    below, top = plain_name(subtree), root / plain_name(subtree)
+    builder = list_remote_folder(top, quiet)
+    if below and not len(builder) and not builder.rejected:
+        return _open_remote_subtree(root, subtree, labels, open_parquet, quiet)
+    parquet = [top / entry.name for entry in builder.rejected if _is_parquet_of(below, entry)]
+    if parquet:
+        return open_parquet(root, sorted(parquet))
+    if (found := _open_other(root, top, builder, labels, open_parquet, quiet)) is not None:
+        return found
+    return Source(builder.build(), RemoteFolderReader(top))
+
+
+def _is_parquet_of(below: str, entry: Rejected) -> bool:
+    """Whether it is a parquet file directly in SOURCE or in its data/, as ``parquet_files`` takes them."""
+    folder = "/".join(filter(None, (below, entry.name))).rpartition("/")[0]
+    return entry.reason == NO_IMAGE_NAME and suffix(entry.name) == "parquet" and folder in ("", "data")
+
+
+def _open_remote_subtree(
+    root: RemotePath, subtree: str, labels: str, open_parquet: _OpenParquet, quiet: bool
+) -> Source:
+    """--subtree that names no folder: the beginning of the names of parquet files, or a folder inside a tar."""
+    parts = plain_name(subtree).split("/")
+    folder = root / "/".join(parts[:-1])
+    for name, status in entries(folder):
+        path = RemotePath((folder / name).inner, root.root, status)
+        if path.suffix.lower() == ".parquet" and path.inner.startswith(subtree):
+            names = sorted(n for n, _ in entries(folder) if n.endswith(".parquet") and "/" not in n)
+            files = [folder / n for n in names]
+            return open_parquet(root, [file for file in files if file.inner.startswith(subtree)])
+    inside = ["/".join(parts[:count]) + ".tar" for count in range(1, len(parts) + 1)]
+    tars = [tar for tar in inside if (root / tar).is_file()]
+    if not tars:
+        raise UserError(f"{root / plain_name(subtree)} is not a folder: check SOURCE and --subtree")
+    return _open_class_tars(root, tars[:1], subtree, labels, quiet)
+
+
+def _open_other(
+    root: Path | RemotePath,
+    top: Path | RemotePath,
+    builder: ListingBuilder,
+    labels: str,
+    open_parquet: _OpenParquet,
+    quiet: bool,
+) -> Source | None:
+    """What a folder without images holds: tars, each of which is a class, or parquet files; None: neither."""
     others = [entry.name for entry in builder.rejected if entry.reason == NO_IMAGE_NAME]
     tars = [name for name in others if suffix(name) == "tar"]
-    if tars and len(tars) >= len(builder.names):
-        if builder.names:
+    if tars and len(tars) >= len(builder):
+        if len(builder):
             raise UserError(
-                f"{top} holds {len(tars)} tars beside {len(builder.names)} images, so either may be meant: move one "
+                f"{top} holds {len(tars)} tars beside {len(builder)} images, so either may be meant: move one "
                 "kind to a folder of its own"
             )
         return _open_class_tars(top, tars, "", labels, quiet)
     packed = [name for name in others if _PACKED.search(name)]
-    if packed and not builder.names:
+    if packed and not len(builder):
         raise UserError(
             f"{top} holds no images but {len(packed)} archives, the first {packed[0]!r}: give one of them as SOURCE, "
             "or decompress them to plain tars, each of which then counts as a class"
         )
     parquet = [top / name for name in others if suffix(name) == "parquet"]
-    if parquet and not builder.names:
-        return open_parquet(root, sorted(parquet))
-    return Source(builder.build(), FolderReader(top))
+    return open_parquet(root, sorted(parquet)) if parquet and not len(builder) else None
 
 
-def _open_class_tars(root: Path, tars: list[str], subtree: str, labels: str, quiet: bool) -> Source:
+def _open_class_tars(root: Path | RemotePath, tars: list[str], subtree: str, labels: str, quiet: bool) -> Source:
     if (root / DATASET_FILE).exists() and any(name.startswith("shard-") for name in tars):
         raise UserError(f"SOURCE {root} is a dataset that make_shards.py wrote: it can be used as it is, with --data")
     listing, paths = list_class_tars(root, tars, subtree, quiet)
@@ -152,7 +220,7 @@ def _open_class_tars(root: Path, tars: list[str], subtree: str, labels: str, qui
     return Source(listing, ContainerReader(tuple(paths), tuple(starts.tolist())))
 
 
-def _told_of_webdataset(source: Source, path: Path) -> Source:
+def _told_of_webdataset(source: Source, path: SourcePath) -> Source:
     if not _is_webdataset(source.listing):
         return source
     note = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
@@ -25,6 +25,7 @@ from pipeline.sources.file_kinds import is_other_image
 from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Listing, ListingBuilder
 from pipeline.sources.readers import ContainerReader, Source, check_room, mark_spooled, spool_state, spooled
+from pipeline.sources.remote_path import RemotePath, SourcePath, open_file
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category", "class_name", "label_name")
 _IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
@@ -43,7 +44,9 @@ class ParquetColumns:
     image: str | None  # --image-column
 
 
-def open_parquet(path: Path, files: list[Path], columns: ParquetColumns, spool: Path, quiet: bool) -> Source:
+def open_parquet(
+    path: SourcePath, files: Sequence[SourcePath], columns: ParquetColumns, spool: Path, quiet: bool
+) -> Source:
     """Copy all images of ``files`` into one file in folder ``spool``, unless an earlier run did.
 
     Raises UserError if pyarrow is missing, a file is damaged, columns differ, or there is no image column.
@@ -74,7 +77,7 @@ def open_parquet(path: Path, files: list[Path], columns: ParquetColumns, spool: 
 class _ParquetTable:
     """The rows of several parquet files with the same columns."""
 
-    def __init__(self, files: list[Path], columns: ParquetColumns) -> None:
+    def __init__(self, files: Sequence[SourcePath], columns: ParquetColumns) -> None:
         try:
             import pyarrow
             import pyarrow.parquet
@@ -139,10 +142,10 @@ class _ParquetTable:
                     base += ".jpg"  # only a name: the bytes decide what it is
                 yield f"{stem}/{row:09d}_{base}", data if isinstance(data, bytes) else None
 
-    def _column(self, file: Path, column: str, rows_at_once: int = _LABELS_AT_ONCE) -> Iterator[Any]:
+    def _column(self, file: SourcePath, column: str, rows_at_once: int = _LABELS_AT_ONCE) -> Iterator[Any]:
         row = 0
         try:
-            with self._open(file) as parquet:
+            with open_file(file) as opened, self._open(opened) as parquet:
                 for batch in parquet.iter_batches(batch_size=rows_at_once, columns=[column]):
                     for value in batch.column(batch.schema.names.index(column)).to_pylist():
                         yield value
@@ -150,14 +153,14 @@ class _ParquetTable:
         except self._damaged as error:
             raise UserError(f"{file} is damaged at row {row} ({_first_line(error)}): fetch it again") from error
 
-    def _schema(self, file: Path) -> tuple[Any, int]:
+    def _schema(self, file: SourcePath) -> tuple[Any, int]:
         try:
-            with self._open(file) as parquet:
+            with open_file(file) as opened, self._open(opened) as parquet:
                 return parquet.schema_arrow, parquet.metadata.num_rows
         except self._damaged as error:
             raise UserError(f"cannot read the parquet file {file} ({_first_line(error)}): fetch it again") from error
 
-    def _compare(self, file: Path, schema: Any) -> None:
+    def _compare(self, file: SourcePath, schema: Any) -> None:
         """Raise UserError unless ``file`` has the chosen columns, of the same types, with the same class names."""
         for column, remedy in ((self.image_column, ""), (self.label_column, ", or say --labels none")):
             if column is None:
@@ -265,7 +268,7 @@ class _ParquetTable:
                 "say --labels none"
             )
 
-    def _label(self, file: Path, row: int, value: Any, names: tuple[str, ...]) -> int | str:
+    def _label(self, file: SourcePath, row: int, value: Any, names: tuple[str, ...]) -> int | str:
         """A class number, -1 for none, or a word. Raises UserError for any other value."""
         where = f"row {row} of {file}"
         match value:
@@ -292,13 +295,14 @@ def _looks_like_image(data: bytes) -> bool:
     return True
 
 
-def _unique_stems(files: list[Path]) -> list[str]:
+def _unique_stems(files: Sequence[SourcePath]) -> list[str]:
     """What the files are called in the names of their images: their stems, with folders where stems are not unique."""
     stems = [file.stem for file in files]
     if len(set(stems)) == len(stems):
         return stems
-    common = os.path.commonpath([file.parent for file in files])
-    return [file.relative_to(common).with_suffix("").as_posix() for file in files]
+    paths = [file.inner if isinstance(file, RemotePath) else str(file) for file in files]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [PurePosixPath(os.path.relpath(path, common or ".")).with_suffix("").as_posix() for path in paths]
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -9,9 +9,11 @@ The keywords are those of the datasets library (data_files.py, "KEYWORDS_IN_..."
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pipeline.common.errors import UserError
+from pipeline.sources.remote_path import SourcePath, open_file
 
 _KEYWORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -23,11 +25,11 @@ _SEPARATORS = re.compile(r"[-._ 0-9]+")
 _MAGIC = b"PAR1"
 
 
-def is_parquet(path: Path) -> bool:
+def is_parquet(path: SourcePath) -> bool:
     """Whether a file is parquet, by its ending or its first bytes."""
     if path.suffix.lower() == ".parquet":
         return True
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
@@ -39,17 +41,19 @@ def parquet_files(path: Path, subtree: str) -> list[Path]:
     return [file for file in files if file.relative_to(path).as_posix().startswith(subtree)]
 
 
-def choose_files(path: Path, files: list[Path], subtree: str, split: str | None) -> list[Path]:
+def choose_files(
+    path: SourcePath, files: Sequence[SourcePath], subtree: str, split: str | None
+) -> Sequence[SourcePath]:
     """The files of one split and configuration among ``files`` below ``path``.
 
     ``split``: as --split, SPLIT or SPLIT+SPLIT. Raises UserError where the choice is open, or nothing is chosen.
     """
     if path.is_file():
         return files
-    splits = {file: split_of(file.relative_to(path)) for file in files}
+    splits = {file: split_of(_below(file, path)) for file in files}
     names = sorted({name or "(none)" for name in splits.values()})
     wanted = {_KEYWORDS.get(word.lower(), word) for word in (split or "").split("+") if word}
-    chosen = [file for file in files if splits[file] in wanted]
+    chosen: Sequence[SourcePath] = [file for file in files if splits[file] in wanted]
     if not chosen:
         known = set(names) | set(_KEYWORDS.values())
         if len(names) > 1 or (split is not None and names != ["(none)"] and wanted & known):
@@ -82,9 +86,13 @@ def _keywords(part: str) -> set[str]:
     return {_KEYWORDS[word] for word in (*words, *(w for word in words for w in word.split("_"))) if word in _KEYWORDS}
 
 
-def _check_configurations(path: Path, files: list[Path], subtree: str) -> None:
+def _below(file: SourcePath, folder: SourcePath) -> PurePosixPath:
+    return PurePosixPath(file.relative_to(folder))  # type: ignore[arg-type]  # both are of one kind
+
+
+def _check_configurations(path: SourcePath, files: Sequence[SourcePath], subtree: str) -> None:
     """Raise UserError if the files lie in several folders that are neither splits nor numbered pieces."""
-    tops = {file.relative_to(path).parts[0] for file in files if len(file.relative_to(path).parts) > 1}
+    tops = {_below(file, path).parts[0] for file in files if len(_below(file, path).parts) > 1}
     folders = sorted(top for top in tops if not _keywords(top))
     pieces = all("=" in folder for folder in folders) or len({re.sub(r"\d+$", "", folder) for folder in folders}) == 1
     if len(folders) > 1 and not pieces and not subtree:

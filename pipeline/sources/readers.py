@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,20 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
 from pipeline.common.system import progress
 from pipeline.sources.listing import SYSTEM_FOLDER, Listing, ListingBuilder, is_system_folder
+from pipeline.sources.remote_path import FileStatus, Handle, RemoteFile, RemotePath, SourcePath, pread
 
 _MOST_OPEN = 256  # files of a ContainerReader; Linux usually allows a process 1024
+SPOOL_FILE = "spool.json"  # says of what the spool is a copy
 WDS = "wds:"  # prefix of a SOURCE of WebDataset tars, which pipeline/sharding/index_tars.py indexes in place
 
 
 class Reader(Protocol):
     """Reads images of a listing. Small and picklable: every worker process gets a copy."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reads are requests over a network, of which several should be under way. ``read`` is then safe in
+        several threads."""
 
     def read(self, listing: Listing, index: int) -> bytes:
         """The encoded bytes of image ``index``. Raises OSError."""
@@ -45,6 +53,7 @@ class FolderReader:
     """Images as files below ``root``."""
 
     root: Path
+    is_remote = False
 
     def read(self, listing: Listing, index: int) -> bytes:
         with open(os.path.join(self.root, listing.name(index)), "rb", buffering=0) as file:
@@ -52,28 +61,58 @@ class FolderReader:
 
 
 @dataclass(frozen=True)
+class RemoteFolderReader:
+    """Images as files below a URL."""
+
+    root: RemotePath
+    is_remote = True
+
+    def read(self, listing: Listing, index: int) -> bytes:
+        """One file's bytes. Raises UserError, also if it has changed since it was listed."""
+        status = FileStatus(int(listing.lengths[index]), listing.version(index))
+        file = self.root / listing.name(index)
+        return RemotePath(file.inner, file.root, status).read(0, status.st_size)
+
+
+@dataclass(frozen=True)
 class ContainerReader:
     """Images as byte ranges of one file, or of several whose offsets go on from one to the next."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[SourcePath, ...]
     starts: tuple[int, ...] = (0,)  # offset of the first byte of each file, ascending
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether reads are requests over a network, of which several should be under way."""
+        return any(isinstance(path, RemotePath) for path in self.paths)
+
     @cached_property
-    def _handles(self) -> OrderedDict[int, int]:
+    def _handles(self) -> OrderedDict[int, Handle]:
         return OrderedDict()
 
-    def locate(self, offset: int) -> tuple[int, int]:
+    @cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    def locate(self, offset: int) -> tuple[Handle, int]:
         """(open file, byte in it) of an offset in a listing. Raises OSError."""
         number = bisect_right(self.starts, offset) - 1
-        if number not in self._handles:
-            if len(self._handles) >= _MOST_OPEN:
-                os.close(self._handles.popitem(last=False)[1])
-            self._handles[number] = os.open(self.paths[number], os.O_RDONLY)
-        return self._handles[number], offset - self.starts[number]
+        with self._lock:
+            if number not in self._handles:
+                if len(self._handles) >= _MOST_OPEN:
+                    _, oldest = self._handles.popitem(last=False)
+                    if isinstance(oldest, int):
+                        os.close(oldest)
+                path = self.paths[number]
+                if isinstance(path, RemotePath):
+                    self._handles[number] = RemoteFile(path, ahead=False)
+                else:
+                    self._handles[number] = os.open(path, os.O_RDONLY)
+            return self._handles[number], offset - self.starts[number]
 
     def read(self, listing: Listing, index: int) -> bytes:
         handle, offset = self.locate(int(listing.offsets[index]))
-        return os.pread(handle, int(listing.lengths[index]), offset)
+        return pread(handle, int(listing.lengths[index]), offset)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the paths only: an open handle has no meaning in another process."""
@@ -130,17 +169,17 @@ def check_room(folder: Path, needed: int, doing: str) -> None:
         )
 
 
-def spool_state(files: list[Path], *choices: str) -> list[Any]:
+def spool_state(files: Sequence[SourcePath], *choices: str) -> list[Any]:
     """Identity of a spool's contents: the files (name, bytes, time of change) and the options it depends on."""
     return [[[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files], list(choices)]
 
 
 def spooled(spool: Path, state: list[Any]) -> bool:
     """Whether an earlier run filled ``spool`` completely from this state."""
-    marker = spool / "spool.json"
+    marker = spool / SPOOL_FILE
     return marker.exists() and json.loads(marker.read_text()) == state
 
 
 def mark_spooled(spool: Path, state: list[Any]) -> None:
     """Record that ``spool`` is complete."""
-    write_json(spool / "spool.json", state)
+    write_json(spool / SPOOL_FILE, state)

@@ -28,6 +28,7 @@ class SyntheticReader:
 
     count: int
     seed: int
+    is_remote = False
 
     def read(self, listing: Listing, index: int) -> bytes:
         return self._images.encode(index)

@@ -12,11 +12,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.common.errors import UserError
 from pipeline.dataset.shard_tar import BLOCK
+from pipeline.sources.remote_path import Handle, SourcePath, handle_of, open_file, pread
 
 _ZEROS = bytes(BLOCK)
 _PIECE = 1 << 20  # bytes read at once behind an end mark
@@ -59,21 +59,21 @@ class _DamagedError(Exception):
     """The reason why a header or an archive cannot be read."""
 
 
-def scan_tar(path: Path) -> Iterator[Member]:
+def scan_tar(path: SourcePath) -> Iterator[Member]:
     """Every file, link and device of a plain tar, in order, without folders. Concatenated tars are read to the end.
 
     Raises UserError for a damaged, cut off or compressed tar.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if (kind := compression_name(path)) is not None:
             raise UserError(
                 f"{path} is compressed with {kind[0]}, and its images are to be read in place: decompress it first "
                 f"({kind[1]} {path.name})"
             )
-        yield from members_within(file.fileno(), 0, os.fstat(file.fileno()).st_size, str(path))
+        yield from members_within(handle_of(file), 0, file.seek(0, os.SEEK_END), str(path))
 
 
-def members_within(handle: int, start: int, length: int, where: str) -> Iterator[Member]:
+def members_within(handle: Handle, start: int, length: int, where: str) -> Iterator[Member]:
     """As ``scan_tar``, for ``length`` bytes at ``start`` of an open file; ``where`` names them in messages."""
     try:
         yield from _members(handle, start, start + length)
@@ -81,9 +81,9 @@ def members_within(handle: int, start: int, length: int, where: str) -> Iterator
         raise UserError(f"the tar {where} is damaged or cut off: {error}; fetch it again") from error
 
 
-def is_plain_tar(path: Path) -> bool:
+def is_plain_tar(path: SourcePath) -> bool:
     """Whether ``path`` starts with the header of an uncompressed tar."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         block = file.read(BLOCK)
     try:
         return block == _ZEROS or _parse(block, 0) is not None
@@ -91,14 +91,14 @@ def is_plain_tar(path: Path) -> bool:
         return False
 
 
-def compression_name(path: Path) -> tuple[str, str] | None:
+def compression_name(path: SourcePath) -> tuple[str, str] | None:
     """(compression of ``path``, command that undoes it) by the first bytes; None if it is not compressed."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(8)
     return next(((name, command) for magic, name, command in _COMPRESSED if start.startswith(magic)), None)
 
 
-def _members(handle: int, start: int, end: int) -> Iterator[Member]:
+def _members(handle: Handle, start: int, end: int) -> Iterator[Member]:
     at, ended = start, False
     while at < end:
         block = _read(handle, at, BLOCK, end)
@@ -133,7 +133,7 @@ class _Extended(NamedTuple):
     sparse: bool = False
 
 
-def _extended_header(handle: int, at: int, block: bytes, start: int, end: int) -> tuple[_Extended, _Header, int]:
+def _extended_header(handle: Handle, at: int, block: bytes, start: int, end: int) -> tuple[_Extended, _Header, int]:
     """(extensions, header, where the contents begin) of the member whose first header, ``block``, lies at ``at``."""
     extended = _Extended()
     for _ in range(_MOST_EXTENSIONS):
@@ -200,7 +200,7 @@ def _with_pax(extended: _Extended, content: bytes) -> _Extended:
     return extended
 
 
-def _behind_sparse_map(handle: int, at: int, end: int) -> int:
+def _behind_sparse_map(handle: Handle, at: int, end: int) -> int:
     """Where the contents of an old GNU sparse file begin: behind the blocks that continue its map."""
     continues = _read(handle, at - BLOCK, BLOCK, end)[482]
     while continues:
@@ -209,7 +209,7 @@ def _behind_sparse_map(handle: int, at: int, end: int) -> int:
     return at
 
 
-def _behind_zeros(handle: int, at: int, end: int) -> int:
+def _behind_zeros(handle: Handle, at: int, end: int) -> int:
     """The first block from ``at`` on that is not all zero, where another tar was appended; else ``end``."""
     while at < end:
         piece = _read(handle, at, min(_PIECE, end - at), end)
@@ -220,8 +220,8 @@ def _behind_zeros(handle: int, at: int, end: int) -> int:
     return end
 
 
-def _read(handle: int, at: int, length: int, end: int) -> bytes:
-    data = os.pread(handle, length, at) if at + length <= end else b""
+def _read(handle: Handle, at: int, length: int, end: int) -> bytes:
+    data = pread(handle, length, at) if at + length <= end else b""
     if len(data) < length:
         raise _DamagedError("it ends inside a header")
     return data

@@ -8,19 +8,18 @@ after PKWARE's APPNOTE.TXT 6.3.
 from __future__ import annotations
 
 import contextlib
-import os
 import stat
 import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.common.errors import UserError
 from pipeline.common.system import progress
 from pipeline.sources.image_file import BadImageError
 from pipeline.sources.listing import Listing, ListingBuilder, inside
 from pipeline.sources.readers import ContainerReader, Source
+from pipeline.sources.remote_path import Handle, SourcePath, known, open_file, pread
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE 4.3.7
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
@@ -28,20 +27,20 @@ _ENCRYPTED, _LATER_SIZES, _UTF8 = 0x1, 0x8, 0x800  # bits of the general purpose
 _PIECE = 1 << 16  # bytes of compressed data read at once
 
 
-def is_zip(path: Path) -> bool:
+def is_zip(path: SourcePath) -> bool:
     """Whether ``path`` starts like a zip, or is an archive with a program in front of it."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(4)
-    return start in (b"PK\x03\x04", b"PK\x05\x06") or (start[:2] in (b"MZ", b"#!") and zipfile.is_zipfile(path))
+        return start in (b"PK\x03\x04", b"PK\x05\x06") or (start[:2] in (b"MZ", b"#!") and zipfile.is_zipfile(file))
 
 
-def open_zip(path: Path, subtree: str, quiet: bool) -> Source:
+def open_zip(path: SourcePath, subtree: str, quiet: bool) -> Source:
     """The images of a zip below folder ``subtree``. Raises UserError if its directory is damaged."""
     builder = ListingBuilder(f"{path}{f' below {subtree}' if subtree else ''}")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:
         raise UserError(
@@ -54,7 +53,7 @@ def open_zip(path: Path, subtree: str, quiet: bool) -> Source:
     files = [member for member in members if not _name(member).endswith("/")]
     if files and all(member.flag_bits & _ENCRYPTED for member in files):
         raise UserError(f"all members of the zip {path} are encrypted: unpack it with its password and give the folder")
-    return Source(builder.build(), ZipReader((path,)))
+    return Source(builder.build(), ZipReader((known(path),)))
 
 
 def _add(builder: ListingBuilder, member: zipfile.ZipInfo, subtree: str) -> None:
@@ -97,12 +96,12 @@ class ZipReader(ContainerReader):
         """One member, inflated. Raises OSError, or BadImageError if the member is damaged."""
         handle, offset = self.locate(int(listing.offsets[index]))
         length = int(listing.lengths[index])
-        header = os.pread(handle, _LOCAL_HEADER.size, offset)
+        header = pread(handle, _LOCAL_HEADER.size, offset)
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
             raise BadImageError("damaged inside the zip: no header where its directory points")
         _, _, flags, method, _, _, checksum, _, _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = offset + _LOCAL_HEADER.size + name_length + extra_length
-        data = os.pread(handle, length, start) if method == _STORED else _inflate(handle, start, length)
+        data = pread(handle, length, start) if method == _STORED else _inflate(handle, start, length)
         if len(data) != length:
             raise BadImageError("damaged inside the zip: it is shorter than its directory says")
         if not flags & _LATER_SIZES and zlib.crc32(data) != checksum:
@@ -110,11 +109,11 @@ class ZipReader(ContainerReader):
         return data
 
 
-def _inflate(handle: int, start: int, length: int) -> bytes:
+def _inflate(handle: Handle, start: int, length: int) -> bytes:
     """``length`` bytes out of the deflate stream at ``start``; fewer if it ends before."""
     inflater, parts, got = zlib.decompressobj(-zlib.MAX_WBITS), [], 0
     while got < length and not inflater.eof:
-        packed = os.pread(handle, _PIECE, start)
+        packed = pread(handle, _PIECE, start)
         if not packed:
             break
         start += len(packed)

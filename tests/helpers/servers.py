@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,7 @@ http {{
       {password}
       {signature}
       root {folder};
+      {listing}
     }}
   }}
 }}
@@ -98,13 +100,20 @@ class Nginx:
 
 @contextlib.contextmanager
 def nginx(
-    folder: Path, work: Path, *, ranges: bool = True, password: str = "", signature: str = "", tls: bool = False
+    folder: Path,
+    work: Path,
+    *,
+    ranges: bool = True,
+    password: str = "",
+    signature: str = "",
+    tls: bool = False,
+    listing: bool = False,
 ) -> Iterator[Nginx]:
     """Serve ``folder``; ``work`` holds configuration and logs. Skips the test where nginx is not installed.
 
     ``ranges=False``: always the whole file. ``password``: "USER:PASSWORD" that requests must bring (no further colon),
     ``signature``: what they must have behind ?signature=; others are answered by 401 and 403. ``tls``: https, with a
-    certificate of its own.
+    certificate of its own. ``listing``: with index pages of its folders.
     """
     program = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
     if program is None:
@@ -124,6 +133,7 @@ def nginx(
                 password=f"auth_basic all; auth_basic_user_file {work}/passwords;" if password else "",
                 signature=f'if ($arg_signature != "{signature}") {{ return 403; }}' if signature else "",
                 folder=folder,
+                listing="autoindex on; types { text/html html; }" if listing else "",
             )
         )
         command = [program, "-p", str(work), "-c", str(work / "nginx.conf"), "-e", str(work / "error.log")]
@@ -174,19 +184,12 @@ def free_port() -> int:
 def s3_server(folder: Path, prefix: str = "photos") -> Iterator[int]:
     """Moto's S3 server with the files of ``folder`` under s3://BUCKET/``prefix``; gives its port on the loopback."""
     server_module = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
         port = int(server.get_host_and_port()[1])
-        client = boto3.client(
-            "s3",
-            endpoint_url=f"http://127.0.0.1:{port}",
-            region_name="us-east-1",
-            aws_access_key_id=S3_KEYS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=S3_KEYS["AWS_SECRET_ACCESS_KEY"],
-        )
+        client = s3_client(port)
         client.create_bucket(Bucket=BUCKET)
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -194,6 +197,18 @@ def s3_server(folder: Path, prefix: str = "photos") -> Iterator[int]:
         yield port
     finally:
         server.stop()
+
+
+def s3_client(port: int) -> Any:
+    """Boto's client of an S3 server on the loopback."""
+    boto3 = pytest.importorskip("boto3")
+    return boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        region_name="us-east-1",
+        aws_access_key_id=S3_KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=S3_KEYS["AWS_SECRET_ACCESS_KEY"],
+    )
 
 
 def s3_environment(port: int) -> dict[str, str]:

@@ -121,7 +121,7 @@ KILLS = {
     "index there, marker not": "kill_at_call(pipeline.sharding.write_shard, 'write_json', 3, signal.SIGKILL)",
     "all shards there, no samples.npy": "kill_at_call(pipeline.sharding.finalize, '_write_samples', 1, signal.SIGKILL)",
     "samples.npy there, dataset.json not": "kill_at_call(pipeline.sharding.finalize, 'write_json', 1, signal.SIGKILL)",
-    "dataset.json there, .partial too": "kill_at_call(pipeline.sharding.finalize.shutil, 'rmtree', 1, signal.SIGKILL)",
+    "dataset.json there, .partial too": "kill_at_call(pipeline.dataset.out_folder.shutil, 'rmtree', 1, signal.SIGKILL)",
 }
 
 
