@@ -6,11 +6,12 @@
     python tools/make_shards.py ILSVRC2012_img_val.tar data/imagenet-val --labels ILSVRC2012_devkit_t12.tar.gz
     python tools/make_shards.py parquet-folder/ data/from-parquet --subtree data/train-
     python tools/make_shards.py synthetic:20000 data/synthetic
+    python tools/make_shards.py s3://bucket/photos s3://bucket/photos-shards
     python tools/make_shards.py "wds:/data/laion/{00000..00099}.tar" data/laion-index
 
 SOURCE is a folder of images (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz), a folder or tar of
-class tars, a zip, a parquet file or a folder of them, synthetic:N, or wds:PATTERN for WebDataset tars, which stay where
-they are and are only indexed. Killed and started again it goes on with the shards that are missing. docs/formats.md
+class tars, a zip, a parquet file or a folder of them, the URL of one of these (s3://, gs://, hf://, https://),
+synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are and are only indexed. Killed and started again it goes on with the shards that are missing. docs/formats.md
 lists every layout with what becomes of it.
 
 Images are JPEG, PNG, WebP, BMP, TIFF or PPM, and are recognised by their endings, in small or capital letters: .jpg
@@ -43,7 +44,7 @@ class Command:
     """The command line: SOURCE, OUT and the options of sharding."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A folder of images, a tar, a zip, parquet files, synthetic:N or wds:PATTERN."""
+    """A folder of images, a tar, a zip, parquet files, a URL of one of these, synthetic:N or wds:PATTERN."""
     out: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the dataset, made if it is not there: on a disk, or s3:// or gs://."""
     sharding: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)

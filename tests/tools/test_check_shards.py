@@ -244,7 +244,7 @@ def test_a_repair_that_was_killed_begins_again(copy: Path, monkeypatch: pytest.M
     whole = tree(copy)
     (copy / "samples.npy").unlink()
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         (copy / ".partial" / "done").mkdir()
         (copy / ".partial" / "done" / "shard-000000.json").write_text("{}")
         raise KeyboardInterrupt
