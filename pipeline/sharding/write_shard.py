@@ -235,7 +235,7 @@ def _room(lengths: np.ndarray) -> int:
 
 def _reads(reader: Reader, listing: Listing, indices: list[int]) -> Iterator[tuple[int, Callable[[], bytes]]]:
     """(number of an image, a function that gives its bytes or raises as ``read_image``); remote ones are read ahead."""
-    if not reader.is_remote:
+    if not getattr(reader, "is_remote", False):
         for index in indices:
             yield index, partial(read_image, reader, listing, index)
         return

@@ -26,12 +26,11 @@ WDS = "wds:"  # prefix of a SOURCE of WebDataset tars, which pipeline/sharding/i
 
 
 class Reader(Protocol):
-    """Reads images of a listing. Small and picklable: every worker process gets a copy."""
+    """Reads images of a listing. Small and picklable: every worker process gets a copy.
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether reads are requests over a network, of which several should be under way. ``read`` is then safe in
-        several threads."""
+    One whose ``is_remote`` is there and true is called in several threads: its reads are requests over a network, of
+    which several should be under way.
+    """
 
     def read(self, listing: Listing, index: int) -> bytes:
         """The encoded bytes of image ``index``. Raises OSError."""
@@ -53,7 +52,6 @@ class FolderReader:
     """Images as files below ``root``."""
 
     root: Path
-    is_remote = False
 
     def read(self, listing: Listing, index: int) -> bytes:
         with open(os.path.join(self.root, listing.name(index)), "rb", buffering=0) as file:

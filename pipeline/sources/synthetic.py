@@ -28,7 +28,6 @@ class SyntheticReader:
 
     count: int
     seed: int
-    is_remote = False
 
     def read(self, listing: Listing, index: int) -> bytes:
         return self._images.encode(index)
