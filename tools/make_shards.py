@@ -11,8 +11,9 @@
 
 SOURCE is a folder of images (class sub-folders, or flat), a tar of one (also .tar.gz, .bz2, .xz), a folder or tar of
 class tars, a zip, a parquet file or a folder of them, the URL of one of these (s3://, gs://, hf://, https://),
-synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are and are only indexed. Killed and started again it goes on with the shards that are missing. docs/formats.md
-lists every layout with what becomes of it.
+synthetic:N, or wds:PATTERN for WebDataset tars, which stay where they are and are only indexed. OUT may be s3:// or
+gs://. Killed and started again it goes on with the shards that are missing. docs/formats.md lists every layout with
+what becomes of it.
 
 Images are JPEG, PNG, WebP, BMP, TIFF or PPM, and are recognised by their endings, in small or capital letters: .jpg
 .jpeg .jpe .jfif .pjpeg .pjp .png .webp .bmp .tif .tiff .ppm .pgm .pbm .pnm
