@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.common import torchrun
 from pipeline.common.output import lasting_output
 from pipeline.common.secrets import conceal_arguments, scrub
 from pipeline.common.text import printable
@@ -42,7 +43,10 @@ def check_one_copy(script: Path, imported: Path) -> None:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2."""
+    """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2.
+
+    Under torchrun it stands in torchrun's report, and torchrun does not start the processes again.
+    """
     conceal_arguments()
     with lasting_output():
         try:
@@ -50,8 +54,14 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
                 check_one_copy(Path(script), Path(__file__).parents[2])
             main()
         except UserError as error:
-            print(f"error: {printable(scrub(str(error)))}", file=sys.stderr)
+            message = printable(scrub(str(error)))
+            if not torchrun.report(message):
+                print(f"error: {message}", file=sys.stderr)
             sys.exit(2)
+        except SystemExit as end:
+            if end.code == 2:
+                torchrun.leave_quietly()
+            raise
 
 
 SEEDS = 1 << 64  # torch's generators and ours take 64 bits

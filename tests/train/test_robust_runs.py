@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.common.errors import exit_on_user_error
 from pipeline.common.locations import local_path, location
 from pipeline.common.locks import exclusive_lock
 from tests.train.test_pretrain import ROOT, STEPS, flags, losses, run_here
@@ -90,11 +91,18 @@ def test_a_home_folder_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert location("~/data") == local_path("~/data") == tmp_path / "data"
 
 
-def test_torchrun_gets_the_message_of_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_gets_the_message_of_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    with pytest.raises(process_group.SharedError), process_group.exit_once():
-        raise process_group.SharedError("--seed -1: no", prints=True)
+
+    def main() -> None:
+        with process_group.exit_once():
+            raise process_group.SharedError("--seed -1: no", prints=True)
+
+    with pytest.raises(SystemExit) as left:
+        exit_on_user_error(main)
+    assert left.value.code == 2
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "--seed -1: no"
+    assert capsys.readouterr().err == ""  # torchrun prints it
 
 
 def test_ctrl_c_is_no_traceback(capsys: Any) -> None:

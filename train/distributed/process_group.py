@@ -6,7 +6,7 @@ A command reads torchrun's variables with ``read_launch``, and works inside ``ex
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
 import signal
 import sys
@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as td
 
+from pipeline.common import torchrun
 from pipeline.common.errors import UserError
 from pipeline.sampling.sampler import World
 
@@ -138,11 +138,26 @@ class SharedError(UserError):
 
 @contextmanager
 def found_by_every_rank(launch: Launch) -> Iterator[None]:
-    """Turn a UserError that all ranks raise alike into a SharedError, which rank 0 prints."""
+    """Turn a UserError that all ranks raise alike into a SharedError, which rank 0 prints.
+
+    Under torchrun also what tyro prints of a wrong flag, for torchrun's report of the root cause.
+    """
+    printed = io.StringIO()
     try:
-        yield
+        with contextlib.redirect_stderr(printed) if torchrun.is_above() else contextlib.nullcontext():
+            yield
     except UserError as error:
         raise SharedError(str(error), launch.is_main) from error
+    except SystemExit as end:
+        if end.code == 2 and torchrun.is_above():
+            raise SharedError(_without_box(printed.getvalue()), launch.is_main) from end
+        raise
+
+
+def _without_box(text: str) -> str:
+    """The lines of tyro's box of an error."""
+    lines = [line.strip(" │╭╮╰╯─") for line in text.splitlines()]
+    return "\n".join(line for line in lines if line) or "the command line is wrong"
 
 
 @contextmanager
@@ -157,22 +172,10 @@ def exit_once() -> Iterator[None]:
         if not error.prints:
             time.sleep(SILENT_S)
             sys.exit(2)
-        _report_to_torchrun(error)
-        raise
-    except UserError as error:
-        _report_to_torchrun(error)
         raise
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def _report_to_torchrun(error: UserError) -> None:
-    """Leave the message where torchrun looks for the root cause of a failure."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        message = {"message": str(error), "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError):  # the message is printed as well
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 @dataclass(frozen=True)
