@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,21 +78,14 @@ class Suite:
     watch: GpuMonitor
     results: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    stack: ExitStack = field(default_factory=ExitStack)
 
     @staticmethod
-    def open(data: Path, out: Path, toy: bool, name: str, end_s: float) -> Suite:
+    @contextmanager
+    def open(data: Path, out: Path, toy: bool, name: str, end_s: float) -> Iterator[Suite]:
         """Take the device. Raises UserError if it is missing."""
-        stack, size = ExitStack(), toy_or_real(toy)
-        dist = stack.enter_context(distributed(size.device))
-        watch = stack.enter_context(GpuMonitor(dist.device))
-        return Suite(ShardSet.open(data), size, out, name, end_s, dist, watch, stack=stack)
-
-    def __enter__(self) -> Suite:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
+        size = toy_or_real(toy)
+        with distributed(size.device) as dist, GpuMonitor(dist.device) as watch:
+            yield Suite(ShardSet.open(data), size, out, name, end_s, dist, watch)
 
     @property
     def left_s(self) -> float:

@@ -78,7 +78,6 @@ def step_limits(suite: Suite, batch: int) -> dict[str, float]:
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Of one call, once it is warm."""
     for _ in range(3):
         work()
     if device.type == "cuda":

@@ -65,7 +65,6 @@ def compiled(suite: Suite) -> None:
 
 
 def _steps(suite: Suite, variants: list[Variant], needs_s: float) -> None:
-    """Measure each, on the same views."""
     on_gpu = suite.dist.device.type == "cuda"
     bench, _ = suite.set_up(suite.size.batches[-1])
     views = bench.resident_views()
@@ -97,7 +96,6 @@ def _measure_step(suite: Suite, variant: Variant, views: list[ViewBatch]) -> dic
 
 
 def _cut(views: ViewBatch, variant: Variant, dtype: torch.dtype) -> ViewBatch:
-    """The views in a variant's size, number format and layout."""
     layout = torch.contiguous_format if variant.layout == "contiguous" else torch.channels_last
     parts = [x[: variant.batch].to(dtype).contiguous(memory_format=layout) for x in views.views]
     return replace(views, views=parts, ids=views.ids[: variant.batch], sources=views.sources[: variant.batch])

@@ -140,8 +140,7 @@ def guarded(work: Callable[[], None]) -> str | None:
 def run_part(name: str, data: Path, out: Path, toy: bool, seconds: float) -> None:
     """One part in this process. Raises RuntimeError at the end if some of its measurements failed."""
     part: Part = PARTS[name]
-    suite = Suite.open(data, out, toy, name, time.perf_counter() + seconds)
-    with suite:
+    with Suite.open(data, out, toy, name, time.perf_counter() + seconds) as suite:
         part.work(suite)
     if suite.failures:
         raise RuntimeError("; ".join(suite.failures))

@@ -28,6 +28,7 @@ import numpy as np
 import tyro
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.files import check_writable
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import FORMAT_VERSION, SAMPLE_DTYPE
 from pipeline.sampling.order import Order, OrderConfig, choose_order
@@ -103,8 +104,8 @@ def check(config: Config) -> None:
         if ranks < 1 or ranks * config.rank_batch > samples:
             raise UserError(f"--ranks {ranks} x --rank-batch {config.rank_batch} is no batch of {samples:g} samples")
     for flag, path in (("--json", config.json), ("--plot", config.plot)):
-        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"{flag} {path} cannot be written: choose another place")
+        if path is not None:
+            check_writable(flag, path)
 
 
 def measure(config: Config) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.files import check_writable
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
@@ -121,8 +122,8 @@ def check(config: Config) -> None:
             "lower --megabytes, or choose another disk with --place"
         )
     for flag, path in (("--json", config.json), ("--plot", config.plot)):
-        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"{flag} {path} cannot be written: choose another place")
+        if path is not None:
+            check_writable(flag, path)
 
 
 def ours(what: str, workers: int) -> str:

@@ -302,7 +302,6 @@ class _Fused(torch.autograd.Function):
 
 
 def _added(parts: list[Tensor | None]) -> Tensor | None:
-    """The sum; None of weights that the layer lacks."""
     tensors = [part for part in parts if part is not None and part.numel() > 0]
     return sum(tensors[1:], tensors[0]) if tensors else None
 

@@ -112,7 +112,6 @@ def find_splits(source: Path) -> tuple[str, str]:
 
 
 def _splits_in(tar: tarfile.TarFile) -> tuple[str, str]:
-    """Reads the members until both folders are found."""
     tops: set[str] = set()
     for member in tar:
         parts = member.name.removeprefix("./").split("/")

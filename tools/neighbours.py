@@ -26,7 +26,7 @@ import tyro
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from pipeline.backends.reference import centre_crop, decode, normalise
+from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, exit_on_user_error, require
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
@@ -34,11 +34,11 @@ from pipeline.common.locations import LocalPath, Location
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
-from pipeline.sampling.views import centre_crops
 from tools.embed import EmbedConfig, embed
 from tools.embedding.search import near_duplicates, nearest
 from tools.embedding.store import RECORD, UNFINISHED, Embeddings
 from train.distributed.process_group import distributed
+from train.evaluation.encoder import Preprocess, decode_file
 from train.evaluation.features import EncoderConfig, open_frozen
 
 MOST_ROWS = 40  # of a grid
@@ -173,15 +173,9 @@ def _embed_file(config: NeighboursConfig, path: Path, embeddings: Embeddings) ->
             f"{checkpoint} is not the encoder that made {embeddings.folder}: name that one with --checkpoint, or embed "
             "the dataset again"
         )
-    try:
-        image = decode(path.read_bytes())
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--query {path} is no image that can be read: {error}") from error
-    recipe = encoder.recipe
-    crops = centre_crops(recipe.image_size, np.array([image.shape[1:]], np.int32))
+    image = decode_file(path)
     with torch.no_grad():
-        view = normalise(centre_crop(image, crops, 0, recipe.image_size), recipe)
-        vector = encoder.backbone(view[None])[0].float().numpy()
+        vector = encoder.backbone(Preprocess(encoder.recipe)(path)[None])[0].float().numpy()
     return image.permute(1, 2, 0).numpy(), vector
 
 

@@ -360,16 +360,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _repeat(run: RunRecord) -> str:
-    recorded = run.config.get("command")
-    if recorded:
-        return str(recorded)
     return shlex.join(["siamstream", "pretrain", "--config", str(run.path / CONFIG_FILE), "--run-dir", "NEW_FOLDER"])
 
 
 def _versions(runs: list[RunRecord]) -> str:
     here = dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
     rows = [["python", platform.python_version()], *here.items()]
-    recorded = [[f"{run.name}: {key}", value] for run in runs for key, value in run.config.get("versions", {}).items()]
+    found = {run.name: run.config.get("session", {}).get("versions", {}) for run in runs}
+    recorded = [[f"{run}: {key}", value] for run, of in found.items() for key, value in of.items()]
     return details("versions", table(["", "this page was written with"], rows) + table(["", "recorded"], recorded))
 
 

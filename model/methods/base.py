@@ -22,7 +22,7 @@ from model.embedding_stats import wide, z_std
 from model.sync_batchnorm import encode as encode  # methods take it from here, beside encode_jointly
 from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.common.flags import own_flags
-from pipeline.sampling.views import ViewRecipe
+from pipeline.sampling.views import ViewGroup, ViewRecipe
 
 
 class StepInfo(NamedTuple):
@@ -196,6 +196,13 @@ class Method(nn.Module):
     def collapse(self, batch: BatchShape) -> CollapseProfile:
         """What the guard should look for."""
         raise NotImplementedError
+
+
+def unlike_views(crop_scale: tuple[float, float]) -> ViewRecipe:
+    """BYOL's and DINO's two views: one is always blurred, the other rarely, but solarized at times."""
+    options: dict[str, Any] = {"interpolation": "bicubic", "saturation": 0.2, "blur_prob": 1.0}
+    second = ViewGroup(blur_prob=0.1, solarize_prob=0.2)
+    return ViewRecipe(count=1, crop_scale=crop_scale, **options, more_views=(second,))
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

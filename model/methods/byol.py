@@ -30,11 +30,12 @@ from model.methods.base import (
     check_momentum,
     encode,
     mean_z_std,
+    unlike_views,
     weights_apart,
 )
 from model.momentum import Teacher, cosine_momentum
 from pipeline.common.errors import require
-from pipeline.sampling.views import ViewGroup, ViewRecipe
+from pipeline.sampling.views import ViewRecipe
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,7 @@ class BYOLConfig(MethodConfig):
     @classmethod
     def default_views(cls) -> ViewRecipe:
         """Two unlike views: augmentations.py, dataset.py."""
-        return ViewRecipe(
-            count=1,
-            crop_scale=(0.08, 1.0),
-            interpolation="bicubic",
-            saturation=0.2,
-            blur_prob=1.0,
-            more_views=(ViewGroup(blur_prob=0.1, solarize_prob=0.2),),
-        )
+        return unlike_views((0.08, 1.0))
 
     def build(self) -> BYOL:
         return BYOL(self)

@@ -36,11 +36,12 @@ from model.methods.base import (
     encode_jointly,
     mean_z_std,
     trained,
+    unlike_views,
     weights_apart,
 )
 from model.momentum import Teacher, cosine_momentum
 from pipeline.common.errors import require
-from pipeline.sampling.views import ViewGroup, ViewRecipe
+from pipeline.sampling.views import ViewRecipe
 
 TEACHER_VIEWS = 2
 
@@ -91,14 +92,7 @@ class DINOConfig(MethodConfig):
     @classmethod
     def default_views(cls) -> ViewRecipe:
         """The two global views of DataAugmentationDINO, with the crop scale that main_dino.py recommends for these."""
-        return ViewRecipe(
-            count=1,
-            crop_scale=(0.14, 1.0),
-            interpolation="bicubic",
-            saturation=0.2,
-            blur_prob=1.0,
-            more_views=(ViewGroup(blur_prob=0.1, solarize_prob=0.2),),
-        )
+        return unlike_views((0.14, 1.0))
 
     def build(self) -> DINO:
         return DINO(self)

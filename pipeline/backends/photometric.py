@@ -102,7 +102,6 @@ def parts_of(count: int, threads: int) -> list[slice]:
 
 
 def _neutral(count: int) -> ViewParams:
-    """Parameters of one view that change nothing."""
     no = np.zeros((count, 1), dtype=bool)
     return ViewParams(
         crop=np.zeros((count, 1, 4), dtype=np.int32),

@@ -127,7 +127,6 @@ def _hue(red, green, blue, turns):
 
 @triton.jit
 def _operate(operation, factor, mean, red, green, blue):
-    """One of ColorJitter's operations: brightness, contrast, saturation, hue."""
     if operation == 3:
         red, green, blue = _hue(red, green, blue, factor)
     else:

@@ -74,7 +74,6 @@ def _decode(context: BackendContext, batches: Iterator[Batch]) -> Iterator[list[
 
 
 def _crop(context: BackendContext, batches: Iterator[Batch]) -> Iterator[list[list[Tensor]]]:
-    """The squares of each image."""
     for batch in batches:
         yield list(context.pool.map(partial(_cut, context, batch), range(len(batch))))
 

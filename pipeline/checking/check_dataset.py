@@ -218,7 +218,6 @@ def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _count_labels(dataset: ShardSet) -> tuple[list[int], int]:
-    """Samples of each class, and samples without a label."""
     counts, unlabelled = np.zeros(len(dataset.classes), np.int64), 0
     for rows in _chunks(dataset.samples):
         labels = rows["label"]

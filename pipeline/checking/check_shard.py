@@ -280,7 +280,6 @@ def _check_image(records: Records, sample_id: int, decode: Decode, in_tar: Findi
 def _check_unlisted(
     records: Records, number: int, rows: range, samples: dict[int, _TarSample], found: Findings
 ) -> None:
-    """Find samples of the tar without a row."""
     if len(rows) == 0:
         return
     tar = records.dataset.shard_path(number).name

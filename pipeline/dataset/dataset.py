@@ -64,7 +64,6 @@ class ShardSet:
         verify_checksums: bool,
         row_check: RowCheck | None = None,
     ) -> None:
-        """Use ``ShardSet.open``."""
         self._store = store
         self.path = store.path
         self.info = info  # dataset.json

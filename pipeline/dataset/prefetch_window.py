@@ -72,7 +72,6 @@ class Window:
         self._wanted.appendleft(shard)
 
     def _look_further(self) -> bool:
-        """Take one more step into the window unless it holds all shards already."""
         return len(self._uses) < len(self._sizes) and self._extend(force=False)
 
     def _extend(self, *, force: bool) -> bool:

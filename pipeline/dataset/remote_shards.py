@@ -240,7 +240,6 @@ class ShardPrefetcher:
     def __init__(
         self, shards: RemoteShards, window: Window, cancelled: threading.Event, *, knows_machine: bool, fetches: bool
     ) -> None:
-        """Use ``RemoteShards.follow``."""
         self._shards, self._window, self._cancelled, self._fetches = shards, window, cancelled, fetches
         self.knows_machine = knows_machine  # so that shards outside the window may go at once
         self._changed = threading.Condition()
@@ -292,7 +291,6 @@ class ShardPrefetcher:
 
 
 def _npy_bytes(rows: int) -> int:
-    """The size of samples.npy."""
     header = BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(SAMPLE_DTYPE), "fortran_order": False, "shape": (rows,)}
     np.lib.format.write_array_header_1_0(header, fields)

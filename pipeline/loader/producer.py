@@ -116,7 +116,6 @@ class ViewMaker:
         return self._backend.views(self._context, batches)
 
     def _recover(self, error: UndecodableBatchError) -> ViewBatch:
-        """Find the bad images of a batch, replace them, and make the batch again."""
         while True:
             self._find_bad(error)
             batch = self._assembler.replace_bad(error.batch)

@@ -315,7 +315,6 @@ def centre_crops(image_size: int, sizes: Int32[np.ndarray, "n 2"]) -> CentreCrop
 
 
 def _per_view(recipe: ViewRecipe, name: str) -> Float64[np.ndarray, "*views_and_pair"]:
-    """One field of each view's recipe."""
     return np.array([getattr(group, name) for group in recipe.per_view], dtype=np.float64)
 
 

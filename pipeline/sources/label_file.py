@@ -265,7 +265,6 @@ class _Table:
         return self._lines[1:] if self._header else self._lines
 
     def _cells(self, lines: list[_Line]) -> Iterator[tuple[int, list[str]]]:
-        """(line number, cells) of each line."""
         if self._delimiter == " ":
             for line in lines:
                 yield line.number, self._split_blanks(line.text)
@@ -325,7 +324,6 @@ class _Table:
                 return
 
     def _width(self) -> int:
-        """Columns of most lines."""
         widths = [len(cells) for _, cells in self._cells(self._body()[:_SNIFFED])]
         return max(set(widths), key=lambda width: (widths.count(width), -width)) if widths else len(self._header)
 

@@ -186,5 +186,4 @@ def _bend(relief: Float[np.ndarray, "side side"], profile: Profile) -> Float[np.
 
 
 def _unit(relief: Float[np.ndarray, "side side"]) -> Float[np.ndarray, "side side"]:
-    """Shifted and scaled to mean 0 and standard deviation 1."""
     return (relief - relief.mean()) / relief.std()

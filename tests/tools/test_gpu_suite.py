@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,7 @@ def test_what_cannot_be_run_is_refused(photo_dataset_path: Path, tmp_path: Path)
         gpu_suite.check(gpu_suite.Config(photo_dataset_path, tmp_path / "file" / "out", toy=True))
 
 
-def toy_suite(data: Path, out: Path, seconds: float) -> gpu_bench.Suite:
+def toy_suite(data: Path, out: Path, seconds: float) -> AbstractContextManager[gpu_bench.Suite]:
     return gpu_bench.Suite.open(data, out, True, "trial", time.perf_counter() + seconds)
 
 

@@ -193,7 +193,6 @@ def _row(result: Result) -> str:
 
 
 def _criterion(seeds: int) -> str:
-    """What the page calls a sign."""
     spread = (
         f"a standard deviation of {ONE_SEED_SPREAD} points from run to run is assumed, as one seed does not show it"
         if seeds == 1

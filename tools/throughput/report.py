@@ -124,7 +124,6 @@ def _slowest(parts: dict[str, float]) -> Any:
 
 
 def _advice(limiter: Limiter, results: dict[str, StageResult], setting: Setting) -> tuple[str, ...]:
-    """What to change, the likeliest first."""
     loader = results.get("loader")
     full = loader is not None and loader.cores.median >= CORES_BUSY * setting.cores
     if setting.on_gpu:

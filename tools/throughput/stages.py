@@ -69,10 +69,9 @@ class Bench:
         order = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
         return self.sampler.batches(self.dataset.num_samples, order, World.alone(self.device))
 
-    @contextmanager
-    def views(self, stalls: Stalls | None = None) -> Iterator[Iterator[ViewBatch]]:
+    def views(self, stalls: Stalls | None = None) -> AbstractContextManager[Iterator[ViewBatch]]:
         """The loader of a run of one rank, without end; ``stalls`` counts the GPU's waits for it."""
-        with open_views(
+        return open_views(
             self.dataset,
             self.recipe,
             replace(self.loader, threads=self.threads),
@@ -81,8 +80,7 @@ class Bench:
             dtype=self.dtype,
             order=self.order,
             stalls=stalls,
-        ) as batches:
-            yield batches
+        )
 
     @contextmanager
     def encoded(self) -> Iterator[Iterator[Batch]]:
@@ -130,7 +128,6 @@ class Bench:
 class Stage:
     """One thing to be timed."""
 
-    name: str
     open: Callable[[], AbstractContextManager[Advance]]
     batch: int  # source images
     ahead: int  # batches that its queues hold
@@ -142,15 +139,15 @@ def make_stages(bench: Bench, run: Run | None) -> dict[StageName, Stage]:
     dali = bench.loader.dali.prefetch
     queues = read_ahead + dali + bench.loader.prefetch + 1
     stages: dict[StageName, Stage] = {
-        "read": Stage("read", lambda: read_bytes(bench), bench.batch, read_ahead),
-        "decode": Stage("decode", lambda: decode(bench), bench.batch, dali),
-        "crops": Stage("crops", lambda: crops(bench), bench.batch, dali),
-        "photometric": Stage("photometric", lambda: photometric(bench), bench.batch, 0),
-        "loader": Stage("loader", lambda: whole_loader(bench), bench.batch, queues),
+        "read": Stage(lambda: read_bytes(bench), bench.batch, read_ahead),
+        "decode": Stage(lambda: decode(bench), bench.batch, dali),
+        "crops": Stage(lambda: crops(bench), bench.batch, dali),
+        "photometric": Stage(lambda: photometric(bench), bench.batch, 0),
+        "loader": Stage(lambda: whole_loader(bench), bench.batch, queues),
     }
     if run is not None:
-        stages["model"] = Stage("model", lambda: model_step(bench, run), bench.batch, 0)
-        stages["end_to_end"] = Stage("end_to_end", lambda: end_to_end(bench, run), bench.batch, queues)
+        stages["model"] = Stage(lambda: model_step(bench, run), bench.batch, 0)
+        stages["end_to_end"] = Stage(lambda: end_to_end(bench, run), bench.batch, queues)
     return stages
 
 
@@ -261,7 +258,6 @@ def end_to_end(bench: Bench, run: Run) -> Iterator[Advance]:
 
 
 def _drain(bench: Bench, batches: Iterator[object], count: int) -> dict[str, float]:
-    """Take ``count`` batches and discard them."""
     taken: deque[object] = deque(itertools.islice(batches, count), maxlen=1)
     assert taken, "the input of a stage is endless"
     bench.finish()

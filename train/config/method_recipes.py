@@ -54,7 +54,6 @@ def recipe(
 
 
 def _imagenet(model: MethodConfig, optim: dict[int, OptimConfig], batch: int) -> list[PretrainConfig]:
-    """The runs of 100 and 200 epochs."""
     names: dict[int, RecipeName] = {100: "imagenet-100ep", 200: "imagenet-200ep"}
     return [recipe(names[epochs], epochs, batch, model, settings) for epochs, settings in optim.items()]
 

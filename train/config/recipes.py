@@ -79,7 +79,6 @@ def recipe_of(name: RecipeName, method: str | None = None) -> PretrainConfig:
 
 
 def _check_flags(words: list[str], model: MethodConfig) -> None:
-    """Raise UserError for a flag of another method."""
     flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")}
     own = {field.name for field in fields(model)}
     for flag in sorted(flags):

@@ -99,7 +99,6 @@ class SampleMemory:
 
 
 def _delete_unused(folder: Path) -> None:
-    """Delete the rows whose checkpoint is gone."""
     for path in folder.glob("targets-*.npy"):
         step = re.fullmatch(r"targets-(\d+)\.npy", path.name)
         if step is not None and not list(folder.glob(f"step-{step[1]}-*")):

@@ -44,12 +44,13 @@ class Preprocess:
 
         Raises UserError if a file cannot be read as an image.
         """
-        pixels = _decode_file(Path(image)) if isinstance(image, str | Path) else _pixels(image)
+        pixels = decode_file(Path(image)) if isinstance(image, str | Path) else _pixels(image)
         crops = centre_crops(self.recipe.image_size, np.array([pixels.shape[1:]], np.int32))
         return reference.normalise(reference.centre_crop(pixels, crops, 0, self.recipe.image_size), self.recipe)
 
 
-def _decode_file(path: Path) -> Tensor:
+def decode_file(path: Path) -> Tensor:
+    """The pixels of an image file, uint8 ``[3, h, w]``. Raises UserError if it cannot be read as one."""
     try:
         return reference.decode(path.expanduser().read_bytes())
     except (OSError, ValueError, SyntaxError) as error:

@@ -203,7 +203,6 @@ class Reporter:
 
 
 def _per_rank(waits: DataWait) -> dict[str, float]:
-    """data_wait of each rank for metrics.jsonl, where there are several."""
     if not 1 < len(waits.seconds) <= RANKS_LOGGED:
         return {}
     return {f"data_wait_rank{rank}": share for rank, share in enumerate(waits.shares)}
