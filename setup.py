@@ -34,6 +34,7 @@ RUNTIME = [
     "matplotlib>=3.8",
     "tensorboard>=2.16",
     "tqdm>=4.66",
+    "pyyaml>=6",
 ]
 PARQUET = ["pyarrow>=15"]
 FAISS, UMAP = ["faiss-cpu>=1.8"], ["umap-learn>=0.5"]

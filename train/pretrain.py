@@ -22,13 +22,14 @@ from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.loader import open_views
 from pipeline.loader.timing import Stalls
 from pipeline.sampling.sampler import BatchSampler
-from train.config.recipes import config_of, parse_config
+from train.config.recipes import config_of, parse_config, printed
 from train.config.run_config import PretrainConfig
 from train.distributed.collectives import print0
 from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
 from train.distributed.watchdog import hangs_watched
 from train.engine.build import describe, prepare
+from train.engine.dry_run import needs
 from train.engine.loop import loop
 from train.engine.run import Run, check_run_dir, locked_run_dir, resume, write_run_files
 from train.monitoring.reporter import Reporter
@@ -41,6 +42,10 @@ def main() -> None:
     launch = read_launch()
     with exit_once(), found_by_every_rank(launch):
         config = parse_config(prints=launch.is_main)
+    if config.print_config:
+        if launch.is_main:
+            print(printed(config), end="")
+        return
     if not train_here(config):
         sys.exit(EXIT_PREEMPTED)
 
@@ -69,6 +74,10 @@ def run_to_the_end(config: PretrainConfig, dist: DistContext, stop: StopRequest)
     """Train to the end: True; or until a signal: False. Raises UserError for mistakes."""
     run = prepare(config, dist)
     check_run_dir(run)
+    if config.dry_run:
+        for line in (*describe(run), *needs(run)):
+            print0(dist, line)
+        return True
     with locked_run_dir(run):
         return train_run(run, stop)
 

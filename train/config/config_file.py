@@ -1,4 +1,4 @@
-"""A run's configuration in a JSON file, as config.json in a run folder holds it: read back as dataclasses.
+"""A run's configuration in a JSON or YAML file, as config.json in a run folder holds it: read back as dataclasses.
 
     base = recipe_of("demo")
     config = read_config(Path("runs/a/config.json"), base)      # what the file does not name is as in base
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from model.methods.registry import method_config
 from pipeline.common.errors import UserError
@@ -27,17 +30,60 @@ _NO_SETTINGS = (SESSION, INIT_WEIGHTS, "loader_tuning")
 C = TypeVar("C")
 
 
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML with the plain values of its version 1.2: 1e-4 is a number, on and 10:30 are text; no key twice."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class, which takes the last of two equal keys."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _kind_of_value, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?\d+", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+):
+    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind_of_value}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _parse_text(text: str, suffix: str) -> Any:
+    """The value in a file. Raises ValueError."""
+    if suffix not in YAML_SUFFIXES:
+        return json.loads(text)
+    try:
+        return yaml.load(text, _Yaml)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Settings as a file for --config."""
+    return yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True)
+
+
 def read_settings(path: Path, source: str | None = None) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError, which begins with ``source``, if there is none."""
+    """The object in a JSON or YAML file. Raises UserError, which begins with ``source``, if there is none."""
     source = source or str(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = _parse_text(path.read_text(encoding="utf-8"), path.suffix.lower())
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}): name the config.json of a run") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is no JSON ({error}): name the config.json of a run, or a file like it") from error
+        kind = "YAML" if path.suffix.lower() in YAML_SUFFIXES else "JSON"
+        raise UserError(f"{source} is no {kind} ({error}): name the config.json of a run, or a file like it") from error
     if not isinstance(values, dict):
-        raise UserError(f"{source} holds no JSON object with settings: name the config.json of a run, or one like it")
+        raise UserError(f"{source} holds no object with settings: name the config.json of a run, or one like it")
     return values
 
 
@@ -75,14 +121,24 @@ def _merged(base: C, values: Any, place: str, source: str) -> C:
     for key, value in values.items():
         name = f"{place}.{key}" if place else key
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known here are {', '.join(names)}"
-            raise UserError(f"{source} has {name}, which is no setting of a run: {hint}")
+            raise UserError(f"{source} has {name}, which is no setting of a run: {_hint(base, str(key), names)}")
         former = getattr(base, key)
         changed[key] = (
             _merged(former, value, name, source) if is_dataclass(former) else _value(kinds[key], value, name, source)
         )
     return replace(base, **changed)  # type: ignore[type-var]
+
+
+def _hint(base: Any, key: str, names: list[str]) -> str:
+    """Where a setting belongs that is none of ``base``."""
+    key = key.replace("-", "_")
+    inside = [
+        name for name in names if is_dataclass(part := getattr(base, name)) and key in {f.name for f in fields(part)}
+    ]
+    if inside:
+        return f"write it inside {inside[0]}, as {inside[0]}: {{{key}: ...}}"
+    near = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known here are {', '.join(names)}"
 
 
 def _value(kind: Any, value: Any, name: str, source: str) -> Any:

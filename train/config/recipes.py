@@ -12,7 +12,8 @@ import contextlib
 import io
 import sys
 from dataclasses import fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -21,29 +22,91 @@ from model.methods.registry import DEFAULT_METHOD, METHODS, method_config
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError
 from pipeline.common.flags import usage
+from pipeline.common.locations import local_path
+from train.config.config_file import SESSION, check_urls_are_whole, config_from, read_settings, yaml_text
 from train.config.method_recipes import CIFAR, METHOD_RECIPES, TINY, cifar, demo, recipe
 from train.config.resumed import resumed_config
 from train.config.run_config import PretrainConfig, RecipeName
 from train.optimization.optimizer import OptimConfig
 
+UNNAMED = Path("(not given)")  # --data and --run-dir of --print-config
+
 
 def parse_config(arguments: list[str] | None = None, prints: bool = True) -> PretrainConfig:
-    """Read the command line; a recipe takes the place of defaults, and with --resume the run's own configuration.
+    """Read the command line; a recipe takes the place of defaults, --config comes over it, and flags over both.
 
-    Unknown flags end the process with code 2; ``prints``: with a message. Raises UserError for values that cannot be,
-    and for flags that disagree with the run to be resumed.
+    With --resume the defaults are the run's own configuration. Unknown flags end the process with code 2; ``prints``:
+    with a message. Raises UserError for values that cannot be, and for flags that disagree with the run to be resumed.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    resumed = resumed_config(words, lambda run: _parse(words, run, prints))
-    return _parse(words, defaults(words), prints) if resumed is None else resumed
+    file = _config_file(words)
+
+    def parse(default: PretrainConfig) -> PretrainConfig:
+        if file is not None:
+            default = config_from(file.values, default, str(file.path))
+            check_urls_are_whole(default, file.path)
+        return _parse(words, default, prints)
+
+    named = [*(file.words if file is not None else ()), *words]
+    resumed = resumed_config(named, parse)
+    return parse(defaults(named)) if resumed is None else resumed
+
+
+class _ConfigFile(NamedTuple):
+    """The file of --config."""
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """What of it is needed before the parser: as flags."""
+        flags = {"method": "--method", "recipe": "--recipe", "run_dir": "--run-dir", "data": "--data"}
+        texts = [(flag, self.values.get(name)) for name, flag in flags.items()]
+        named = [word for flag, text in texts if isinstance(text, str) for word in (flag, text)]
+        return [*named, *(["--resume"] if self.values.get("resume") is True else [])]
+
+
+def _config_file(words: list[str]) -> _ConfigFile | None:
+    """The file of --config, if there is one. Raises UserError where it and a flag name two methods or recipes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--method", "--recipe"):
+        parser.add_argument(flag, nargs="?")
+    given = parser.parse_known_args(words)[0]
+    if given.config is None:
+        return None
+    path = local_path(given.config)
+    values = read_settings(path, f"--config {path}")
+    if SESSION in values:  # a run's own: it may have been resumed
+        values["resume"] = False
+    for name in ("method", "recipe"):
+        flag, own = getattr(given, name), values.get(name)
+        if flag is not None and own is not None and flag != own:
+            raise UserError(f"--{name} {flag}, but {path} has {name} {own}, and settings that go with it: name one")
+    return _ConfigFile(path, values)
 
 
 def _parse(words: list[str], default: PretrainConfig, prints: bool) -> PretrainConfig:
     """The command line over ``default``."""
     _check_flags(words, default.model)
+    if "--print-config" in words or "--print_config" in words:
+        default = replace(
+            default,
+            data=UNNAMED if default.data is tyro.MISSING else default.data,
+            run_dir=UNNAMED if default.run_dir is tyro.MISSING else default.run_dir,
+        )
     return tyro.cli(
         PretrainConfig, args=words, prog=usage("--data DIR --run-dir DIR"), default=default, console_outputs=prints
     )
+
+
+def printed(config: PretrainConfig) -> str:
+    """The settings as YAML for --config, without --data and --run-dir where they were not given."""
+    values = config.as_json()
+    for name in ("data", "run_dir"):
+        if getattr(config, name) == UNNAMED:
+            del values[name]
+    return yaml_text(values)
 
 
 def defaults(words: list[str]) -> PretrainConfig:

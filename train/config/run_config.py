@@ -24,6 +24,7 @@ from train.optimization.optimizer import OptimConfig
 from train.optimization.precision import PrecisionName
 from train.storage.checkpoints import parse_interval
 
+NO_SETTINGS = ("config", "print_config", "dry_run")  # fields that say what the command does, and are not recorded
 if TYPE_CHECKING:
     MethodName = str
 else:
@@ -47,6 +48,12 @@ class PretrainConfig:
     data: Location
     # Folder for checkpoints, metrics and the plan, on a file system that all machines share.
     run_dir: LocalPath
+    # Take settings from a file, YAML or JSON, as config.json of a run and --print-config have them; flags override.
+    config: Path | None = None
+    # Print the settings as YAML for --config, and do nothing else.
+    print_config: bool = False
+    # Check everything, print the plan and what it needs of disk, cache and memory, and train nothing.
+    dry_run: bool = False
     # Self-supervised method; with --help its own flags are shown.
     method: MethodName = DEFAULT_METHOD
     # Take the defaults of a recipe of train/config/recipes.py; with --help its values are shown.
@@ -130,7 +137,10 @@ class PretrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration for config.json, with complete paths, so that it holds in any folder."""
-        return _plain(asdict(self))
+        values = asdict(self)
+        for name in NO_SETTINGS:
+            del values[name]
+        return _plain(values)
 
     def identity(self, dataset_fingerprint: str, init_weights: str | None = None) -> dict[str, Any]:
         """What decides a run's numbers, as one flat dictionary; a checkpoint is resumed only where all of it is equal.
