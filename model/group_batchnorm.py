@@ -6,9 +6,14 @@ and its key have different companions: their common statistics would give the po
 
 - the student's groups are images in a row, which one rank holds: nothing is exchanged;
 - the teacher's groups are strided, image i of a pass over all ranks belonging to group i mod the number of groups. So
-  each has equally many images of every group of the student, as a shuffled batch has on average. The order of the
-  samples is random already. No image moves between ranks: each rank adds up its part of every group, and the ranks add
-  up a table of [groups, channels]. The teacher needs no gradient.
+  each has equally many images of every group of the student, as a shuffled batch has on average, and no group of the
+  teacher is one of the student's. The order of the samples is random already.
+
+No image moves between ranks: each rank adds up its part of every group, and the ranks add up a table of
+[2, groups, channels] in float64 at each batch norm of the teacher, which needs no gradient. The other way without
+moving images, a loader that hands each rank the key views of a permuted batch, needs no collective before the keys are
+gathered; but a rank would then decode other images for its keys than for its queries, each image twice. Here every
+image is decoded once, at the price of one small sum over the ranks for each of these layers and passes.
 """
 
 from __future__ import annotations

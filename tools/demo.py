@@ -172,8 +172,8 @@ def pretrain(config: DemoConfig, has_test: bool) -> None:
     arguments = ["--data", str(dataset.path), "--run-dir", str(run_dir), *recipe_of(config)]
     arguments += ["--epochs", str(schedule.epochs), "--global-batch", str(schedule.batch)]
     arguments += ["--knn-every", str(schedule.knn_every)]
-    if config.method == "moco-v2":  # batch norm's groups, 32 images by default, must fit into a batch
-        arguments += ["--bn-images", str(min(32, schedule.batch))]
+    if config.method == "moco-v2":  # batch norm's groups, 32 images by default: a batch needs two
+        arguments += ["--bn-images", str(min(32, schedule.batch // 2))]
     if has_test and dataset.has_labels:
         arguments += ["--knn-data", str(config.out / "test")]
     run_command("python train/pretrain.py", *arguments)

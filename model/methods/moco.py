@@ -95,6 +95,12 @@ class MoCoConfig(MethodConfig):
                 f"(--global-batch {batch.global_batch}, {batch.parts}): take a divisor of "
                 f"{batch.micro_batch}, or another batch"
             )
+        if batch.pass_batch == self.bn_images:
+            raise UserError(
+                f"--bn-images {self.bn_images} makes one group of all {batch.pass_batch} images of a pass: a query and "
+                "its key would share their statistics, which give the pair away (He et al. 2020, section 3.3); take "
+                f"{max(2, batch.pass_batch // 2)} or less, or a larger batch"
+            )
 
 
 class MoCo(Method):

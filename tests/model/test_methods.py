@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import group_batchnorm
 from model.backbone import build_backbone
 from model.gather import gather_rows
 from model.group_batchnorm import GroupBatchNorm, group_batch_norm, update_running_statistics
@@ -183,6 +184,38 @@ def test_a_group_is_normalised_as_a_batch_of_its_own(kind: Any, shape: tuple[int
     layer.eval()
     plain.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize(("count", "images_of_group"), [(8, 4), (24, 4), (24, 12), (96, 32), (256, 32)])
+def test_no_key_has_the_companions_of_its_query(count: int, images_of_group: int) -> None:
+    """Which images a row is normalised with, seen by one image at a time; a group of keys mixes those of queries."""
+
+    def companions(kind: Any) -> Tensor:
+        layer = group_batch_norm(nn.BatchNorm1d(count, affine=False), images_of_group, kind)
+        return layer(torch.eye(count)).ne(layer(torch.zeros(count, count)))  # [row, image]: column j is image j
+
+    queries, keys = companions("in a row"), companions("strided")
+    groups = count // images_of_group
+    for row in range(count):
+        assert queries[row].sum() == keys[row].sum() == images_of_group
+        assert not torch.equal(queries[row], keys[row])
+        of_each_group = keys[row].view(groups, images_of_group).sum(dim=1)  # of each group of queries
+        assert of_each_group.max() - of_each_group.min() <= 1
+
+
+def test_the_teachers_statistics_cross_the_network_as_small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an image does: [2, groups, channels] for each layer, and one layer for each batch norm."""
+    tables: list[tuple[int, ...]] = []
+
+    def record(table: Tensor) -> Tensor:
+        tables.append(tuple(table.shape))
+        return table
+
+    monkeypatch.setattr(group_batchnorm, "sum_over_ranks", record)
+    method = tiny("moco-v2").build().train()
+    method.teacher(images(0)[0])
+    layers = [layer for layer in method.teacher.modules() if isinstance(layer, GroupBatchNorm)]
+    assert tables == [(2, GLOBAL_BATCH // 4, layer.num_features) for layer in layers]
 
 
 def test_every_key_group_has_images_of_every_query_group() -> None:
@@ -672,6 +705,11 @@ def test_numbers_that_cannot_be(name: str, fields: dict[str, Any], message: str)
             MoCoConfig("resnet_tiny"),
             BatchShape(64, 16, 2, False),
             r"--bn-images 32 .* 16 images.*2 ranks x --accumulate 2",
+        ),
+        (
+            MoCoConfig("resnet_tiny", queue=1024),
+            BatchShape(32, 32, 1, False),
+            r"--bn-images 32 makes one group of all 32 images of a pass.*take 16 or less",
         ),
         (
             SwAVConfig("resnet_tiny", queue=1000),
