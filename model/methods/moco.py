@@ -84,7 +84,7 @@ class MoCoConfig(MethodConfig):
             )
         if not has_batch_norm(self.backbone):
             return
-        if batch.sync_bn and batch.world_size > 1:
+        if batch.sync_bn:
             raise UserError(
                 "--sync-bn with --method moco-v2: statistics over all ranks let a query and its key recognise each "
                 "other (facebookresearch/moco issue 46); leave it out, and batch norm keeps to groups of --bn-images"

@@ -148,7 +148,8 @@ def _check_flags(words: list[str], model: MethodConfig) -> None:
         name = flag.replace("-", "_")
         owners = [other for other, config in METHODS.items() if name in {field.name for field in fields(config)}]
         if owners and name not in own:
-            raise UserError(f"--{flag} is a flag of --method {' and '.join(owners)}, not of {model.name}: leave it out")
+            listed = " and ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
+            raise UserError(f"--{flag} is a flag of --method {listed}, not of {model.name}: leave it out")
 
 
 def config_of(**flags: Any) -> PretrainConfig:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from model.methods.registry import METHODS
 from pipeline.backends.base import ViewBatch
@@ -205,6 +206,51 @@ def test_help_shows_the_flags_of_the_method_alone(method: str, capsys: Any) -> N
 def test_mistakes(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(parse_config([*WHERE, *words]), 10_000, world_size=2, memory_bytes=1 << 30)
+
+
+SCRIPTS_MISTAKES: list[tuple[str, list[str], str]] = [
+    ("moco", [], "--method moco is unknown; known are simsiam"),
+    (
+        "simclr",
+        ["--teacher-momentum", "0.9"],
+        "--teacher-momentum is a flag of --method byol, dino and moco-v2, not of simclr",
+    ),
+    ("moco-v2", ["--queue", "100"], "--queue 100 is no multiple of the 24 keys of a step"),
+    ("swav", ["--queue", "100"], "--queue 100 is no multiple of --global-batch 12"),
+    ("moco-v2", ["--bn-images", "4"], "--bn-images 4 does not divide the 6 images of a pass"),
+    ("moco-v2", ["--bn-images", "6"], "--bn-images 6 makes one group of all 6 images of a pass"),
+    ("moco-v2", ["--sync-bn"], "--sync-bn with --method moco-v2"),
+    ("swav", ["--prototypes", "99999999999"], "--prototypes 99999999999 takes at least"),
+    ("dino", ["--prototypes", "99999999999"], "--prototypes 99999999999 takes at least"),
+    ("byol", ["--backbone", "tests.train.engine.test_method_runs:unpooled"], "not pooled features (2, d)"),
+    ("dino", ["--backbone", "vit_small_patch16_224", "--image-size", "100"], "cannot take views of 100 px"),
+    ("simclr", ["--views", "3"], "--method simclr takes exactly 2 views"),
+]
+
+
+def unpooled() -> nn.Module:
+    return nn.Conv2d(3, 7, 3)
+
+
+@pytest.mark.parametrize(("method", "words", "message"), SCRIPTS_MISTAKES)
+def test_mistakes_end_the_script_with_code_2_and_one_message(
+    photo_dataset_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    method: str,
+    words: list[str],
+    message: str,
+) -> None:
+    own = method if method in METHODS else "simsiam"
+    arguments = flags(own, photo_dataset_path, tmp_path / "run", *words, "--method", method)
+    assert run_here(monkeypatch, arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("error: ") == 1
+    assert message in " ".join(said.split())
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
