@@ -27,6 +27,7 @@ import tyro
 from pipeline.backends.select import choose_backend
 from pipeline.common.errors import exit_on_user_error
 from pipeline.common.files import check_writable
+from pipeline.common.output import write_raw
 from tools.common.gpu_monitor import GpuMonitor, busy_with_others
 from tools.common.measuring import describe_machine, write_results
 from tools.throughput.report import StageResult, as_json, describe, draw_stages, judge, table
@@ -93,9 +94,7 @@ def time_stages(stages: dict[StageName, Stage], bench: Bench, seconds: float, re
         done += 1
         if sys.stderr.isatty():
             text = f"trial {done} of {repeats * len(stages)}: {name} {trial.img_per_s:,.0f} images/s"
-            print(
-                f"\r\x1b[K{text}", end="" if done < repeats * len(stages) else "\r\x1b[K", file=sys.stderr, flush=True
-            )
+            write_raw(sys.stderr, f"\r\x1b[K{text}" + ("" if done < repeats * len(stages) else "\r\x1b[K"))
 
     with GpuMonitor(bench.device) as monitor:
         runner = StageRunner(seconds, monitor, bench.tidy)

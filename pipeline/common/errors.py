@@ -5,6 +5,7 @@ A configuration is checked in ``__post_init__`` of its dataclass, with ``require
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,8 @@ def check_one_copy(script: Path, imported: Path) -> None:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2.
 
-    Under torchrun it stands in torchrun's report, and torchrun does not start the processes again.
+    Under torchrun it stands in torchrun's report, and torchrun does not start the processes again. So does an error of
+    a file or folder, for which nothing else has found better words.
     """
     conceal_arguments()
     with lasting_output():
@@ -54,14 +56,23 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
                 check_one_copy(Path(script), Path(__file__).parents[2])
             main()
         except UserError as error:
-            message = printable(scrub(str(error)))
-            if not torchrun.report(message):
-                print(f"error: {message}", file=sys.stderr)
+            _report(str(error))
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None:  # of no file or folder: a fault of this program
+                raise
+            _report(f"{error.strerror}: {os.fsdecode(error.filename)}; look at what is there, then try again")
             sys.exit(2)
         except SystemExit as end:
             if end.code == 2:
                 torchrun.leave_quietly()
             raise
+
+
+def _report(text: str) -> None:
+    message = printable(scrub(text))
+    if not torchrun.report(message):
+        print(f"error: {message}", file=sys.stderr)
 
 
 SEEDS = 1 << 64  # torch's generators and ours take 64 bits

@@ -1,4 +1,4 @@
-"""Writing files: complete or not at all; a full disk or a missing permission is a UserError."""
+"""Writing files: complete or not at all; what a disk or a folder is at fault for is a UserError."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ _REMEDY = {
     errno.EACCES: "check the permissions, or choose another folder",
     errno.EPERM: "check the permissions, or choose another folder",
 }
+# As above, but where the caller knows better what is the matter, its own words are taken
+_IN_THE_WAY = {
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO), "check the disk, or choose another one"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open: raise the limit with `ulimit -n`"),
+    **dict.fromkeys(
+        (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.EINVAL),
+        "a file or folder there was deleted, or something else is in its place: look at it",
+    ),
+    errno.ENAMETOOLONG: "the path is longer than the file system allows: choose a shorter one",
+}
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
@@ -31,27 +41,30 @@ _SYNC_FILE_RANGE: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)  # L
 
 
 def disk_error(error: OSError, doing: str) -> UserError | None:
-    """The ``UserError`` for a full disk, a quota or a missing permission; None for any other ``OSError``."""
-    remedy = _REMEDY.get(error.errno or 0)
+    """The ``UserError`` for what a disk or a folder is at fault for; None for any other ``OSError``.
+
+    Such as a full disk, a quota, a missing permission, a file in a folder's place, a folder that was deleted.
+    """
+    remedy = {**_REMEDY, **_IN_THE_WAY}.get(error.errno or 0)
     if remedy is None:
         return None
-    where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else ""
+    where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes, Path)) else ""
     again = "then run the same command again (training: with --resume)"
     return UserError(f"{doing} failed: {error.strerror}{where}; {remedy}, {again}")
 
 
 @contextmanager
 def disk_errors(doing: str, failed: str | None = None, remedy: str = "") -> Iterator[None]:
-    """Turn a full disk, a quota or a missing permission into a UserError that names what was being done, ``doing``.
+    """Turn what a disk or a folder is at fault for into a UserError that names what was being done, ``doing``.
 
     Any other OSError stays as it is, or becomes "``failed``: its reason; ``remedy``", a UserError too.
     """
     try:
         yield
     except OSError as error:
+        if failed is not None and error.errno not in _REMEDY:
+            raise UserError("; ".join(filter(None, (f"{failed}: {error.strerror}", remedy)))) from error
         user_error = disk_error(error, doing)
-        if user_error is None and failed is not None:
-            user_error = UserError("; ".join(filter(None, (f"{failed}: {error.strerror}", remedy))))
         if user_error is None:
             raise
         raise user_error from error

@@ -63,6 +63,7 @@ def is_url(text: str) -> bool:
 
 def location(text: str) -> Path | Url:
     """The folder or URL that ``text`` names. Raises UserError for a URL without a host or bucket."""
+    _check_no_nul(text)
     if _SCHEME.match(text) is None:
         _check_no_url(text)
         return Path(text).expanduser()
@@ -71,6 +72,11 @@ def location(text: str) -> Path | Url:
     if not urlsplit(text).netloc:
         raise UserError(f"{shown} names no host or bucket: write it as s3://BUCKET/FOLDER or https://HOST/FOLDER")
     return Url(text)
+
+
+def _check_no_nul(text: str) -> None:
+    if "\0" in text:
+        raise UserError(f"{text!r}: no file or folder has a NUL in its name")
 
 
 def _check_no_url(text: str) -> None:
@@ -99,6 +105,9 @@ def _check_secret(text: str) -> None:
 
 def local_path(text: str) -> Path:
     """The path that ``text`` names, for results. Raises UserError for a URL; Path would turn it into folder ``s3:``."""
+    _check_no_nul(text)
+    if text.encode(errors="ignore").decode() != text:
+        raise UserError(f"{text}: its name is not UTF-8, in which TensorBoard and others write names: choose another")
     if _SCHEME.match(text) or (_LIKE_A_URL.match(text) and not Path(text).exists()):
         raise UserError(f"{text}: results are written to a folder or file of this machine, or one that it has mounted")
     return Path(text).expanduser()

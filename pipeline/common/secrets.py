@@ -80,7 +80,15 @@ def conceal_arguments() -> None:
     """Take the secrets out of ``sys.argv``, and keep them out of tracebacks, also those of threads."""
     sys.argv[1:] = map(conceal, sys.argv[1:])
     sys.excepthook = _print_scrubbed
-    threading.excepthook = lambda args: _print_scrubbed(args.exc_type, args.exc_value, args.exc_traceback)
+    threading.excepthook = _print_from_thread
+
+
+def _print_from_thread(args: threading.ExceptHookArgs) -> None:
+    """An error of a file in one line: TensorBoard's thread raises it, and its next call in the main thread again."""
+    if isinstance(args.exc_value, OSError) and args.exc_value.filename is not None:
+        print(f"error: {scrub(str(args.exc_value))}", file=sys.stderr, flush=True)
+    else:
+        _print_scrubbed(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def _print_scrubbed(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,16 @@ from pipeline.dataset.format import SAMPLES_FILE, open_rows, read_dataset_file
 from pipeline.dataset.prefetch_window import Upcoming
 from pipeline.dataset.remote_cache import CacheConfig
 
-MAX_OPEN_SHARDS = 512  # well below the usual limit of 1024 open files per process
+MAX_OPEN_SHARDS = 512  # and no more than a third of what a process may open, since a run may read two datasets
+
+
+def most_open_shards() -> int:
+    """The shards that may be open at a time, by the process' limit of open files (`ulimit -n`)."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(MAX_OPEN_SHARDS, soft // 3))
+
+
+_TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 @dataclass(frozen=True)
@@ -111,13 +122,20 @@ class OpenFiles:
             if file is not None:
                 self._files.move_to_end(shard)
                 return file
-        handle = self._opener(shard, cancelled)
+        try:
+            handle = self._opener(shard, cancelled)
+        except OSError as error:
+            if error.errno not in _TOO_MANY or not self._files:
+                raise
+            with self._lock:  # other parts of the process, or of the machine, need more: with none open it may do
+                self._files.clear()
+            handle = self._opener(shard, cancelled)
         if handle is None:
             return None
         file = OpenFile(handle)
         with self._lock:
             self._files[shard] = file
-            if len(self._files) > MAX_OPEN_SHARDS:
+            while len(self._files) > most_open_shards():
                 self._files.popitem(last=False)
         return file
 

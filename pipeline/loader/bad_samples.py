@@ -89,7 +89,7 @@ class BadSamples:
             complete, newline, torn = file.read().rpartition(b"\n")
             if torn:  # the last line of a killed run
                 file.truncate(len(complete + newline))
-            lines: list[dict[str, Any]] = [json.loads(text) for text in complete.splitlines()]
+            lines = [line for line in map(_parse, complete.split(b"\n")) if line is not None]
             if all(line["sample"] != known["sample"] for known in lines):
                 file.write(json.dumps(line).encode() + b"\n")
                 lines.append(line)
@@ -97,6 +97,17 @@ class BadSamples:
             BadSampleError(bad["sample"], bad["shard"], bad["key"], bad["reason"], bad.get("as_sharded", False))
             for bad in lines
         ]
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """One line of the file; None for a damaged one, which stays there and does not count."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("sample")) is not int:
+        return None
+    return line if all(isinstance(line.get(name), str) for name in ("shard", "key", "reason")) else None
 
 
 def _advice(found: list[BadSampleError]) -> str:

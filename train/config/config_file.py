@@ -20,6 +20,7 @@ import yaml
 
 from model.methods.registry import method_config
 from pipeline.common.errors import UserError
+from pipeline.common.files import read_regular
 from pipeline.common.locations import Url, local_path, location
 from train.config.run_config import PretrainConfig
 
@@ -76,7 +77,7 @@ def read_settings(path: Path, source: str | None = None) -> dict[str, Any]:
     """The object in a JSON or YAML file. Raises UserError, which begins with ``source``, if there is none."""
     source = source or str(path)
     try:
-        values = _parse_text(path.read_text(encoding="utf-8"), path.suffix.lower())
+        values = _parse_text(read_regular(path).decode(), path.suffix.lower())
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}): name the config.json of a run") from error
     except (ValueError, RecursionError) as error:

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from train.early_signals import EXIT_PREEMPTED, STOP_SIGNALS
+
 PATIENCE_S = 10.0  # after a signal, for a batch that does not come
-EXIT_PREEMPTED = 75  # sysexits.h EX_TEMPFAIL: "try again later"
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 @dataclass

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -176,6 +177,9 @@ def resume(run: Run) -> None:
         run.timer.saved(run.step)
         run.writer.newest = path
         print0(run.dist, f"--resume: going on after step {run.step:,} of {run.plan.total_steps:,} ({path.name})")
+        log = run.config.run_dir / METRICS_FILE
+        if run.step > 0 and not log.exists():
+            print0(run.dist, f"warning: {log} is missing: losses and kNN accuracies up to step {run.step:,} are lost")
         if former_bn_batch != run.plan.bn_batch:
             now = f"over {run.plan.bn_batch:,} images at a time from here on, {former_bn_batch:,} before"
             print0(run.dist, f"note: batch norm takes its statistics {now} (--accumulate, --no-sync-bn, processes)")
@@ -185,27 +189,57 @@ def resume(run: Run) -> None:
 def _load(run: Run, path: Path) -> int:
     """Load a checkpoint; returns the former session's plan.bn_batch. Raises UserError."""
     state = load_checkpoint(path)
-    identity = state["identity"]
-    run.init_weights = _recorded_weights(identity.get("init"))
-    if run.init_weights is None and run.config.init is not None and "init" in identity:
-        identity = {**identity, "init": run.identity["init"]}  # two paths; the flag was compared by its content
-    check_same_run(identity, run.identity, path)
+    try:
+        identity = state["identity"]
+        run.init_weights = _recorded_weights(identity.get("init"))
+        if run.init_weights is None and run.config.init is not None and "init" in identity:
+            identity = {**identity, "init": run.identity["init"]}  # two paths; the flag was compared by its content
+        check_same_run(identity, run.identity, path)
+        return _take_up(run, state, path.parent)
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[-1].strip()
+        raise UserError(
+            f"{path} is named after its checksum, but does not hold the state of this run ({type(error).__name__}: "
+            f"{reason}): move it away to go on from the one before, or start again with another --run-dir"
+        ) from error
+
+
+def _take_up(run: Run, state: dict[str, Any], folder: Path) -> int:
+    """Set the run to a checkpoint's state. Raises what a state of another form leads to."""
     run.model.load_state_dict(_method_state(state))
+    _check_optimizer(run.optimizer, state["optimizer"])
     run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state["optimizer"]})
     if run.precision.scaler.is_enabled() and state["scaler"]:
         run.precision.scaler.load_state_dict(state["scaler"])
     if run.memory is not None:
         run.memory.allocate(run.config.run_dir)
-        run.memory.load(state["targets"], path.parent)
+        run.memory.load(state["targets"], folder)
     if run.probe is not None and "probe" in state:  # a run may take --probe up later
         run.probe.load(state["probe"])
-    run.step = state["epoch"] * run.plan.steps_per_epoch + state["step"]
+    done = state["epoch"] * run.plan.steps_per_epoch + state["step"]
+    if not (type(done) is int and 0 <= state["step"] < run.plan.steps_per_epoch and 0 <= done <= run.plan.total_steps):
+        raise ValueError(f"epoch {state['epoch']}, step {state['step']} of {run.plan.steps_per_epoch}")
+    run.step = done
     return int(state.get("bn_batch", run.plan.bn_batch))  # older checkpoints do not say
 
 
 def _recorded_weights(init: str | None) -> str | None:
     """The identity of the weights of --init in a checkpoint; the first checkpoints hold their path instead."""
     return init if init is not None and re.fullmatch(f"[0-9a-f]{{{HASH_DIGITS}}}", init) else None
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Raise ValueError or TypeError for a state that torch would take, and only the next step would fail at."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state.items():
+        shape = parameters[number].shape
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape not in (shape, torch.Size()):
+                raise ValueError(f"{name} of parameter {number} is {list(value.shape)} instead of {list(shape)}")
+            if not isinstance(value, (Tensor, int, float, NoneType)):
+                raise TypeError(f"{name} of parameter {number} is a {type(value).__name__}")
 
 
 def _method_state(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class SampleMemory:
     def load(self, entry: dict[str, Any], folder: Path) -> None:
         """Read the rows of a checkpoint in ``folder``, after ``allocate``. Raises UserError if they are damaged."""
         assert self._rows is not None
-        path = folder / entry["file"]
+        path = folder / Path(entry["file"]).name
         if not path.is_file() or file_sha256(path) != entry["sha256"]:
             raise UserError(
                 f"{path}, the targets that belong to the newest checkpoint, is missing or damaged: restore it from a "

@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from pipeline.common.output import is_terminal
+from pipeline.common.output import is_terminal, write_raw
 from pipeline.common.system import duration
 
 PLAIN_LINE_EVERY_S = 10.0  # seconds between progress lines where stderr is no terminal
@@ -122,10 +122,8 @@ class ProgressLine:
             f"{rates.img_per_s:.0f} img/s data_wait {data_wait or format(rates.data_wait, '.0%')}{host} "
             f"left {duration(left)}"
         )
-        self._stream.write(f"\r\x1b[K{text}" if on_terminal else text + "\n")
-        if on_terminal and step >= self._total:
-            self._stream.write("\n")
-        self._stream.flush()
+        end = "\n" if step >= self._total else ""
+        write_raw(self._stream, f"\r\x1b[K{text}{end}" if on_terminal else text + "\n")
 
 
 RANKS_SHOWN = 8  # more than that are summed up in the progress line

@@ -7,16 +7,18 @@ primitives, and does not depend on the number of processes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
-import pickle
+import os
 import re
+import reprlib
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors
 from pipeline.dataset.format import file_sha256
+from train.storage.torch_files import read_torch_file
 
 
 def host_copy(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
@@ -112,6 +115,8 @@ class CheckpointWriter:
 CHECKPOINTS = "checkpoints"  # their folder in that of a run
 FORMAT = 1
 HASH_DIGITS = 16
+# What is in a file's place: a folder, a pipe or a device, a link to nothing or in a circle
+_NO_FILE = frozenset({errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENOENT, errno.ELOOP, errno.ENODEV})
 _NAME = re.compile(rf"step-(\d+)-([0-9a-f]{{{HASH_DIGITS}}})\.pt")
 
 
@@ -131,7 +136,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], step: int, keep: int) -
 
 def _write(path: Path, data: memoryview, step: int, keep: int) -> None:
     """Put the file in place, then delete what it makes superfluous."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # without those above: a run folder that was deleted stays deleted
     with atomic_file(path) as file:
         file.write(data)
     for old in _list(path.parent):
@@ -152,13 +157,15 @@ class CheckpointSearch:
 def find_checkpoint(folder: Path) -> CheckpointSearch:
     """Look for the newest checkpoint whose bytes are those that were written.
 
-    Damaged ones are renamed to NAME.damaged. Raises UserError if there are checkpoints and none is intact.
+    Damaged ones, and what is no file, are renamed to NAME.damaged. Raises UserError if there are checkpoints and none
+    is intact, and for one that cannot be read: it may be whole.
     """
     damaged: list[Path] = []
     for path in _list(folder):
         if is_intact(path):
             return CheckpointSearch(path, tuple(damaged))
-        damaged.append(path.rename(path.with_name(path.name + ".damaged")))
+        with disk_errors(f"setting the damaged checkpoint {path} aside"):
+            damaged.append(path.rename(_free_name(path.with_name(path.name + ".damaged"))))
     if damaged:
         names = ", ".join(path.name for path in damaged)
         raise UserError(
@@ -168,10 +175,24 @@ def find_checkpoint(folder: Path) -> CheckpointSearch:
     return CheckpointSearch(None, ())
 
 
+def _free_name(path: Path) -> Path:
+    """``path``, or with a number behind it if there is something already."""
+    names = (path.with_name(path.name + (f".{number}" if number else "")) for number in count())
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def is_intact(path: Path) -> bool:
-    """Whether the file's sha256 begins with the digits in its name."""
+    """Whether it is a file whose sha256 begins with the digits in its name. Raises UserError if it cannot be read."""
     match = _NAME.fullmatch(path.name)
-    return match is not None and file_sha256(path).startswith(match[2])
+    try:
+        return match is not None and file_sha256(path).startswith(match[2])
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return False
+        raise UserError(
+            f"cannot read the checkpoint {path}: {error.strerror}; make it readable, or move it away to go on from the "
+            "one before"
+        ) from error
 
 
 def is_damaged(path: Path) -> bool:
@@ -186,16 +207,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU; no code in it is executed. Raises UserError if it is none of ours."""
-    try:
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise pickle.UnpicklingError("torch.save writes other files")
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint, or a truncated one: {str(error).splitlines()[0]}") from error
+    state = read_torch_file(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version of siamstream (format {FORMAT})")
     return state
@@ -206,12 +218,23 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     fields = [*current, *(field for field in saved if field not in current)]
     absent = "(absent)"
     pairs = [(field, saved.get(field, absent), current.get(field, absent)) for field in fields]
-    differing = [f"  {field}: checkpoint {old}, now {new}" for field, old, new in pairs if old != new]
+    differing = [
+        f"  {_short(field)}: checkpoint {_short(old)}, now {_short(new)}" for field, old, new in pairs if old != new
+    ]
     if differing:
         raise UserError(
             f"the checkpoint {path} belongs to a run with another configuration:\n" + "\n".join(differing) + "\n"
             "resume with the values of the checkpoint, or start a new run with another --run-dir"
         )
+
+
+def _short(value: Any) -> str:
+    """A setting for a message. What a file says may be of any size, and of a size that only printing gives it."""
+    if isinstance(value, str):
+        return value[:200]
+    printer = reprlib.Repr()
+    printer.maxlevel, printer.maxlist, printer.maxtuple, printer.maxstring, printer.maxother = 3, 20, 20, 200, 200
+    return printer.repr(value)
 
 
 def _list(folder: Path) -> list[Path]:

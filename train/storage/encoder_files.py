@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,8 +25,8 @@ from pipeline.dataset.format import file_sha256
 from train.storage.checkpoints import HASH_DIGITS, is_damaged, newest_checkpoint
 from train.storage.encoder_formats import EncoderState, State, recognise
 from train.storage.encoder_layouts import summary
+from train.storage.torch_files import read_torch_file
 
-LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before torch 1.6
 UNTRAINED = "untrained:"
 CLASSIFIERS = ("fc", "head", "heads", "classifier", "head_dist")  # modules of libraries that hold one
 METADATA = "siamstream"  # key of our entry in a safetensors header, a checkpoint or a state_dict
@@ -190,23 +188,7 @@ def _file_of(path: Path) -> Path:
 
 
 def _read_torch(path: Path) -> tuple[State, FileMetadata]:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(LEGACY_START))
-            if not zipfile.is_zipfile(file) and start != LEGACY_START:
-                raise UserError(f"{path} is no checkpoint, or a truncated one: torch.save writes other files")
-            file.seek(0)
-            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints hold their flags
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and plain values, and code in files is never run: save its state_dict "
-            f"alone ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
+    content = read_torch_file(path, [argparse.Namespace])  # DINO's checkpoints hold their flags
     if is_damaged(path):
         raise UserError(f"the checkpoint {path} is damaged: its bytes are not those that were written")
     if not isinstance(content, Mapping):

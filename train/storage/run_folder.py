@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, strict_json
+from pipeline.common.files import atomic_file, read_regular, strict_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,7 +21,7 @@ def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
     lines = read_lines(path)
     kept = [line for line in lines if line["step"] <= step]
     if path.exists():
-        if len(lines) < path.read_bytes().count(b"\n"):
+        if len(lines) < read_regular(path).count(b"\n"):
             shutil.copy(path, path.with_name(path.name + ".damaged"))
         with atomic_file(path) as file:
             file.write("".join(map(json_line, kept)).encode())
@@ -41,7 +41,7 @@ def read_lines(path: Path, number: str = "step") -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    whole = path.read_bytes().split(b"\n")[:-1]  # a whole line ends in a newline
+    whole = read_regular(path).split(b"\n")[:-1]  # a whole line ends in a newline
     parsed = [(place, _parse(text, number)) for place, text in enumerate(whole, start=1)]
     for place, line in parsed:
         if line is None:
