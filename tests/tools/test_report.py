@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,7 @@ def test_the_page_is_whole_and_fetches_nothing(run_dir: Path, tmp_path: Path, mo
     assert parser.open == []
     assert parser.fetched == []
     headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert f"<td>first run &lt;b&gt;: torch</td><td>{version('torch')}</td>" in text  # as the run recorded it
     expected = ["Runs", "Curves", "Bad samples", "Map of embeddings", "Neighbours", "Confusion of kNN"]
     assert [heading for heading in headings if heading in expected] == expected
     assert text.count("<circle") == 48
