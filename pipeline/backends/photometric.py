@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pipeline.common.buffers import Buffers
-from pipeline.sampling.augmentations import DRAWS, augment
+from pipeline.sampling.augmentations import DRAWS, augment, augment_bytes
 from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe
 
 Squares = UInt8[Tensor, "n s s 3"]
@@ -43,9 +43,14 @@ class Photometric:
     def __call__(
         self, squares: list[UInt8[Tensor, "n _ _ 3"]], windows: ViewParams | CentreCrops
     ) -> list[Float[Tensor, "n 3 _ _"]]:
-        """Each view ``[n, 3, s, s]``, channels-last in memory. Centre crops are only normalised."""
+        """Each view ``[n, 3, s, s]``, channels-last in memory. Centre crops are only normalised.
+
+        ``squares`` may be changed in place.
+        """
         match windows:
             case ViewParams() as params:
+                for view, square in enumerate(squares):
+                    augment_bytes(square.permute(0, 3, 1, 2), params.extra[:, view], self._recipe.extra)
                 views = [self._view(square, params, view) for view, square in enumerate(squares)]
                 return [augment(made, params.extra[:, view], self._recipe.extra) for view, made in enumerate(views)]
             case CentreCrops():

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from pipeline.common.png import without_text
-from pipeline.sampling.augmentations import augment
+from pipeline.sampling.augmentations import augment, augment_bytes
 from pipeline.sampling.views import (
     BRIGHTNESS,
     CONTRAST,
@@ -82,6 +82,11 @@ def check_inside(image: DecodedImage, bottom: int, right: int) -> None:
         raise ValueError(f"the image has {height} x {width} pixels, less than samples.npy says")
 
 
+def change_bytes(image: Square, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
+    """What goes beyond the paper's recipe and acts on bytes: it comes before the colours."""
+    return augment_bytes(image[None].clone(), params.extra[sample : sample + 1, view], recipe.extra)[0]
+
+
 def colour(image: DecodedImage, params: ViewParams, sample: int, view: int) -> DecodedImage:
     """The four operations of ColorJitter in their drawn order, then grayscale."""
     if params.jitter[sample, view]:
@@ -120,7 +125,8 @@ def transform(image: DecodedImage, params: ViewParams, sample: int, view: int, r
     """One view of a decoded image, before it is normalised."""
     own = recipe.per_view[view]
     cropped = resized_crop(image, params, sample, view, own.image_size, own.interpolation)
-    return blur_and_flip(colour(cropped, params, sample, view), params, sample, view, recipe)
+    changed = change_bytes(cropped, params, sample, view, recipe)
+    return blur_and_flip(colour(changed, params, sample, view), params, sample, view, recipe)
 
 
 def normalise(image: DecodedImage, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:

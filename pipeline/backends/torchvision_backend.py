@@ -97,7 +97,8 @@ def _photometric(context: BackendContext, squares: list[list[Tensor]], params: V
 def _finish(context: BackendContext, squares: list[list[Tensor]], params: ViewParams, sample: int) -> list[Tensor]:
     recipe, views = context.recipe, []
     for view, square in enumerate(squares[sample]):
-        coloured = reference.colour(square, params, sample, view)
+        changed = reference.change_bytes(square, params, sample, view, recipe)
+        coloured = reference.colour(changed, params, sample, view)
         blurred = reference.blur_and_flip(coloured, params, sample, view, recipe)
         views.append(reference.finish(blurred, params, sample, view, recipe))
     return views

@@ -1,8 +1,10 @@
-"""Augmentations beyond the paper's recipe: applied to finished views, after all else, alike on every back end.
+"""Augmentations beyond the paper's recipe, alike on every back end: of bytes after the crop, or of finished views.
 
 All are off by default. To add one, write a class like those below, add a field of the same name to the end of
 ``Augmentations`` (its position decides which random numbers it gets), and compare it with a known implementation in
 tests/pipeline/sampling/test_augmentations.py. The command line, resuming and all back ends need no change.
+docs/views.md shows both kinds: a class with ``on_bytes`` gets uint8 squares before the colours, as Posterize does; the
+others get normalised views after all else.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from pipeline.common.buffers import on_device
@@ -23,12 +26,15 @@ from pipeline.common.flags import own_flags
 
 DRAWS = 8  # uniform numbers that each augmentation gets for a view; the first decides whether it is applied
 Finished = Float[Tensor, "n 3 s s"]  # normalised, so that 0 is the mean colour
+Squares = UInt8[Tensor, "n 3 s s"]  # 0 .. 255 RGB, after crop and resize
 Uniforms = Float64[np.ndarray, "n 7"]
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """What is done to some views, each chosen with probability ``prob``."""
+
+    on_bytes: ClassVar[bool] = False  # whether ``apply`` takes and gives ``Squares``, not ``Finished``
 
     # Probability for each view; 0 is off.
     prob: float = 0.0
@@ -40,7 +46,7 @@ class Augmentation:
         """The command line's name of a field: ``--vertical-flip.prob``."""
         return "--" + re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower() + f".{name}"
 
-    def apply(self, views: Finished, uniforms: Uniforms) -> Finished:
+    def apply(self, views: Any, uniforms: Uniforms) -> Any:
         """The chosen views, changed: a function of them and of ``uniforms``, numbers strictly between 0 and 1."""
         raise NotImplementedError
 
@@ -96,6 +102,23 @@ class Erasing(Augmentation):
         return views.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.0)
 
 
+@dataclass(frozen=True)
+class Posterize(Augmentation):
+    """Fewer levels of each colour: the lowest bits are cleared. torchvision: posterize."""
+
+    on_bytes: ClassVar[bool] = True
+    # Bits that each colour keeps.
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.flag("bits"), self.bits, 1 <= self.bits <= 8, "a byte has 1 .. 8 bits to keep")
+
+    def apply(self, views: Squares, uniforms: Uniforms) -> Squares:
+        """Bits of the bytes."""
+        return views & (256 - (1 << (8 - self.bits)))
+
+
 @own_flags
 @dataclass(frozen=True)
 class Augmentations:
@@ -104,6 +127,7 @@ class Augmentations:
     vertical_flip: VerticalFlip = field(default_factory=VerticalFlip)
     quarter_turns: QuarterTurns = field(default_factory=QuarterTurns)
     erasing: Erasing = field(default_factory=Erasing)
+    posterize: Posterize = field(default_factory=Posterize)
 
     def active(self) -> dict[str, tuple[int, Augmentation]]:
         """Name -> (index, augmentation) of those that are ever applied."""
@@ -118,8 +142,25 @@ def augment(
     uniforms: Float64[np.ndarray, "n augmentations draws"],
     augmentations: Augmentations,
 ) -> Finished:
-    """Apply all that are active, in place where that is possible; ``uniforms`` is a view's part of ViewParams.extra."""
+    """Apply all active ones of finished views, in place; ``uniforms`` is a view's part of ViewParams.extra."""
+    return _applied(views, uniforms, augmentations, on_bytes=False)
+
+
+def augment_bytes(
+    squares: Squares,
+    uniforms: Float64[np.ndarray, "n augmentations draws"],
+    augmentations: Augmentations,
+) -> Squares:
+    """Apply all active ones of bytes, in place, in any memory layout; ``uniforms`` as of ``augment``."""
+    return _applied(squares, uniforms, augmentations, on_bytes=True)
+
+
+def _applied(
+    views: Tensor, uniforms: Float64[np.ndarray, "n augmentations draws"], augmentations: Augmentations, on_bytes: bool
+) -> Tensor:
     for index, augmentation in augmentations.active().values():
+        if augmentation.on_bytes != on_bytes:
+            continue
         chosen = np.flatnonzero(uniforms[:, index, 0] < augmentation.prob)
         rows = on_device(chosen, views.device)
         views[rows] = augmentation.apply(views[rows], uniforms[chosen, index, 1:])

@@ -25,9 +25,11 @@ from pipeline.sampling.augmentations import (
     Augmentation,
     Augmentations,
     Erasing,
+    Posterize,
     QuarterTurns,
     VerticalFlip,
     augment,
+    augment_bytes,
 )
 from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import ViewRecipe, draw_views
@@ -54,6 +56,20 @@ def uniforms(count: int, seed: int = 0) -> np.ndarray:
 def images(count: int, side: int = 9) -> torch.Tensor:
     """Random views in the memory layout of the loader's."""
     made = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return made.contiguous(memory_format=torch.channels_last)
+
+
+def apply(views: torch.Tensor, draws: np.ndarray, augmentations: Augmentations) -> torch.Tensor:
+    """In a copy: of bytes or of finished views, as the dtype says."""
+    of = augment_bytes if views.dtype == torch.uint8 else augment
+    return of(views.clone(memory_format=torch.preserve_format), draws, augmentations)
+
+
+def examples(name: str, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What an augmentation of this name takes: finished views of ``dtype``, or bytes."""
+    if not getattr(Augmentations(), name).on_bytes:
+        return images(count).to(dtype)
+    made = torch.randint(0, 256, (count, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     return made.contiguous(memory_format=torch.channels_last)
 
 
@@ -114,8 +130,8 @@ def test_a_rectangle_longer_than_the_view_is_cut_to_it(ratio: tuple[float, float
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_applied_as_often_as_asked(name: str) -> None:
     """To views of their own, whatever else is on."""
-    views, draws = images(4000), uniforms(4000)
-    changed = (augment(views.clone(), draws, only(name, prob=0.3)) != views).flatten(1).any(dim=1).numpy()
+    views, draws = examples(name, 4000), uniforms(4000)
+    changed = (apply(views, draws, only(name, prob=0.3)) != views).flatten(1).any(dim=1).numpy()
     assert chi_square_z([changed.sum(), (~changed).sum()], [0.3 * 4000, 0.7 * 4000]) < Z_LIMIT
     np.testing.assert_array_equal(changed, draws[:, NAMES.index(name), 0] < 0.3)
 
@@ -123,18 +139,18 @@ def test_each_is_applied_as_often_as_asked(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_each_keeps_form_type_and_layout(name: str, dtype: torch.dtype) -> None:
-    views = images(6).to(dtype)
-    made = augment(views.clone(), uniforms(6), only(name))
-    assert (made.shape, made.dtype) == (views.shape, dtype)
+    views = examples(name, 6, dtype)
+    made = apply(views, uniforms(6), only(name))
+    assert (made.shape, made.dtype) == (views.shape, views.dtype)
     assert made.is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(made, views)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_view_depends_on_its_neighbours(name: str) -> None:
-    views, draws = images(7), uniforms(7)
-    on_all_ranks = augment(views.clone(), draws, only(name, prob=0.6))
-    alone = [augment(views[i : i + 1].clone(), draws[i : i + 1], only(name, prob=0.6)) for i in range(7)]
+    views, draws = examples(name, 7), uniforms(7)
+    on_all_ranks = apply(views, draws, only(name, prob=0.6))
+    alone = [apply(views[i : i + 1], draws[i : i + 1], only(name, prob=0.6)) for i in range(7)]
     assert torch.equal(on_all_ranks, torch.cat(alone))
 
 
@@ -192,6 +208,47 @@ def test_they_follow_the_papers_recipe_on_every_back_end(photo_dataset: ShardSet
             assert changed.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_posterize_is_torchvisions(bits: int) -> None:
+    squares = examples("posterize", 5)
+    made = apply(squares, uniforms(5), only("posterize", bits=bits))
+    assert torch.equal(made, F.posterize(squares, bits))
+    assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+NO_COLOURS: dict[str, Any] = {"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": 0.0}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bytes_are_changed_before_they_are_normalised_on_every_back_end(photo_dataset: ShardSet, backend: Any) -> None:
+    """Bit for bit: the plain view's bytes, posterized where the sample's draw says so."""
+    extra, config = Augmentations(posterize=Posterize(0.5, bits=2)), LoaderConfig(backend=backend, threads=2)
+    made = {}
+    for kind in (Augmentations(), extra):
+        recipe = ViewRecipe(image_size=24, extra=kind, mean=(0.0,) * 3, std=(1.0,) * 3, **NO_COLOURS)
+        with open_views(photo_dataset, recipe, config, BatchSampler(5, 12, epochs=1), World.alone(CPU)) as batches:
+            made[kind] = next(batches)
+    before, after = made[Augmentations()], made[extra]
+    draws = draw_views(recipe, 5, 0, after.ids, photo_dataset.sizes(after.ids)).extra
+    for view in range(2):
+        plain = (before.views[view] * 255).round().to(torch.uint8)
+        wanted = apply(plain, draws[:, view], extra)
+        assert torch.equal((after.views[view] * 255).round().to(torch.uint8), wanted)
+        assert not torch.equal(plain, wanted)
+
+
+def test_back_ends_agree_on_the_whole_recipe_with_changed_bytes(photo_dataset: ShardSet) -> None:
+    """The colours follow, so that views differ by their rounding alone."""
+    if not DALI:
+        pytest.skip("needs NVIDIA DALI: pip install nvidia-dali-cuda130")
+    extra = Augmentations(posterize=Posterize(1.0, bits=3))
+    ours, theirs = load(photo_dataset, "dali", extra), load(photo_dataset, "torchvision", extra)
+    for one, other in zip(ours, theirs, strict=True):
+        for x, y in zip(one.views, other.views, strict=True):
+            assert float((x - y).abs().max()) * 255 * 0.229 <= 6
+            assert float((x - y).abs().mean()) * 255 * 0.229 < 0.05
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_images_for_evaluation_are_left_alone(photo_dataset: ShardSet, backend: Any) -> None:
     made = []
@@ -211,6 +268,9 @@ def test_images_for_evaluation_are_left_alone(photo_dataset: ShardSet, backend: 
         (Erasing, {"area": (0.5, 1.1)}, "--erasing.area (0.5, 1.1): it takes two numbers"),
         (Erasing, {"ratio": (0.0, 1.0)}, "--erasing.ratio (0.0, 1.0): it takes two numbers"),
         (Erasing, {"ratio": (0.3, math.inf)}, "--erasing.ratio (0.3, inf): it takes two numbers"),
+        (Posterize, {"bits": 0}, "--posterize.bits 0: a byte has 1 .. 8 bits to keep"),
+        (Posterize, {"bits": 9}, "--posterize.bits 9: a byte has 1 .. 8 bits to keep"),
+        (Posterize, {"prob": -1.0}, "--posterize.prob -1.0: a probability"),
         (Erasing, {"prob": 2.0}, "--erasing.prob 2.0: a probability"),
     ],
 )
@@ -239,6 +299,6 @@ def test_a_run_is_resumed_only_with_the_same_ones(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_gives_what_a_cpu_gives(name: str) -> None:
-    views, draws = images(16), uniforms(16)
-    on_gpu = augment(views.cuda(), draws, only(name, prob=0.5))
-    assert torch.equal(on_gpu.cpu(), augment(views.clone(), draws, only(name, prob=0.5)))
+    views, draws = examples(name, 16), uniforms(16)
+    on_gpu = apply(views.cuda(), draws, only(name, prob=0.5))
+    assert torch.equal(on_gpu.cpu(), apply(views, draws, only(name, prob=0.5)))
