@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,6 +42,7 @@ from train.config.run_config import PretrainConfig, RecipeName
 from train.storage.run_folder import CONFIG_FILE
 
 DIFFERENCE_GAIN = 16  # differences are a few of 255, too small to see
+CHARACTERS_PER_INCH = 19  # of the footer
 CELL_INCHES = 1.5
 TEXT_INCHES = 0.55  # height of the parameters beneath a view
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")  # as numbered in ViewParams.order
@@ -209,6 +211,7 @@ def draw(dataset: ShardSet, recipe: ViewRecipe, batches: dict[BackendName, ViewB
     footer = (
         "crop: width x height + left + top, px; b c s h: brightness, contrast, saturation, hue in the order applied"
     )
+    footer = textwrap.fill(footer, int(size[0] * CHARACTERS_PER_INCH))
     figure.supxlabel(footer, fontsize=6, x=0.01, ha="left")
     return figure
 

@@ -37,9 +37,11 @@ from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
 from pipeline.sampling.order import epoch_order
+from pipeline.sampling.views import draw_views
 from tools.common.plot_style import INK, PALETTE
 from tools.embed import sample_names
 from tools.embedding.store import escaped
+from tools.preview_views import PreviewConfig, backends_of, draw, first_views, views_of_run
 from tools.reporting.page import (
     MapPoint,
     commands,
@@ -70,9 +72,12 @@ CURVES = {
     "img_per_s": "source images / s",
     "data_wait": "share of time waiting for data",
     "host_bound": "share of time waiting for the host",
+    "step_s": "seconds a step",
 }
+SHARES = ("data_wait", "host_bound")  # which are never below 0
 NOT_CURVES = frozenset({"epoch", "step", "time"})
 PACKAGES = ("siamstream", "torch", "torchvision", "nvidia-dali-cuda130", "numpy", "timm")
+VIEWED = 4  # images whose views are shown
 THUMBNAIL_SIDE, NEIGHBOURS, QUERIES, MOST_CLASSES = 48, 6, 6, 20
 KNN_K, KNN_TEMPERATURE = 20, 0.07  # Wu et al. 2018 (arXiv:1805.01978), as the online kNN
 
@@ -197,6 +202,8 @@ def _curves(runs: list[RunRecord]) -> list[str]:
             colour = PALETTE[number % len(PALETTE)]
             axes[place].plot(steps, values, color=colour, linewidth=1.3, marker=mark, markersize=3, label=run.name)
         axes[place].set_title(CURVES.get(key, key), fontsize=9, color=INK)
+        if key in SHARES:
+            axes[place].set_ylim(bottom=0)
         axes[place].tick_params(labelsize=7)
         axes[place].grid(color="#e4e7ea", linewidth=0.6)
         axes[place].spines[["top", "right"]].set_visible(False)
@@ -220,7 +227,8 @@ def _images(config: ReportConfig, run: RunRecord, number: int, prefix: str) -> l
         dataset = open_dataset(config.data or location(run.config["data"]), config.loader)
     except UserError as error:
         return [section(f"{prefix}Images", paragraph(f"Left out, as the dataset is not there: {error}"))]
-    sections = [section(f"{prefix}Bad samples", _bad_samples(run))]
+    sections = [section(f"{prefix}Views", *_views(config, run, dataset))]
+    sections.append(section(f"{prefix}Bad samples", _bad_samples(run)))
     chosen = np.sort(epoch_order(len(dataset), 0, 0, np.arange(min(config.samples, len(dataset)))))
     try:
         features, bad = _features(config, run, dataset, chosen)
@@ -247,6 +255,23 @@ def _images(config: ReportConfig, run: RunRecord, number: int, prefix: str) -> l
     if (labels >= 0).all() and len(dataset.classes) > 1:
         sections.append(section(f"{prefix}Confusion of kNN", *_confusion(unit, labels, dataset.classes)))
     return sections
+
+
+def _views(config: ReportConfig, run: RunRecord, dataset: ShardSet) -> list[str]:
+    """Images and what training makes of them, as siamstream preview draws them."""
+    try:
+        views, seed = views_of_run(run.path)
+        shown = PreviewConfig(
+            run.path, run.path, samples=min(VIEWED, len(dataset)), seed=seed, views=views, backend=config.loader.backend
+        )
+        (backend,) = backends_of(shown)
+        batch = first_views(dataset, shown, backend)
+        params = draw_views(views, seed, 0, batch.ids, dataset.sizes(batch.sources))
+        figure = draw(dataset, views, {backend: batch}, params)
+    except (UserError, BadSampleError) as error:
+        return [paragraph(f"Left out: {error}")]
+    about = f"The first images of the run's first epoch, and their views by {backend}, with what was drawn for each."
+    return [paragraph(about), image(png_uri(figure, 90), "images and their views")]
 
 
 def _bad_samples(run: RunRecord) -> str:

@@ -306,6 +306,8 @@ class _Table:
     def _find_header(self, column: str | None) -> None:
         """The cells of the first line, if it is a header; it may have another delimiter than the lines below."""
         first = self._lines[0].text
+        if self._names_an_image(_plain_cells(first, self._delimiter)):  # "IMG 1.jpg,cat" has a word of a header too
+            return
         for delimiter in dict.fromkeys((self._delimiter, *_DELIMITERS, " ")):
             cells = first.split() if delimiter == " " else _plain_cells(first, delimiter)
             words = [_plain(cell) for cell in cells]
@@ -317,11 +319,12 @@ class _Table:
                 and len(self._lines) == len(self._images.names) + 1
             )
             is_header = named or (alone if len(cells) == 1 else known)
-            if is_header and not any(
-                self._images.find(cell) for cell in cells if not _NAME_WORD.fullmatch(_plain(cell))
-            ):
+            if is_header and not self._names_an_image(cells):
                 self._header = cells
                 return
+
+    def _names_an_image(self, cells: list[str]) -> bool:
+        return any(self._images.find(cell) for cell in cells if not _NAME_WORD.fullmatch(_plain(cell)))
 
     def _width(self) -> int:
         widths = [len(cells) for _, cells in self._cells(self._body()[:_SNIFFED])]

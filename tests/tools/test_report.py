@@ -78,7 +78,8 @@ def test_the_page_is_whole_and_fetches_nothing(run_dir: Path, tmp_path: Path, mo
     assert parser.fetched == []
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert f"<td>first run &lt;b&gt;: torch</td><td>{version('torch')}</td>" in text  # as the run recorded it
-    expected = ["Runs", "Curves", "Bad samples", "Map of embeddings", "Neighbours", "Confusion of kNN"]
+    assert 'alt="images and their views"' in text
+    expected = ["Runs", "Curves", "Views", "Bad samples", "Map of embeddings", "Neighbours", "Confusion of kNN"]
     assert [heading for heading in headings if heading in expected] == expected
     assert text.count("<circle") == 48
     assert "<b>" not in text  # the run's name is shown as it is, and is no markup

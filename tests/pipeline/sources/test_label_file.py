@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import UserError
+from pipeline.sharding.make_dataset import make_dataset
+from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.labels import label_by_file
 from pipeline.sources.open_source import open_source
+from tests.helpers.photos import image_bytes
 from tests.pipeline.sources.test_labels import listing
 
 ABC = ("a.jpg", "b.jpg", "c.jpg")
@@ -230,3 +233,15 @@ def test_any_text_is_understood_or_refused(seed: int, tmp_path: Path) -> None:
     except UserError:
         return
     assert set(found) == set(ABC)
+
+
+@pytest.mark.parametrize("first", ["IMG 1.jpg", "photo 7.jpg", "file name.jpg"])
+def test_an_image_whose_name_begins_like_a_header_keeps_its_label(first: str, tmp_path: Path) -> None:
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number, name in enumerate((first, "other.jpg", "third.jpg")):
+        (source / name).write_bytes(image_bytes(number))
+    (tmp_path / "labels.csv").write_text(f"{first},cat\nother.jpg,dog\nthird.jpg,cat\n")
+    options = ShardingOptions(labels=str(tmp_path / "labels.csv"))
+    made = make_dataset(str(source), tmp_path / "out", options, quiet=True, in_process=True)
+    assert (made.images, made.unlabelled, made.class_names) == (3, 0, ("cat", "dog"))
