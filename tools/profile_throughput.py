@@ -27,6 +27,7 @@ import tyro
 from pipeline.backends.select import choose_backend
 from pipeline.common.errors import exit_on_user_error
 from pipeline.common.files import check_writable
+from pipeline.common.mixed_data import gather
 from pipeline.common.output import write_raw
 from tools.common.gpu_monitor import GpuMonitor, busy_with_others
 from tools.common.measuring import describe_machine, write_results
@@ -34,7 +35,7 @@ from tools.throughput.report import StageResult, as_json, describe, draw_stages,
 from tools.throughput.stages import Bench, Stage, StageName, make_stages
 from tools.throughput.timing import StageRunner, Trial
 from tools.throughput.tune import tune
-from tools.throughput.workload import STAGES, ProfileConfig, build, open_data, setting_of, subtitle
+from tools.throughput.workload import STAGES, ProfileConfig, build, open_workload, setting_of, subtitle
 from train.distributed.process_group import distributed
 from train.engine.run import Run
 
@@ -44,11 +45,11 @@ TRACE_STEPS = 3
 def main() -> None:
     """The command."""
     words = [re.sub("^--rungs(?==|$)", "--stages", word) for word in sys.argv[1:]]  # the flag's former name
-    config = tyro.cli(ProfileConfig, args=words, description=__doc__)
+    config = tyro.cli(ProfileConfig, args=gather(words), description=__doc__)
     for flag, path in (("--json", config.json), ("--plot", config.plot), ("--trace", config.trace)):
         if path is not None:
             check_writable(flag, path)
-    with distributed(config.device) as dist, open_data(config) as dataset:
+    with distributed(config.device) as dist, open_workload(config) as dataset:
         warning = busy_with_others(dist.device)
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -30,7 +30,8 @@ from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Location, location
+from pipeline.common.locations import LocalPath, Location, Url, location
+from pipeline.common.mixed_data import weighted_place
 from pipeline.common.system import versions
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
@@ -224,7 +225,7 @@ def _last(run: RunRecord, key: str) -> str:
 def _images(config: ReportConfig, run: RunRecord, number: int, prefix: str) -> list[str]:
     """The sections that need the dataset, and those that need the encoder too."""
     try:
-        dataset = open_dataset(config.data or location(run.config["data"]), config.loader)
+        dataset = open_dataset(config.data or data_of(run), config.loader)
     except UserError as error:
         return [section(f"{prefix}Images", paragraph(f"Left out, as the dataset is not there: {error}"))]
     sections = [section(f"{prefix}Views", *_views(config, run, dataset))]
@@ -272,6 +273,12 @@ def _views(config: ReportConfig, run: RunRecord, dataset: ShardSet) -> list[str]
         return [paragraph(f"Left out: {error}")]
     about = f"The first images of the run's first epoch, and their views by {backend}, with what was drawn for each."
     return [paragraph(about), image(png_uri(figure, 90), "images and their views")]
+
+
+def data_of(run: RunRecord) -> Path | Url:
+    """Where the run read its images; of a mixture the first dataset."""
+    data = run.config["data"]
+    return location(data) if isinstance(data, str) else weighted_place(data[0]).place
 
 
 def _bad_samples(run: RunRecord) -> str:

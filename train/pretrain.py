@@ -13,11 +13,13 @@ from __future__ import annotations
 
 # isort: split
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import exit_on_user_error
+from pipeline.dataset.mixture import Mixture
 from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.loader import open_views
 from pipeline.loader.timing import Stalls
@@ -50,13 +52,16 @@ def main() -> None:
         sys.exit(EXIT_PREEMPTED)
 
 
-def pretrain(data: str | Path, run_dir: str | Path, **flags: Any) -> bool:
+def pretrain(data: str | Path | Sequence[str], run_dir: str | Path, **flags: Any) -> bool:
     """Train as the command does; ``flags`` are its flags as keywords: ``epochs=10, backbone="resnet18"``.
 
+    ``data``: a dataset, or several with weights: ``["A", "B:0.3"]``.
     A flag with a dot is given by ``**{"dali.prefetch": 3}``. Under torchrun every process calls it. Returns False if a
     signal stopped the run, which ``resume=True`` continues. Raises UserError for mistakes.
     """
-    return train_here(config_of(data=str(data), run_dir=str(run_dir), **flags))
+    return train_here(
+        config_of(data=str(data) if isinstance(data, str | Path) else list(data), run_dir=str(run_dir), **flags)
+    )
 
 
 def train_here(config: PretrainConfig) -> bool:
@@ -93,7 +98,15 @@ def train_run(run: Run, stop: StopRequest) -> bool:
     stalls = Stalls()
     epoch, step = divmod(run.step, run.plan.steps_per_epoch)
     with (
-        Reporter(dist, config, run.plan, run.step, stalls, run.model.collapse(run.plan.batch_shape())) as reporter,
+        Reporter(
+            dist,
+            config,
+            run.plan,
+            run.step,
+            stalls,
+            run.model.collapse(run.plan.batch_shape()),
+            run.dataset if isinstance(run.dataset, Mixture) else None,
+        ) as reporter,
         open_views(
             run.dataset,
             config.views,

@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,6 +56,8 @@ class BadSampleError(Exception):
 
 class ShardSet:
     """One complete dataset. Thread-safe; picklable (a copy opens the same folder again)."""
+
+    first_samples = (0,)  # as of a Mixture
 
     def __init__(
         self,
@@ -111,6 +114,31 @@ class ShardSet:
 
     def __repr__(self) -> str:
         return f"ShardSet({str(self.path)!r}, {self.num_samples} samples in {len(self.shards)} shards)"
+
+    @property
+    def parts(self) -> tuple[ShardSet, ...]:
+        """As of a Mixture."""
+        return (self,)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch: each of them once."""
+        return self.num_samples
+
+    def draw_epochs(self, epoch: int, ids: ArrayLike) -> int:
+        """The epoch in which the views of samples ``ids`` are drawn."""
+        return epoch
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the path, for people; empty if it has none."""
+        path = self.path.absolute() if isinstance(self.path, Path) else PurePosixPath(urlsplit(str(self.path)).path)
+        return path.name
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are fetched."""
+        return isinstance(self._store, RemoteShards)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,6 +275,13 @@ class ShardSet:
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
         """Raise UserError unless a remote dataset's cache holds so many shards; ``reason`` is what needs them."""
         self._store.check_room(shards_at_once, reason, remedy)
+
+
+def share_cache(datasets: Sequence[ShardSet]) -> None:
+    """Divide the room of the cache among the remote ones of ``datasets``, which are read at the same time."""
+    stores = [dataset._store for dataset in datasets if isinstance(dataset._store, RemoteShards)]
+    for store in stores:
+        store.share_cache(stores)
 
 
 def _reopen(path: Path | Url, verify_checksums: bool, cache: CacheConfig) -> ShardSet:

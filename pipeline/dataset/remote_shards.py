@@ -54,6 +54,7 @@ class RemoteShards:
         self._entries: Sequence[dict[str, Any]] = ()
         self._samples: RemoteFile | None = None
         self._prefetchers: list[ShardPrefetcher] = []
+        self._sharers: Sequence[RemoteShards] = (self,)  # all that share the room of the cache
         self._failure: Exception | None = None  # of fetching ahead; the next reader raises it
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
@@ -161,6 +162,10 @@ class RemoteShards:
                 cancelled.set()
                 self._prefetchers.remove(prefetcher)
 
+    def share_cache(self, stores: Sequence[RemoteShards]) -> None:
+        """Leave room in the cache for the others of ``stores``, and no shard unneeded that one of them needs."""
+        self._sharers = stores
+
     @cached_property
     def budget(self) -> int:
         """Bytes of the cache that may hold shards fetched ahead for training."""
@@ -168,15 +173,24 @@ class RemoteShards:
 
     @property
     def _room(self) -> int:
-        assert self._samples is not None
-        return self._cache.limit - self._samples.bytes
+        """Bytes of the cache for shards."""
+        return (self._cache.limit - self._rows_bytes) * sum(self._sizes) // max(1, self._all_bytes)
+
+    @property
+    def _rows_bytes(self) -> int:
+        """Bytes of samples.npy, of all datasets that share the cache."""
+        return sum(store._samples.bytes for store in self._sharers if store._samples is not None)
+
+    @property
+    def _all_bytes(self) -> int:
+        """Bytes of the shards of all of them. Each has a part of the cache by its size."""
+        return sum(sum(store._sizes) for store in self._sharers)
 
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
         """As ShardStore: of the cache."""
-        assert self._samples is not None
         needed, whole = sum(sorted(self._sizes)[-shards_at_once:]), sum(self._sizes)
         if needed > self.budget:
-            least = self._samples.bytes + min(needed / (1 - _EVALUATION_SHARE), whole)
+            least = self._rows_bytes + min(needed / (1 - _EVALUATION_SHARE), whole) * self._all_bytes / whole
             raise UserError(
                 f"--cache-size {self.cache.cache_size} is too small for {self._remote.url}: {reason} reads from "
                 f"{_gb(needed)} of shards at a time, and there is room for {_gb(max(self.budget, 0))}; {remedy}, or a "
@@ -224,6 +238,10 @@ class RemoteShards:
 
     def _needed(self, sha256: str) -> bool | None:
         """Whether a file of the cache must stay; None where this process cannot know."""
+        answers = [store._needed_here(sha256) for store in self._sharers]
+        return True if True in answers else None if answers.count(None) == len(answers) else False
+
+    def _needed_here(self, sha256: str) -> bool | None:
         if self._samples is not None and sha256 == self._samples.sha256:
             return True
         shard = self._numbers.get(sha256)

@@ -1,16 +1,18 @@
 """Bad samples of a run: each is reported once, recorded, replaced by the next good one, and limited in number.
 
 The rule of replacement: sample i that cannot be read or decoded is replaced by (i + 1) mod num_samples, and again until
-one is good, with that sample's own views. It is a function of integers and of what is on disk, so every rank and every
-resumed run replaces alike.
+one is good, with that sample's own views; in a mixture within its dataset. It is a function of integers and of what is
+on disk, so every rank and every resumed run replaces alike.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def print_bad_sample(error: BadSampleError) -> None:
 
 
 class BadSamples:
-    """The samples of one dataset that were found bad. Thread-safe."""
+    """The samples that were found bad. Thread-safe."""
 
     def __init__(
         self,
@@ -36,13 +38,15 @@ class BadSamples:
         limit: int,
         report: Callable[[BadSampleError], None] = print_bad_sample,
         file: Path | None = None,
+        first_samples: Sequence[int] = (0,),
     ) -> None:
         """``report`` is called once for each bad sample; more than ``limit`` of them are an error.
 
         ``file``: bad_samples.jsonl of a run folder. The limit then counts its lines, those of all ranks and sessions of
-        the run.
+        the run. ``first_samples``: the first id of each dataset of a mixture.
         """
-        self._num_samples, self._limit, self._report, self._file = num_samples, limit, report, file
+        self._limit, self._report, self._file = limit, report, file
+        self._edges = [*first_samples, num_samples]
         self._found: dict[int, BadSampleError] = {}
         self._lock = threading.Lock()
 
@@ -51,10 +55,15 @@ class BadSamples:
 
     def candidates(self, sample_id: int) -> Iterator[int]:
         """The samples that may take the place of ``sample_id``, itself first, without those known to be bad."""
-        for distance in range(self._num_samples):
-            source = (sample_id + distance) % self._num_samples
+        first, end = self._dataset_of(sample_id)
+        for source in itertools.chain(range(sample_id, end), range(first, sample_id)):
             if source not in self:
                 yield source
+
+    def _dataset_of(self, sample_id: int) -> tuple[int, int]:
+        """The first id of the sample's dataset, and that behind its last one."""
+        number = bisect_right(self._edges, sample_id) - 1
+        return self._edges[number], self._edges[number + 1]
 
     def add(self, error: BadSampleError) -> None:
         """Add a sample. Raises UserError with the list when there are too many, or when the disk is full."""
@@ -75,12 +84,13 @@ class BadSamples:
 
     def _recorded(self, path: Path, error: BadSampleError) -> list[BadSampleError]:
         """Append ``error`` to the file unless its sample has a line; returns all that it holds."""
+        first, end = self._dataset_of(error.sample_id)
         line = {
             "sample": error.sample_id,
             "shard": error.shard,
             "key": error.key,
             "reason": error.reason,
-            "replacement": (error.sample_id + 1) % self._num_samples,
+            "replacement": error.sample_id + 1 if error.sample_id + 1 < end else first,
             **({"as_sharded": True} if error.as_sharded else {}),
         }
         with disk_errors(f"writing {path}"), open(path, "a+b") as file:

@@ -21,15 +21,46 @@ from typing_extensions import assert_never
 
 from pipeline.backends.base import ViewBatch
 from pipeline.common.locations import Url, location
+from pipeline.common.mixed_data import WeightedPlace
 from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.dataset.mixture import Dataset, Mixture
 from pipeline.dataset.shard_store import PrefetchPlan
 from pipeline.loader.bad_samples import BadSamples, print_bad_sample
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.producer import LoaderContext, produce
 from pipeline.loader.timing import Stalls
-from pipeline.sampling.order import OrderConfig, choose_order, epoch_order
+from pipeline.sampling.mixture_order import MixtureOrder, MixturePart
+from pipeline.sampling.order import Order, OrderConfig, choose_order, epoch_order
 from pipeline.sampling.sampler import BatchIds, BatchSampler, World
 from pipeline.sampling.views import PAIR_EPOCHS, CentreCrops, ViewParams, ViewRecipe, centre_crops, draw_views
+
+
+def open_data(data: Path | Url | tuple[WeightedPlace, ...], config: LoaderConfig) -> Dataset:
+    """What ``--data`` names: a dataset, or a mixture. Raises UserError as ``ShardSet.open`` and ``Mixture``."""
+    if not isinstance(data, tuple):
+        return open_dataset(data, config)
+    return Mixture([open_dataset(part.place, config) for part in data], [part.weight for part in data])
+
+
+def order_of(dataset: Dataset, config: OrderConfig, seed: int, global_batch: int) -> Order:
+    """The order of an epoch's samples. Raises UserError for an order that the dataset cannot have."""
+    if isinstance(dataset, ShardSet):
+        return choose_order(config, seed, dataset.shard_samples, global_batch)
+    samples = zip(dataset.parts, dataset.samples_per_epoch, strict=True)
+    parts = [MixturePart(part.shard_samples, count) for part, count in samples]
+    return MixtureOrder(parts, config, seed, global_batch)
+
+
+def draws_of(
+    recipe: ViewRecipe, seed: int, dataset: Dataset
+) -> Callable[[BatchIds, Int64[np.ndarray, " n"]], ViewParams]:
+    """(batch, sources) -> the views of samples ``sources`` in it."""
+
+    def draw(batch: BatchIds, sources: Int64[np.ndarray, " n"]) -> ViewParams:
+        epoch = dataset.draw_epochs(batch.epoch, batch.ids) + batch.pair * PAIR_EPOCHS
+        return draw_views(recipe, seed, epoch, sources, dataset.sizes(sources))
+
+    return draw
 
 
 def open_dataset(path: str | Path | Url, config: LoaderConfig = LoaderConfig()) -> ShardSet:  # noqa: B008  # frozen
@@ -38,14 +69,12 @@ def open_dataset(path: str | Path | Url, config: LoaderConfig = LoaderConfig()) 
     return ShardSet.open(place, verify_checksums=config.verify_checksums, cache=config.cache)
 
 
-def check_cache(
-    dataset: ShardSet,
-    order: OrderConfig,
-    config: LoaderConfig,
-    global_batch: int,
-    world: World,
-) -> None:
+def check_cache(dataset: Dataset, order: OrderConfig, config: LoaderConfig, global_batch: int, world: World) -> None:
     """Raise UserError if the cache of a remote dataset cannot hold what a machine reads at a time in this order."""
+    if isinstance(dataset, Mixture):
+        for part, count in zip(dataset.parts, dataset.samples_per_epoch, strict=True):
+            check_cache(part, order, config, max(1, global_batch * count // dataset.epoch_samples), world)
+        return
     match order.epoch_order:
         case "random":
             dataset.check_room(len(dataset.shards), "--epoch-order random", "take --epoch-order blocks")
@@ -62,7 +91,7 @@ def check_cache(
 
 @contextmanager
 def open_views(
-    dataset: ShardSet,
+    dataset: Dataset,
     recipe: ViewRecipe,
     config: LoaderConfig,
     sampler: BatchSampler,
@@ -83,19 +112,17 @@ def open_views(
     ``stalls`` records how long the GPU waited. The iterator raises UserError when too many samples are bad, and
     StarvedError if ``give_up`` returns True while it waits for a batch.
     """
-    sample_ids = choose_order(order, sampler.seed, dataset.shard_samples, sampler.global_batch)
+    sample_ids = order_of(dataset, order, sampler.seed, sampler.global_batch)
 
     def batches() -> Iterator[BatchIds]:
-        for batch in sampler.batches(dataset.num_samples, sample_ids, world):
+        for batch in sampler.batches(dataset.epoch_samples, sample_ids, world):
             for pair in range(pairs):
                 yield batch._replace(pair=pair)
 
-    def draw(batch: BatchIds, sources: Int64[np.ndarray, " n"]) -> ViewParams:
-        epoch = batch.epoch + batch.pair * PAIR_EPOCHS
-        return draw_views(recipe, sampler.seed, epoch, sources, dataset.sizes(sources))
-
-    plan = PrefetchPlan(sampler.machine_ids(dataset.num_samples, sample_ids, world), world.local_rank)
-    bad = BadSamples(dataset.num_samples, config.max_bad_samples, on_bad_sample, bad_samples_file)
+    draw = draws_of(recipe, sampler.seed, dataset)
+    plan = PrefetchPlan(sampler.machine_ids(dataset.epoch_samples, sample_ids, world), world.local_rank)
+    limit, first = config.max_bad_samples, dataset.first_samples
+    bad = BadSamples(dataset.num_samples, limit, on_bad_sample, bad_samples_file, first)
     fixed = (dataset, recipe, config, sampler.micro_batch(world.world_size), world, dtype, bad)
     with produce(LoaderContext(*fixed, give_up, stalls), draw, batches, plan) as made:
         yield made

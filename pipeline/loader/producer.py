@@ -18,7 +18,7 @@ from pipeline.backends.base import BackendContext, Batch, UndecodableBatchError,
 from pipeline.backends.reference import decode
 from pipeline.backends.select import check_compiler, open_backend
 from pipeline.common.system import share_of_cores
-from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.mixture import Dataset
 from pipeline.dataset.shard_store import PrefetchPlan
 from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
@@ -33,7 +33,7 @@ from pipeline.sampling.views import ViewRecipe
 class LoaderContext:
     """What all kinds of loaders share."""
 
-    dataset: ShardSet
+    dataset: Dataset
     recipe: ViewRecipe
     config: LoaderConfig
     max_batch: int  # images
@@ -83,7 +83,8 @@ def produce(
             on_side = innermost.enter_context(prefetched(lambda: _on_side_stream(make(), device), depth, give_up))
             made = _to_current_stream(on_side, device, context.stalls)
         innermost.callback(cancelled.set)  # first of all: a reader that waits for a fetch would block the other exits
-        yield (replace(batch, wait_s=wait_s) for batch, wait_s in made)
+        samples = context.dataset.num_samples
+        yield (replace(batch, wait_s=wait_s, ids=batch.ids % samples) for batch, wait_s in made)
 
 
 class ViewMaker:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.backends.base import Batch
 from pipeline.common.errors import UserError
-from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.dataset.dataset import BadSampleError
+from pipeline.dataset.mixture import Dataset
 from pipeline.loader.bad_samples import BadSamples
 from pipeline.sampling.sampler import BatchIds
 from pipeline.sampling.views import CentreCrops, ViewParams
@@ -26,11 +27,11 @@ DrawWindows = Callable[[BatchIds, Int64[np.ndarray, " n"]], "ViewParams | Centre
 
 
 class Assembler:
-    """Reads batches of one dataset."""
+    """Reads batches of a dataset, or of a mixture."""
 
     def __init__(
         self,
-        dataset: ShardSet,
+        dataset: Dataset,
         draw: DrawWindows,
         pool: ThreadPoolExecutor,
         bad: BadSamples,
@@ -62,6 +63,7 @@ class Assembler:
         self._bad.add(self._dataset.bad_sample(sample_id, reason, self._dataset.is_as_sharded(sample_id)))
 
     def _start(self, ids: Int64[np.ndarray, " n"]) -> list[Future[list[Read]]]:
+        ids = ids % self._dataset.num_samples  # of a mixture they also say how often before in the epoch
         groups = (ids[start : start + IDS_PER_READ].tolist() for start in range(0, len(ids), IDS_PER_READ))
         return [self._pool.submit(self._read_group, group) for group in groups]
 

@@ -31,7 +31,8 @@ ORDER_STREAM = 0x0D0E  # keeps the order's counters apart from those of the view
 SHARD_STREAM = 0x0D5A  # the permutation of shards
 BLOCK_STREAM = 0x0D81  # those within groups of shards
 ONLY_ONE = np.zeros(1, dtype=np.int64)  # number of a stream's permutation that has no siblings
-Order = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]  # (epoch, positions in it) -> sample ids
+# (epoch, positions in it) -> sample ids; of a mixture plus num_samples for each time before in the epoch
+Order = Callable[[int, NDArray[np.int64]], NDArray[np.int64]]
 
 
 @own_flags
@@ -161,6 +162,22 @@ def stream_positions(
     steps, offsets = np.divmod(positions, global_batch)
     stretches, within = np.divmod(offsets, part)
     return stretches * (num_samples // streams) + steps * part + within
+
+
+def permute_each(
+    sizes: NDArray[np.int64],
+    seed: int,
+    epoch: int,
+    stream: int,
+    numbers: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    which: NDArray[np.intp],
+) -> NDArray[np.int64]:
+    """Position ``i`` under permutation ``numbers[which[i]]`` of a stream, over ``0 .. sizes[which[i]] - 1``.
+
+    ``sizes`` and ``numbers`` int64 ``[permutations]``; the others and the result int64 ``[n]``.
+    """
+    return _permute(sizes, _round_keys(seed, epoch, stream, numbers), positions, which)
 
 
 def _permute(

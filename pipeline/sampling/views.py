@@ -255,13 +255,17 @@ class ViewParams:
 
 
 def draw_views(
-    recipe: ViewRecipe, seed: int, epoch: int, ids: NDArray[np.int64], sizes: Int32[np.ndarray, "n 2"]
+    recipe: ViewRecipe,
+    seed: int,
+    epoch: int | NDArray[np.int64],
+    ids: NDArray[np.int64],
+    sizes: Int32[np.ndarray, "n 2"],
 ) -> ViewParams:
     """Draw all views of some samples, those of the first group first.
 
-    ``ids``: int64 ``[n]`` sample ids; ``sizes``: their images' height and width in px. A sample's draw depends on
-    nothing but its own row of these, the recipe, the seed and the epoch; and of the recipe a view's random numbers
-    depend on nothing but the view's number.
+    ``epoch``: one for all, or int64 ``[n]``, one for each; ``ids``: int64 ``[n]`` sample ids; ``sizes``: their images'
+    height and width in px. A sample's draw depends on nothing but its own row of these, the recipe and the seed; and of
+    the recipe a view's random numbers depend on nothing but the view's number.
     """
     draws = uniforms(_bits(seed, epoch, ids, len(recipe.per_view), VIEW_STREAM, PHILOX_BLOCKS))
     prob = {name: _per_view(recipe, f"{name}_prob") for name in ("jitter", "gray", "blur", "solarize", "flip")}
@@ -319,7 +323,7 @@ def _per_view(recipe: ViewRecipe, name: str) -> Float64[np.ndarray, "*views_and_
 
 
 def _draw_extra(
-    recipe: ViewRecipe, seed: int, epoch: int, ids: NDArray[np.int64]
+    recipe: ViewRecipe, seed: int, epoch: int | NDArray[np.int64], ids: NDArray[np.int64]
 ) -> Float64[np.ndarray, "n views augmentations draws"]:
     count = len(dataclasses.fields(recipe.extra)) if recipe.extra.active() else 0
     bits = _bits(seed, epoch, ids, len(recipe.per_view), EXTRA_STREAM, count * DRAWS // 4)
@@ -327,13 +331,13 @@ def _draw_extra(
 
 
 def _bits(
-    seed: int, epoch: int, ids: NDArray[np.int64], views: int, stream: int, blocks: int
+    seed: int, epoch: int | NDArray[np.int64], ids: NDArray[np.int64], views: int, stream: int, blocks: int
 ) -> UInt32[np.ndarray, "n views draws"]:
     """The random words of each view of each sample, ``blocks`` times four of them."""
     counters = np.empty((len(ids), views, blocks, 4), dtype=np.uint32)
     counters[..., 0] = (ids & 0xFFFFFFFF)[:, None, None]
     counters[..., 1] = (ids >> 32)[:, None, None]
-    counters[..., 2] = epoch
+    counters[..., 2] = np.reshape(epoch, (-1, 1, 1))
     counters[..., 3] = (stream << 16) + (np.arange(views)[:, None] << 8) + np.arange(blocks)
     return philox4x32(counters, seed_key(seed)).reshape(len(ids), views, blocks * 4)
 

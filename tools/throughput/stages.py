@@ -23,15 +23,15 @@ from pipeline.backends import reference
 from pipeline.backends.base import BackendContext, BackendStages, Batch
 from pipeline.backends.select import open_backend
 from pipeline.common.system import share_of_cores
-from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.mixture import Dataset
 from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import ViewBatch, open_views
+from pipeline.loader.loader import ViewBatch, draws_of, open_views, order_of
 from pipeline.loader.read_batches import Assembler
 from pipeline.loader.timing import Stalls
-from pipeline.sampling.order import OrderConfig, choose_order
+from pipeline.sampling.order import OrderConfig
 from pipeline.sampling.sampler import BatchIds, BatchSampler, World
-from pipeline.sampling.views import ViewParams, ViewRecipe, draw_views
+from pipeline.sampling.views import ViewParams, ViewRecipe
 from train.engine.loop import train_step
 from train.engine.run import Run
 
@@ -45,7 +45,7 @@ RESIDENT_BATCHES = 3  # kept in memory as inputs of the stages in the middle
 class Bench:
     """Data and settings that all stages share."""
 
-    dataset: ShardSet
+    dataset: Dataset
     recipe: ViewRecipe
     loader: LoaderConfig
     order: OrderConfig
@@ -66,8 +66,8 @@ class Bench:
 
     def batches(self) -> Iterator[BatchIds]:
         """Sample ids batch by batch, as in a run of one rank, without end."""
-        order = choose_order(self.order, self.seed, self.dataset.shard_samples, self.batch)
-        return self.sampler.batches(self.dataset.num_samples, order, World.alone(self.device))
+        order = order_of(self.dataset, self.order, self.seed, self.batch)
+        return self.sampler.batches(self.dataset.epoch_samples, order, World.alone(self.device))
 
     def views(self, stalls: Stalls | None = None) -> AbstractContextManager[Iterator[ViewBatch]]:
         """The loader of a run of one rank, without end; ``stalls`` counts the GPU's waits for it."""
@@ -85,12 +85,10 @@ class Bench:
     @contextmanager
     def encoded(self) -> Iterator[Iterator[Batch]]:
         """Batches of encoded images, read ahead as in the loader."""
-
-        def draw(batch: BatchIds, ids: Any) -> ViewParams:
-            return draw_views(self.recipe, self.seed, batch.epoch, ids, self.dataset.sizes(ids))
-
         with ThreadPoolExecutor(self.threads, "read") as readers:
-            bad = BadSamples(self.dataset.num_samples, self.loader.max_bad_samples)
+            first = self.dataset.first_samples
+            bad = BadSamples(self.dataset.num_samples, self.loader.max_bad_samples, first_samples=first)
+            draw = draws_of(self.recipe, self.seed, self.dataset)
             yield Assembler(self.dataset, draw, readers, bad).read_ahead(self.batches(), self.loader.read_ahead)
 
     def resident(self) -> list[Batch]:

@@ -14,11 +14,12 @@ import tyro
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError, require
 from pipeline.common.flags import group
-from pipeline.common.locations import Location
+from pipeline.common.mixed_data import MixedData
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.mixture import Dataset
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import open_dataset
+from pipeline.loader.loader import open_data, open_dataset
 from pipeline.sampling.order import OrderConfig
 from pipeline.sampling.views import ViewRecipe
 from tools.common.fake_imagenet import dataset_folder
@@ -43,8 +44,9 @@ FEWEST_REPEATS = 3
 class ProfileConfig:
     """Flags of profile_throughput.py."""
 
-    data: Location
-    """Dataset folder of make_shards.py, or "synthetic": draw JPEGs of ImageNet's size and density."""
+    data: MixedData
+    """Dataset folder of make_shards.py, or several as in pretrain.py, or "synthetic": draw JPEGs of ImageNet's size and
+    density."""
     batch: int | None = None
     """Source images per step on this rank (default: 256 on a GPU, 64 on a CPU)."""
     repeats: int = 5
@@ -105,10 +107,10 @@ class ProfileConfig:
 
 
 @contextmanager
-def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
+def open_workload(config: ProfileConfig) -> Iterator[Dataset]:
     """The dataset of --data, or a synthetic one."""
     if str(config.data) != SYNTHETIC:
-        yield open_dataset(config.data, config.loader)
+        yield open_data(config.data, config.loader)
         return
     with dataset_folder(config.synthetic_dir, config.synthetic_samples) as folder:
         dataset = open_dataset(folder, config.loader)
@@ -118,16 +120,16 @@ def open_data(config: ProfileConfig) -> Iterator[ShardSet]:
         yield dataset
 
 
-def build(config: ProfileConfig, dataset: ShardSet, dist: DistContext) -> tuple[Bench, Run]:
+def build(config: ProfileConfig, dataset: Dataset, dist: DistContext) -> tuple[Bench, Run]:
     """The bench and the run, set up as by pretrain.py. Raises UserError if the dataset is too small."""
     batch = config.batch or (GPU_BATCH if dist.device.type == "cuda" else CPU_BATCH)
-    if dataset.num_samples < batch:
+    if dataset.epoch_samples < batch:
         raise UserError(
-            f"--data {config.data} has {dataset.num_samples} samples, too few to measure batches of {batch}: "
+            f"--data {dataset.path} has {dataset.epoch_samples} samples, too few to measure batches of {batch}: "
             "lower --batch, or take a larger dataset (--data synthetic)"
         )
     pretrain = PretrainConfig(
-        data=dataset.path,
+        data=dataset.path if isinstance(dataset, ShardSet) else config.data,
         run_dir=Path("(none)"),  # nothing is written
         global_batch=batch,
         seed=config.seed,

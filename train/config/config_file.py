@@ -22,6 +22,7 @@ from model.methods.registry import method_config
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_regular
 from pipeline.common.locations import Url, local_path, location
+from pipeline.common.mixed_data import WeightedPlace, data_parts, weighted_place
 from train.config.run_config import PretrainConfig
 
 # Keys of config.json that are no settings, or no longer: what a session was run with; the weights of --init; the file
@@ -107,7 +108,8 @@ def config_from(values: dict[str, Any], base: PretrainConfig, source: str) -> Pr
 
 def check_urls_are_whole(config: PretrainConfig, path: Path) -> None:
     """Raise UserError for a URL whose password or signature was left out when it was recorded in ``path``."""
-    for flag, data in (("--data", config.data), ("--knn-data", config.knn.data)):
+    places = [("--data", part.place) for part in data_parts(config.data)]
+    for flag, data in (*places, ("--knn-data", config.knn.data)):
         if isinstance(data, Url) and "***" in data.secret:
             raise UserError(f"{path} holds no passwords and signatures of URLs: give {flag} again, in full ({data})")
 
@@ -157,6 +159,10 @@ def _value(kind: Any, value: Any, name: str, source: str) -> Any:
             value = float(value) if holds else value
         case origin if origin is NoneType:
             holds = value is None
+        case origin if origin is WeightedPlace:
+            if not isinstance(value, str):
+                raise refusal
+            return weighted_place(value)
         case origin if origin in (Path, Url):
             if not isinstance(value, str):
                 raise refusal
@@ -203,6 +209,7 @@ def _shown(value: Any) -> str:
 def _kind(kind: Any) -> str:
     """A type as people call it."""
     names = {float: "number", int: "whole number", bool: "true or false", str: "text", NoneType: "null", Path: "path"}
+    names[WeightedPlace] = "dataset"
     match get_origin(kind):
         case origin if origin in (Union, UnionType):
             return " or ".join("URL" if one is Url else _kind(one) for one in get_args(kind))

@@ -23,6 +23,7 @@ from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError
 from pipeline.common.flags import usage
 from pipeline.common.locations import local_path
+from pipeline.common.mixed_data import gather
 from train.config.config_file import SESSION, check_urls_are_whole, config_from, read_settings, yaml_text
 from train.config.method_recipes import CIFAR, METHOD_RECIPES, TINY, cifar, demo, recipe
 from train.config.resumed import resumed_config
@@ -38,7 +39,7 @@ def parse_config(arguments: list[str] | None = None, prints: bool = True) -> Pre
     With --resume the defaults are the run's own configuration. Unknown flags end the process with code 2; ``prints``:
     with a message. Raises UserError for values that cannot be, and for flags that disagree with the run to be resumed.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    words = gather(sys.argv[1:] if arguments is None else arguments)
     file = _config_file(words)
 
     def parse(default: PretrainConfig) -> PretrainConfig:
@@ -64,6 +65,8 @@ class _ConfigFile(NamedTuple):
         flags = {"method": "--method", "recipe": "--recipe", "run_dir": "--run-dir", "data": "--data"}
         texts = [(flag, self.values.get(name)) for name, flag in flags.items()]
         named = [word for flag, text in texts if isinstance(text, str) for word in (flag, text)]
+        if isinstance(self.values.get("data"), list):
+            named += ["--data", *map(str, self.values["data"])]
         return [*named, *(["--resume"] if self.values.get("resume") is True else [])]
 
 

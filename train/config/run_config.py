@@ -13,7 +13,8 @@ from model.methods.registry import DEFAULT_METHOD, METHODS
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, require
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Location, Url
+from pipeline.common.locations import LocalPath, Url
+from pipeline.common.mixed_data import MixedData, WeightedPlace, data_parts
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.order import OrderConfig
 from pipeline.sampling.views import ViewRecipe
@@ -44,8 +45,9 @@ class PretrainConfig:
     """
 
     # Dataset folder, or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into
-    # --cache-dir.
-    data: Location
+    # --cache-dir. Given several times, --data A --data B:0.3, an epoch takes each image of A once and 30 % of those of
+    # B, other ones in the next epoch.
+    data: MixedData
     # Folder for checkpoints, metrics and the plan, on a file system that all machines share.
     run_dir: LocalPath
     # Take settings from a file, YAML or JSON, as config.json of a run and --print-config have them; flags override.
@@ -133,7 +135,8 @@ class PretrainConfig:
     @property
     def longest_fetch_s(self) -> float:
         """How long a step may have to wait for images before their failure is reported."""
-        return 60.0 * (self.loader.cache.retry_minutes + 5) if isinstance(self.data, Url) else 0.0
+        remote = any(isinstance(part.place, Url) for part in data_parts(self.data))
+        return 60.0 * (self.loader.cache.retry_minutes + 5) if remote else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """The configuration for config.json, with complete paths, so that it holds in any folder."""
@@ -159,7 +162,8 @@ class PretrainConfig:
         if self.model.batch_coupled and self.accumulate > 1:
             fields["accumulate"] = self.accumulate
         fields = {**fields, **self.model.identity(), **self.optim.identity()}
-        return _plain({**run, **fields, "dataset": dataset_fingerprint})
+        weights = {"weights": [part.weight for part in self.data]} if isinstance(self.data, tuple) else {}
+        return _plain({**run, **fields, "dataset": dataset_fingerprint, **weights})
 
 
 def _plain(value: Any) -> Any:
@@ -167,6 +171,8 @@ def _plain(value: Any) -> Any:
     match value:
         case dict():
             return {key: _plain(entry) for key, entry in value.items()}
+        case WeightedPlace(place, weight):
+            return f"{_plain(place)}:{repr(weight).removesuffix('.0')}"
         case list() | tuple():
             return [_plain(entry) for entry in value]
         case Path():

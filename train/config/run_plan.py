@@ -15,7 +15,7 @@ from train.optimization.optimizer import Schedule, make_schedule
 class RunPlan:
     """Computed once, printed before the first step, written to plan.json."""
 
-    num_samples: int
+    num_samples: int  # of an epoch
     world_size: int
     global_batch: int  # source images of an optimizer step
     rank_batch: int  # of them on one rank

@@ -21,15 +21,16 @@ from model.sync_batchnorm import prepare_batch_norm
 from pipeline.backends.select import check_compiler, choose_backend
 from pipeline.common.errors import UserError
 from pipeline.common.system import share_of_cores
-from pipeline.loader.loader import check_cache, open_dataset
+from pipeline.dataset.mixture import Mixture
+from pipeline.loader.loader import check_cache, open_data, order_of
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import make_plan
 from train.distributed.collectives import Mark, on_all_ranks
 from train.distributed.process_group import DistContext
 from train.engine.run import Origins, Run
 from train.engine.sample_memory import SampleMemory
-from train.evaluation.features import ImageSource, Samples
-from train.evaluation.knn_monitor import OnlineKnn
+from train.evaluation.features import ImageSource
+from train.evaluation.knn_monitor import open_knn
 from train.evaluation.online_probe import open_probe
 from train.optimization.optimizer import build_optimizer
 from train.optimization.precision import SkipNonFinite, choose_precision
@@ -65,9 +66,10 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     check_compiler(dist.device)
     config.trackers.check_installed()
     dist.status.work("opening the dataset")
-    dataset = open_dataset(config.data, config.loader)
+    dataset = open_data(config.data, config.loader)
+    order_of(dataset, config.order, config.seed, config.global_batch)  # raises for one that the dataset cannot have
     check_cache(dataset, config.order, config.loader, config.global_batch, dist)
-    plan = make_plan(config, dataset.num_samples, dist.world_size, memory_bytes(dist))
+    plan = make_plan(config, dataset.epoch_samples, dist.world_size, memory_bytes(dist))
     dist.status.work("building the model")
     model, weights = build_model(config, dist)
     memory = None
@@ -75,10 +77,8 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
         memory = SampleMemory(dataset.num_samples, model.memory_dim, config.model.memory_place, dist)
     lr, scaled = plan.schedule.peak_lr, precision.scaler.is_enabled()
     optimizer, implementation = build_optimizer(config.optim, model.parameter_groups(), lr, dist.device, scaled)
-    knn = None
-    if config.knn.every > 0 and (dataset.has_labels or len(Samples.labelled(dataset).ids)):
-        source = ImageSource(config.views, config.loader, dist, precision.autocast, precision.view_dtype)
-        knn = OnlineKnn(dataset, config.knn, source)
+    source = ImageSource(config.views, config.loader, dist, precision.autocast, precision.view_dtype)
+    knn = open_knn(dataset, config.knn, source) if config.knn.every > 0 else {}
     width = find_backbone(config.model.backbone).features
     probe = open_probe(model.backbone, width, dataset, dist) if config.probe else None
     return Run(
@@ -171,18 +171,31 @@ def describe(run: Run) -> Iterator[str]:
         yield f"note: the ImageNet stem takes views of {side} px down to a quarter at once; {hint}"
     weights = sum(p.numel() for p in run.model.backbone.parameters()) / 1e6
     yield f"plan for {config.run_dir}\n{run.plan.describe()}"
+    if isinstance(run.dataset, Mixture):
+        yield from describe_mixture(run.dataset)
     yield f"  method       {config.method}{_coupling(run)}"
     yield f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {side} px"
     yield f"  weights      {run.origins.weights}"
     yield f"  optimizer    {run.origins.optimizer}"
     yield f"  loader       {run.origins.loader}"
     yield f"  compute      {_machine(run.dist)}, {run.precision.name}, {_batch_norm(config, run.dist)}"
-    if run.knn is not None:
-        yield f"  kNN          {run.knn.describe()}"
-    elif config.knn.every > 0:
+    for name, knn in run.knn.items():
+        yield f"  kNN          {knn.describe()}{_of(name)}"
+    if config.knn.every > 0 and not run.knn:
         yield "  kNN          none: the dataset has no labels"
     if run.probe is not None:
         yield "  probe        a linear classifier beside the method, on features of the first view"
+
+
+def describe_mixture(mixture: Mixture) -> Iterator[str]:
+    """A line for each dataset: its share of every batch, and its samples of an epoch."""
+    for name, part, count in zip(mixture.names, mixture.parts, mixture.samples_per_epoch, strict=True):
+        share = count / mixture.epoch_samples
+        yield f"  data         {share:7.2%} {name}: {count:,} of an epoch, {part.num_samples:,} in all ({part.path})"
+
+
+def _of(name: str) -> str:
+    return f", of {name}" if name else ""
 
 
 def _loader(config: PretrainConfig, dist: DistContext, backend: str, micro_batch: int) -> str:

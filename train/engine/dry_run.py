@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from pipeline.common.locations import Url
 from train.engine.run import Run
 
 PROBE_IMAGES = 2  # batch norm needs two
@@ -47,11 +46,13 @@ def _disk(run: Run) -> str:
 
 
 def _cache(run: Run) -> str:
-    images = sum(shard["bytes"] for shard in run.dataset.info["shards"])
-    if isinstance(run.dataset.path, Url):
+    images = {part: sum(shard["bytes"] for shard in part.info["shards"]) for part in run.dataset.parts}
+    fetched = sum(size for part, size in images.items() if part.is_remote)
+    if fetched:
         cache = run.config.loader.cache
-        return f"shards of {_size(images)} are fetched into {cache.folder}, at most {cache.cache_size} at a time"
-    return f"none: the dataset is on a disk; {_size(images)} are read in each epoch, from memory where they fit"
+        return f"shards of {_size(fetched)} are fetched into {cache.folder}, at most {cache.cache_size} at a time"
+    size = _size(sum(images.values()))
+    return f"none: the dataset is on a disk; {size} are read in each epoch, from memory where they fit"
 
 
 def _memory(run: Run) -> str:

@@ -36,11 +36,12 @@ def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, stop: StopR
     plan, consensus = run.plan, FlagConsensus(run.dist)
     run.model.train()
     while True:
-        if run.knn is not None and knn_is_due(run) and not reporter.has_knn(run.step):
+        if run.knn and knn_is_due(run) and not reporter.has_knn(run.step):
             try:
                 with reporter.paused():
                     share_buffers(run.dist, run.model)
-                    top1 = run.knn.evaluate(run.model.backbone, lambda: bool(stop))
+                    backbone = run.model.backbone
+                    top1 = {name: knn.evaluate(backbone, lambda: bool(stop)) for name, knn in run.knn.items()}
             except Abandoned:
                 return stop_with_checkpoint(run, stop)
             reporter.knn(run.step // plan.steps_per_epoch, run.step, top1)

@@ -26,8 +26,8 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.locks import FolderLock, exclusive_lock
 from pipeline.common.system import versions
-from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import DATASET_FILE
+from pipeline.dataset.mixture import Dataset
 from train.config.config_file import INIT_WEIGHTS, SESSION
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan
@@ -68,14 +68,14 @@ class Run:
 
     config: PretrainConfig
     dist: DistContext
-    dataset: ShardSet
+    dataset: Dataset
     plan: RunPlan
     precision: Precision
     model: Method
     parallel: nn.Module  # the model as the loop calls it: under DDP, compiled
     memory: SampleMemory | None  # for a method that asks for it
     optimizer: torch.optim.Optimizer
-    knn: OnlineKnn | None  # None: switched off, or the dataset has no labels
+    knn: dict[str, OnlineKnn]  # by the names of a mixture's datasets, or ""; empty: switched off, or no labels
     probe: OnlineProbe | None  # with --probe
     timer: CheckpointTimer
     guard: SkipNonFinite  # of the optimizer's steps

@@ -18,6 +18,7 @@ from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.common.flags import own_flags
 from pipeline.common.locations import Location
 from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.mixture import Dataset, Mixture
 from pipeline.sampling.order import epoch_order
 from train.distributed.collectives import sum_over_ranks
 from train.evaluation.features import (
@@ -148,6 +149,21 @@ class OnlineKnn:
             backbone, self._bank, self._queries, source, ks=[k], temperature=temperature, tolerant=True
         )
         return scores[k].top1
+
+
+def open_knn(dataset: Dataset, config: KnnConfig, source: ImageSource) -> dict[str, OnlineKnn]:
+    """The evaluation of a dataset, its name being "", or those of a mixture by the datasets' names.
+
+    Each labelled dataset is classified by itself, into its own classes. With --knn-data it is the first one that has
+    the same classes. Empty where nothing has labels. Raises UserError as ``OnlineKnn``.
+    """
+    parts = dataset.parts
+    labelled = [number for number, part in enumerate(parts) if part.has_labels or len(Samples.labelled(part).ids)]
+    if config.data is not None and labelled:
+        classes = open_labelled(config.data, "--knn-data", source.loader).classes
+        labelled = [next((number for number in labelled if parts[number].classes == classes), labelled[0])]
+    names = [dataset.names[number] for number in labelled] if isinstance(dataset, Mixture) else [""] * len(labelled)
+    return {name: OnlineKnn(parts[number], config, source) for name, number in zip(names, labelled, strict=True)}
 
 
 def bank_ids(num_samples: int, bank_size: int) -> Int64[np.ndarray, " n"]:

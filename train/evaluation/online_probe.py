@@ -9,6 +9,7 @@ classifier, so that no rate has to be found for each backbone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from pipeline.common.errors import UserError
-from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.mixture import Dataset, Mixture
 from train.distributed.collectives import sum_over_ranks
 from train.distributed.process_group import DistContext
 from train.evaluation.features import Samples
@@ -115,11 +116,21 @@ class OnlineProbe:
         self._right_and_seen.copy_(state["accuracy"])
 
 
-def open_probe(backbone: nn.Module, width: int, dataset: ShardSet, dist: DistContext) -> OnlineProbe:
-    """The probe of a run on ``dataset``. Raises UserError if no sample has a label."""
+def open_probe(backbone: nn.Module, width: int, dataset: Dataset, dist: DistContext) -> OnlineProbe:
+    """The probe of a run on ``dataset``, of a mixture on the first dataset with labels.
+
+    Raises UserError if no sample has a label.
+    """
+    labels: Callable[[Int64[np.ndarray, " n"]], np.ndarray]
+    if isinstance(dataset, Mixture):
+        labelled = [number for number, part in enumerate(dataset.parts) if len(Samples.labelled(part).ids)]
+        number = labelled[0] if labelled else 0
+        labels, dataset = partial(dataset.labels_in, number), dataset.parts[number]
+    else:
+        labels = dataset.labels
     if not len(Samples.labelled(dataset).ids):
         raise UserError(
             f"--probe: {dataset.path} has no labels to train a classifier with: leave --probe out, or write the "
             "dataset with --labels"
         )
-    return OnlineProbe(backbone, width, len(dataset.classes), dataset.labels, dist)
+    return OnlineProbe(backbone, width, len(dataset.classes), labels, dist)

@@ -19,6 +19,7 @@ from model.embedding_stats import effective_rank
 from model.methods.base import CollapseProfile
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.system import duration
+from pipeline.dataset.mixture import Mixture
 from pipeline.loader.timing import Stalls
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan
@@ -60,15 +61,18 @@ class Reporter:
         start_step: int,
         stalls: Stalls,
         collapse: CollapseProfile,
+        mixture: Mixture | None = None,
     ) -> None:
         """Open for the steps after ``start_step``; what a former session wrote after it is cut off. A collective.
 
-        ``stalls`` are the loader's, of this rank; ``collapse`` is the method's.
+        ``stalls`` are the loader's, of this rank; ``collapse`` is the method's; the share of each dataset of
+        ``mixture`` is written.
         """
         self._dist, self._config, self._plan, self._start_step = dist, config, plan, start_step
         self._metrics = on_all_ranks(dist, lambda: self._open_log() if dist.is_main else None)
         self._finished = False
-        self._stalls = stalls
+        self._stalls, self._mixture = stalls, mixture
+        self._seen = np.zeros(0 if mixture is None else len(mixture.parts))  # samples of each since the last line
         self._samples = SampleRecord(config.run_dir, dist.rank) if config.record_samples else None
         self._meter, self._progress = RateMeter(), ProgressLine(plan.stop_step)
         stuck = collapse.stuck_loss
@@ -105,6 +109,8 @@ class Reporter:
         self._meter.step(self._plan.global_batch, result.wait_s, result.caught_up)
         if self._samples is not None:
             self._samples.write(step, result.ids.tolist())
+        if self._mixture is not None:
+            self._seen += np.bincount(self._mixture.part_of(result.ids), minlength=len(self._seen))
         if step % self._config.log_every == 0 or step in (1, self._plan.stop_step):
             with self._dist.status.waiting(f"step {step}: adding up the losses of all ranks"):
                 values, rates, waits = self._read(result)
@@ -132,7 +138,7 @@ class Reporter:
         """
         own_wait = torch.zeros(self._dist.world_size, device=result.loss.device)
         own_wait[self._dist.rank] = (self._meter.wait_s + self._stalls.read_s()) * self._dist.world_size
-        device = {"loss": result.loss, **result.metrics, "z_rank": effective_rank(result.z)}
+        device = {"loss": result.loss, **result.metrics, "z_rank": effective_rank(result.z), **self._shares(result)}
         values = torch.cat([torch.stack([value.float() for value in device.values()]), own_wait])
         means = mean_over_ranks(self._dist, values).tolist()
         named, seconds = dict(zip(device, means, strict=False)), means[len(device) :]
@@ -142,6 +148,14 @@ class Reporter:
         self._waited = [sum(both) for both in zip(self._waited, seconds, strict=True)]
         self._logged_s += waits.of_s
         return named, replace(rates, data_wait=max(waits.shares)), waits
+
+    def _shares(self, result: StepResult) -> dict[str, Tensor]:
+        """The share of each dataset of a mixture in this rank's samples since the last line."""
+        if self._mixture is None:
+            return {}
+        shares = torch.from_numpy(self._seen / self._seen.sum()).to(result.loss.device)
+        self._seen[:] = 0
+        return {f"share_{name}": share for name, share in zip(self._mixture.names, shares, strict=True)}
 
     def print_waits(self) -> None:
         """Print which rank waited longest for its data."""
@@ -164,12 +178,18 @@ class Reporter:
         """Whether the kNN accuracy after ``step`` steps is written already, by a former session."""
         return step in self._former_knn
 
-    def knn(self, epoch: int, step: int, top1: float) -> None:
-        """Write a kNN line: ``epoch`` epochs and ``step`` steps done, ``top1`` in percent."""
+    def knn(self, epoch: int, step: int, top1: dict[str, float]) -> None:
+        """Write a kNN line: ``epoch`` epochs and ``step`` steps done, ``top1`` in percent by dataset.
+
+        knn_top1 is the first one's; those of a mixture's datasets are knn_top1_NAME.
+        """
+        first = next(iter(top1.values()))
         if self._metrics is not None:
-            self._metrics.write(epoch, step, knn_top1=top1)
-            print0(self._dist, f"epoch {epoch}: kNN top-1 {top1:.2f} %" + self._start_note(step))
-        self._warn(self._guard.check_knn(step, top1))
+            named = {f"knn_top1_{name}": value for name, value in top1.items() if name}
+            self._metrics.write(epoch, step, knn_top1=first, **named)
+            words = ", ".join(f"{value:.2f} %{f' of {name}' if name else ''}" for name, value in top1.items())
+            print0(self._dist, f"epoch {epoch}: kNN top-1 {words}" + self._start_note(step))
+        self._warn(self._guard.check_knn(step, first))
 
     def _start_note(self, step: int) -> str:
         if step > 0:

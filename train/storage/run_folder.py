@@ -102,7 +102,7 @@ def read_run(run_dir: Path) -> RunHistory:
             knn_steps=tuple(line["step"] for line in knn),
             knn_top1=tuple(line["knn_top1"] for line in knn),
             dim=config["model"]["dim"],
-            classes=_count_classes(Path(config["data"])),
+            classes=_count_classes(config["data"]),
             steps_per_epoch=plan["steps_per_epoch"],
             method=config.get("method", "simsiam"),  # the first runs knew no other
             stuck_loss=logged[-1].get("stuck_loss"),
@@ -123,9 +123,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _count_classes(data: Path) -> int | None:
-    """The dataset may have been moved since; then there is no line of chance."""
+def _count_classes(data: str | list[Any]) -> int | None:
+    """There is no line of chance for a mixture, and where the dataset has been moved since."""
+    if isinstance(data, list):
+        return None
     try:
-        return len(json.loads((data / "dataset.json").read_text(encoding="utf-8"))["classes"]) or None
+        return len(json.loads((Path(data) / "dataset.json").read_text(encoding="utf-8"))["classes"]) or None
     except (OSError, ValueError, KeyError):
         return None
