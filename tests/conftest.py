@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hypothesis import settings
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
+from tests.helpers import fault_summary
 from tests.helpers.photos import write_photo_folder
 
 # Processes that tests start import tests.helpers too.
@@ -61,3 +63,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the faults tried and survived, where tests marked ``faults`` have run."""
+    found = fault_summary.tallies(terminalreporter.stats)
+    if found:
+        terminalreporter.section("faults")
+        for line in fault_summary.table(found):
+            terminalreporter.write_line(line)
