@@ -155,7 +155,7 @@ def preview(config: DemoConfig) -> None:
     out = str(config.out / "preview.png")
     samples = str(min(8, dataset_of(config).num_samples))
     size = ("--image-size", str(config.image_size))
-    views = ("--method", config.method, *view_flags(config.method, config.image_size))
+    views = ("--method", config.method, *view_flags(config.method, config.image_size, on_cpu=True))
     words = ("--samples", samples, *(views if config.method else ("--recipe", "demo", *size)))
     run_command("python tools/preview_views.py", str(config.out / "train"), out, *words)
 

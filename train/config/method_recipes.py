@@ -96,7 +96,7 @@ _ALL = [
     *_imagenet(SimCLRConfig(), {100: _SIMCLR, 200: _SIMCLR}, 4096),  # 66.5, 68.3 % in table 4
     # Appendix D compares with SimCLR, 91.1 %; the temperature is Chen et al. 2020's for CIFAR-10, appendix B.9
     cifar(SimCLRConfig(**CIFAR, projector_layers=2, temperature=0.5), _SGD),
-    demo(SimCLRConfig(**TINY, projector_layers=2, temperature=0.2), OptimConfig(base_lr=1.0, weight_decay=5e-4)),
+    demo(SimCLRConfig(**TINY, projector_layers=2, temperature=0.2), OptimConfig(base_lr=2.0, weight_decay=5e-4)),
     *_imagenet(MoCoConfig(), {100: _MOCO, 200: _MOCO}, 256),  # 67.4, 69.9 % in table 4
     # moco's notebook for CIFAR-10: 512 images in 8 groups, momentum 0.99, 4096 keys, temperature 0.1
     cifar(MoCoConfig(**CIFAR, queue=4096, teacher_momentum=0.99, temperature=0.1, bn_images=64), _SGD),
@@ -105,7 +105,7 @@ _ALL = [
     # 66.5, 70.6 % in table 4
     *_imagenet(BYOLConfig(), {100: _BYOL, 200: replace(_BYOL, base_lr=0.3)}, 4096),
     cifar(BYOLConfig(**CIFAR), _SGD),  # ours, after SimSiam's
-    demo(BYOLConfig(**TINY, predictor_hidden=512, teacher_momentum=0.98), OptimConfig(base_lr=1.0, weight_decay=5e-4)),
+    demo(BYOLConfig(**TINY, predictor_hidden=512, teacher_momentum=0.95), OptimConfig(base_lr=3.0, weight_decay=1e-4)),
     *_imagenet(SwAVConfig(), {100: _SWAV, 200: _SWAV}, 4096),  # 66.5, 69.1 % in table 4
     # scripts/swav_200ep_pretrain.sh: 2 x 224 + 6 x 96 px, 73.9 % with the original's projector of 2 layers
     recipe(
@@ -121,7 +121,10 @@ _ALL = [
         ),
     ),
     cifar(SwAVConfig(**CIFAR, prototypes=300), replace(_SGD, base_lr=0.1)),  # ours
-    demo(SwAVConfig(**TINY, projector_layers=2, prototypes=300), OptimConfig(base_lr=0.5, weight_decay=5e-4)),
+    demo(
+        SwAVConfig(**TINY, projector_layers=2, prototypes=64, epsilon=0.02, freeze_prototypes=0),
+        OptimConfig(base_lr=6.0, weight_decay=1e-4),
+    ),
     # README, "Vanilla DINO training": ViT-S/16, 8 GPUs x 64 images, 100 epochs; here without its small crops
     recipe("imagenet-100ep", 100, 512, DINOConfig("vit_small_patch16_224"), _DINO),
     # The same with them, 2 x 224 + 8 x 96 px: 74.0 % linear
@@ -143,8 +146,18 @@ _ALL = [
     # ours
     cifar(DINOConfig(**CIFAR, prototypes=4096), OptimConfig(base_lr=5e-4, weight_decay=0.04, optimizer="adamw")),
     demo(
-        DINOConfig("resnet_tiny", prototypes=1024, head_hidden=512, dim=128, teacher_momentum=0.98),
-        OptimConfig(base_lr=4e-3, weight_decay=0.04, optimizer="adamw"),
+        DINOConfig(
+            "resnet_tiny",
+            prototypes=1024,
+            head_hidden=512,
+            head_layers=2,
+            head_batch_norm=True,
+            dim=128,
+            teacher_momentum=0.95,
+            freeze_prototypes=0,
+            clip_gradient=0.0,
+        ),
+        OptimConfig(base_lr=8e-3, weight_decay=0.04, optimizer="adamw"),
     ),
 ]
 METHOD_RECIPES: dict[str, dict[RecipeName, PretrainConfig]] = {}
