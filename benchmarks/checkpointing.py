@@ -20,6 +20,7 @@ import tyro
 
 from model.methods.simsiam import SimSiam, SimSiamConfig, simsiam_loss
 from pipeline.common.errors import exit_on_user_error
+from pipeline.common.locations import LocalPath
 from tools.common.measuring import Run, Spread, alternate, describe_machine, write_results
 from train.storage.checkpoints import CheckpointWriter, host_copy, save_checkpoint
 
@@ -40,9 +41,9 @@ class Config:
     """Length of an undisturbed stretch of steps, s; longer than a write."""
     repeats: int = 5
     """Stretches of each kind after a warm-up."""
-    folder: Path | None = None
+    folder: LocalPath | None = None
     """Folder for the checkpoints (default: the system's temporary folder)."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
 
 

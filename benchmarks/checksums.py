@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import SAMPLE_DTYPE
 from pipeline.dataset.row_check import compare_rows
@@ -42,7 +43,7 @@ ROWS = 1 << 21  # of a samples.npy of 59 MB
 class Config:
     """Flags of checksums.py."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder."""
     samples: int = 1000
     """Images of one run of the loader; reading alone takes `read_epochs` times as many."""
@@ -54,7 +55,7 @@ class Config:
     """Side of the views, px."""
     repeats: int = 7
     """Runs of each after a warm-up."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
 
 

@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -32,6 +31,7 @@ from pipeline.backends import reference
 from pipeline.backends.base import Batch, DaliConfig
 from pipeline.backends.photometric import Photometric
 from pipeline.common.errors import exit_on_user_error
+from pipeline.common.locations import InputPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.views import ViewRecipe, draw_views
 from tools.common.measuring import describe_machine
@@ -50,7 +50,7 @@ CLOSE = 2.0  # of 255, in the mean: what is only another rounding lies far below
 class Config:
     """The checks."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder."""
     toy: bool = False
     """The same on a CPU."""

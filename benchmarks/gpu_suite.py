@@ -36,6 +36,7 @@ from gpu_report import markdown
 
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet
 from tools.common.measuring import describe_machine, machine
 
@@ -44,9 +45,9 @@ from tools.common.measuring import describe_machine, machine
 class Config:
     """The suite."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder; some 20,000 samples are enough."""
-    out: Path
+    out: LocalPath
     """Folder for the results; made if it is not there."""
     toy: bool = False
     """A tiny model and short trials on the CPU: the same code at toy size."""

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -35,7 +36,7 @@ from tools.common.measuring import Spread, alternate, describe_machine, ratio, w
 class Config:
     """Flags of loader_vs_official.py."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder; its images are copied to a temporary image folder for the official loader."""
     samples: int = 1000
     """Largest number of images of a run."""
@@ -43,7 +44,7 @@ class Config:
     """Images a batch."""
     repeats: int = 5
     """Runs of each after a warm-up."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
 
 

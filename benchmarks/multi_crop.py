@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_views
@@ -37,13 +37,13 @@ RECIPES = {
 class Config:
     """Flags of multi_crop.py."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder of make_shards.py."""
     batch: int = 64
     """Images of a batch."""
     repeats: int = 5
     """Runs of each recipe and stage after a warm-up."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
 
     def __post_init__(self) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -31,6 +30,7 @@ from pipeline.backends.base import BackendContext, Batch, DaliConfig
 from pipeline.backends.photometric import Photometric
 from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sampling.views import (
@@ -55,7 +55,7 @@ CLOSE = 4  # of 255; the last column counts differences up to it
 class Config:
     """Flags of parity.py."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder of make_shards.py."""
     samples: int = 200
     """Largest number of images."""
@@ -65,7 +65,7 @@ class Config:
     """Seed of the views."""
     against: Literal["torchvision", "pil"] = "torchvision"
     """Reference: torchvision's transforms of tensors, or those of PIL images as in the paper's code."""
-    markdown: Path | None = None
+    markdown: LocalPath | None = None
     """Write the table to this file."""
     views: Annotated[ViewRecipe, tyro.conf.arg(name="")] = field(default_factory=ViewRecipe)
 

@@ -22,6 +22,7 @@ import train.openmp  # noqa: F401  # before torch's threads start
 from model.backbone import find_backbone
 from pipeline.backends.base import ViewBatch
 from pipeline.common.errors import check_at_least_1, exit_on_user_error
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet
 from tools.common.measuring import Spread, alternate, describe_machine, ratio, write_results
 from train.config.recipes import parse_config
@@ -37,7 +38,7 @@ PROBE = "the probe alone"
 class Config:
     """Flags of probe_cost.py."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder of make_shards.py, with labels."""
     backbone: str = "resnet_tiny"
     """Backbone to train with SimSiam."""
@@ -49,7 +50,7 @@ class Config:
     """Steps of a run."""
     repeats: int = 9
     """Runs of each kind after a warm-up."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ import tyro
 
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable
+from pipeline.common.locations import LocalPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.format import FORMAT_VERSION, SAMPLE_DTYPE
 from pipeline.sampling.order import Order, OrderConfig, choose_order
@@ -62,9 +63,9 @@ class Config:
     """Batches timed in each process, after a tenth as many for warm-up."""
     repeats: int = 3
     """Processes started for each case, in turn."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
-    plot: Path | None = None
+    plot: LocalPath | None = None
     """Draw the results into this PNG."""
 
 

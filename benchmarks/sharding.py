@@ -29,6 +29,7 @@ import tyro
 
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
@@ -48,7 +49,7 @@ SHARD_WRITER = "webdataset ShardWriter"
 class Config:
     """Flags of sharding.py."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[InputPath, tyro.conf.Positional]
     """Dataset folder whose images are sharded again."""
     megabytes: float = 8000
     """Size of the images for contestants that only copy, MB; as much disk must be free."""
@@ -60,11 +61,11 @@ class Config:
     """Kinds of verification."""
     repeats: int = 3
     """Runs of each after a warm-up."""
-    place: Path | None = None
+    place: LocalPath | None = None
     """Folder on the disk to measure (default: the system's temporary folder)."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
-    plot: Path | None = None
+    plot: LocalPath | None = None
     """Draw the results into this PNG."""
 
 

@@ -24,6 +24,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import LocalPath
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.sharding.make_dataset import make_dataset
@@ -43,7 +44,7 @@ MIB = 1 << 20
 class Config:
     """Flags of soak.py."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[LocalPath, tyro.conf.Positional]
     """New folder for the dataset, the run, soak.json and soak.png."""
     steps: int = 24_000
     """Steps of both sessions together; 24,000 are two hours on ImageNet."""

@@ -26,7 +26,7 @@ from pipeline.checking.remote_copy import local_copy
 from pipeline.checking.repair import repair_dataset
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable, disk_errors, write_json
-from pipeline.common.locations import Location, Url
+from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.dataset.remote_cache import CacheConfig
 
 CLASSES_SHOWN = 5  # smallest and largest classes listed in the report
@@ -38,7 +38,7 @@ class Command:
 
     dir: Annotated[Location, tyro.conf.Positional]
     """Folder of the dataset; or its URL (s3://, gs://, https://, hf://), all of which is copied for the check."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    json: Annotated[LocalPath | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write the report to this file as JSON."""
     repair: bool = False
     """Rebuild damaged sidecar files from the tars, then check."""

@@ -20,7 +20,7 @@ import tyro
 
 from model.methods.registry import method_config
 from pipeline.common.errors import UserError, exit_on_user_error
-from pipeline.common.locations import LocalPath
+from pipeline.common.locations import LocalPath, PathText
 from pipeline.dataset.dataset import ShardSet
 from pipeline.sources.readers import WDS
 from tools.common.own_commands import after_python
@@ -40,7 +40,7 @@ EVALUATIONS = 12  # kNN accuracies along the run, besides the untrained one
 class DemoConfig:
     """Flags of demo.py."""
 
-    images: str = ""
+    images: PathText = ""
     """Your images, as SOURCE of tools/make_shards.py: a folder, a tar, parquet files. Empty: synthetic images."""
     out: LocalPath = Path("demo")
     """Folder for all output; the output of an earlier demo is replaced."""
@@ -48,7 +48,7 @@ class DemoConfig:
     """Folder inside --images to train on. Empty: train/ if there are train/ and test/ or val/, else all."""
     test_subtree: str = ""
     """Folder inside --images for the kNN accuracy. Empty: test/ or val/ if there is one, else a tenth is held out."""
-    labels: str = "auto"
+    labels: PathText = "auto"
     """Source of the labels, as --labels of tools/make_shards.py; without labels there is no kNN accuracy."""
     limit: int = 20_000
     """Largest number of your images, drawn at random, so that the demo takes minutes."""

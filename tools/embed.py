@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Location
+from pipeline.common.locations import LocalPath, Location, PathText
 from pipeline.common.system import duration, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -46,7 +46,7 @@ assert BLOCK % IMAGES_PER_PASS == 0
 class EmbedConfig:
     """Write the features of every image of a dataset."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    checkpoint: Annotated[PathText, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, a checkpoint, weights of torchvision or timm, .safetensors, or untrained:BACKBONE."""
     data: Annotated[Location, tyro.conf.Positional]
     """The dataset to embed."""

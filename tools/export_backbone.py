@@ -36,7 +36,7 @@ from typing_extensions import assert_never
 from model.backbone import Stem, build_backbone, find_backbone
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import atomic_file, disk_errors
-from pipeline.common.locations import LocalPath
+from pipeline.common.locations import InputPath, LocalPath
 from train.storage.encoder_files import METADATA, InputSpec, LoadedEncoder, load_backbone, read_weights
 from train.storage.encoder_formats import State, to_detectron2, to_official
 from train.storage.encoder_layouts import to_transformers
@@ -50,7 +50,7 @@ ONNX_TOLERANCE = 1e-4  # largest relative difference of onnxruntime's features
 class ExportConfig:
     """Flags of export_backbone.py."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[InputPath, tyro.conf.Positional]
     """File with an encoder, or the folder of a run."""
     out: Annotated[LocalPath, tyro.conf.Positional]
     """File to write; with --format transformers a folder."""

@@ -30,7 +30,7 @@ from typing import Annotated
 import tyro
 
 from pipeline.common.errors import exit_on_user_error
-from pipeline.common.locations import Location, Url
+from pipeline.common.locations import Location, PathText, Url
 from pipeline.common.text import printable
 from pipeline.dataset.format import REENCODED_FILE, REJECTED_FILE
 from pipeline.sharding.make_dataset import Summary, make_dataset
@@ -44,7 +44,7 @@ CLASSES_SHOWN = 5
 class Command:
     """The command line: SOURCE, OUT and the options of sharding."""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[PathText, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A folder of images, a tar, a zip, parquet files, a URL of one of these, synthetic:N or wds:PATTERN."""
     out: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the dataset, made if it is not there: on a disk, or s3:// or gs://."""

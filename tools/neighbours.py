@@ -30,7 +30,7 @@ from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, exit_on_user_error, require
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Location
+from pipeline.common.locations import LocalPath, Location, PathText
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
@@ -49,7 +49,7 @@ CELL_INCHES = 1.4
 class NeighboursConfig:
     """Find similar images of a dataset."""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS|CHECKPOINT")]
+    source: Annotated[PathText, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS|CHECKPOINT")]
     """A folder that embed.py wrote, or an encoder: a run folder, a checkpoint, untrained:BACKBONE."""
     data: Annotated[Location, tyro.conf.Positional]
     """The dataset that was embedded."""
@@ -65,9 +65,9 @@ class NeighboursConfig:
     """Seed of that draw."""
     duplicates: float | None = None
     """Find all pairs of at least this cosine similarity instead, as in 0.97."""
-    against: tuple[str, Location] | None = None
+    against: tuple[PathText, Location] | None = None
     """EMBEDDINGS DATA of a second dataset: with --duplicates, pairs between the two (training images in a test set)."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """The encoder of the embeddings, to embed a --query that is a file; default: as _embeddings.json records it."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device that computes; auto: a GPU if there is one."""
@@ -100,7 +100,7 @@ def main() -> None:
 
 def open_embeddings(config: NeighboursConfig, dataset: ShardSet) -> Embeddings:
     """The embeddings of ``dataset``, made now if an encoder was named. Raises UserError if they are of another one."""
-    folder = Path(config.source).expanduser()
+    folder = Path(config.source)
     if not (folder / RECORD).exists() and not (folder / UNFINISHED).exists():
         folder = config.out.with_name(f"{config.out.stem}-embeddings")
         wanted = EmbedConfig(config.source, config.data, folder, device=config.device, loader=config.loader)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import InputPath, LocalPath
 from tools.common.plot_style import INK, QUIET
 from train.storage.run_folder import RunHistory, read_run
 
@@ -28,9 +28,9 @@ LOSS_COLOUR, STD_COLOUR, KNN_COLOUR = "#1f5fa8", "#b4511d", "#1d7a4f"
 class PlotConfig:
     """Flags of plot_run.py."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]
+    run_dir: Annotated[InputPath, tyro.conf.Positional]
     """Run folder, as train/pretrain.py wrote it."""
-    out: Annotated[Path | None, tyro.conf.Positional] = None
+    out: Annotated[LocalPath | None, tyro.conf.Positional] = None
     """PNG to write (default: RUN_DIR/plot.png)."""
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pipeline.backends.reference import centre_crop, decode, normalise
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
+from pipeline.common.locations import InputPath
 from pipeline.sampling.views import ViewRecipe, centre_crops
 from pipeline.sources.listing import IMAGE_SUFFIXES
 from tools.embedding.store import escaped
@@ -38,9 +39,9 @@ IMAGES_PER_PASS = 64
 class PredictConfig:
     """Classify images."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    model: Annotated[InputPath, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The --run-dir of train/finetune.py, or its classifier folder."""
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
+    files: Annotated[tuple[InputPath, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
     """Images, or folders of images."""
     top: int = 1
     """Classes to give for each image, the most likely first."""
@@ -56,7 +57,7 @@ class PredictConfig:
 def main() -> None:
     """Parse the command line and print the predictions."""
     config = tyro.cli(PredictConfig, description=__doc__)
-    classifier = load_classifier(config.model.expanduser())
+    classifier = load_classifier(config.model)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
     gpu = config.device != "cpu" and torch.cuda.is_available()

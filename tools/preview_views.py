@@ -30,7 +30,7 @@ from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, check_seed, exit_on_user_error, require
 from pipeline.common.files import disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import Location
+from pipeline.common.locations import InputPath, LocalPath, Location
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import ViewBatch, open_views
@@ -55,9 +55,9 @@ class PreviewConfig:
 
     data: Annotated[Location, tyro.conf.Positional]
     """Dataset folder of make_shards.py."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[LocalPath, tyro.conf.Positional]
     """PNG to write."""
-    run_dir: Path | None = None
+    run_dir: InputPath | None = None
     """Show the views of this run: its recipe and its seed."""
     recipe: RecipeName | None = None
     """Show the views of this recipe of train/pretrain.py."""

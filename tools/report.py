@@ -30,7 +30,7 @@ from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Location, Url, location
+from pipeline.common.locations import InputPath, LocalPath, Location, Url, location
 from pipeline.common.mixed_data import weighted_place
 from pipeline.common.system import versions
 from pipeline.dataset.dataset import BadSampleError, ShardSet
@@ -87,7 +87,7 @@ KNN_K, KNN_TEMPERATURE = 20, 0.07  # Wu et al. 2018 (arXiv:1805.01978), as the o
 class ReportConfig:
     """Write one HTML page about runs."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[tuple[InputPath, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders, as train/pretrain.py writes them; several stand side by side."""
     out: LocalPath | None = None
     """The page to write; default: report.html in the (first) run folder."""
@@ -142,7 +142,7 @@ def main() -> None:
     """Parse the command line and write the page."""
     config = tyro.cli(ReportConfig, description=__doc__)
     out = config.out or config.runs[0] / "report.html"
-    runs = [RunRecord.read(path.expanduser()) for path in config.runs]
+    runs = [RunRecord.read(path) for path in config.runs]
     check_writable("--out", out)
     text = report(config, runs)
     with disk_errors(f"writing {out}", f"cannot write {out}"), atomic_file(out) as file:

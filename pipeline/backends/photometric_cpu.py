@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from pipeline.common.compiled_code import cached_jit
 
 BLUR_REACH = 4.0  # sigmas; the weights beyond add less than 0.02 of 255
 GRAY_R, GRAY_G, GRAY_B = np.float32(0.2989), np.float32(0.587), np.float32(0.114)  # torchvision's rgb_to_grayscale
@@ -19,7 +20,7 @@ ZERO, HALF, ONE, FOUR, SIX, TOP = (np.float32(value) for value in (0, 0.5, 1, 4,
 HUE_TO_BYTE = np.float32(255.999 / 255)  # torchvision turns 0..1 into bytes by truncating 255.999 times it
 
 
-_compiled = njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
+_compiled = cached_jit(nogil=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
 
 
 @_compiled

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.common.buffers import on_device
+from pipeline.common.compiled_code import choose_triton_folder
 from pipeline.sampling.views import ViewParams, ViewRecipe
 
+choose_triton_folder()
 COLOUR_BLOCK = 1024  # pixels a program handles at a time
 ROW_BLOCK = 1024  # values of one channel
 # Columns of the table that goes to the GPU, a row an image: whole numbers, then real ones.

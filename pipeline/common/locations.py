@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import tyro
 
 from pipeline.common.errors import UserError
-from pipeline.common.secrets import reveal
+from pipeline.common.secrets import conceal, reveal
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _LIKE_A_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+(?:::|:\s*/)")
@@ -66,7 +67,7 @@ def location(text: str) -> Path | Url:
     _check_no_nul(text)
     if _SCHEME.match(text) is None:
         _check_no_url(text)
-        return Path(text).expanduser()
+        return Path(expanded(text))
     shown, text = text, reveal(text)
     _check_secret(text)
     if not urlsplit(text).netloc:
@@ -110,7 +111,23 @@ def local_path(text: str) -> Path:
         raise UserError(f"{text}: its name is not UTF-8, in which TensorBoard and others write names: choose another")
     if _SCHEME.match(text) or (_LIKE_A_URL.match(text) and not Path(text).exists()):
         raise UserError(f"{text}: results are written to a folder or file of this machine, or one that it has mounted")
-    return Path(text).expanduser()
+    return Path(expanded(text))
+
+
+def input_path(text: str) -> Path:
+    """The file or folder that ``text`` names, for reading. Raises UserError for a URL."""
+    if _SCHEME.match(text):
+        raise UserError(f"{conceal(text)}: this is read from a file or folder of this machine: copy it here first")
+    return Path(expanded(text))
+
+
+def expanded(text: str) -> str:
+    """``text`` with a ~ at its beginning, or after a prefix as in wds:~/tars, replaced by the home folder.
+
+    A shell does so for a word alone, but neither in ``--flag=~/file`` nor after a prefix.
+    """
+    match = re.fullmatch(r"((?:[a-z]+:)?)(~.*)", text, re.DOTALL)
+    return text if match is None else match[1] + os.path.expanduser(match[2])
 
 
 def _named_by(parse: Callable[[str], Any], metavar: str, kind: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
@@ -124,8 +141,11 @@ def _named_by(parse: Callable[[str], Any], metavar: str, kind: Any) -> tyro.cons
     )
 
 
-# Types of fields in configurations: a dataset to read, and a path to write.
+# Types of fields in configurations, all with ~ for the home folder: a dataset to read,
 Location: TypeAlias = Annotated[Path | Url, _named_by(location, "DIR|URL", Path | Url)]
-
-
+# a path to write,
 LocalPath: TypeAlias = Annotated[Path, _named_by(local_path, "PATH", Path)]
+# a file or folder of this machine to read,
+InputPath: TypeAlias = Annotated[Path, _named_by(input_path, "PATH", Path)]
+# and a path, or a word that stands for something else.
+PathText: TypeAlias = Annotated[str, _named_by(expanded, "PATH", str)]

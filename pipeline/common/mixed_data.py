@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import tyro
 
 from pipeline.common.errors import UserError
-from pipeline.common.locations import Url, location
+from pipeline.common.locations import Url, expanded, location
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>[^?]*)(?P<query>\?.*)?", re.DOTALL)
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # their URLs have no port
@@ -68,7 +68,7 @@ def _is_weight(word: str, place: str, weight: str, url: re.Match[str] | None) ->
         return _LIKE_A_NUMBER.fullmatch(weight) is not None and bool(place) and not is_port
     if not place:
         return False
-    whole, before = Path(word).expanduser().exists(), Path(place).expanduser().exists()
+    whole, before = (Path(expanded(text)).exists() for text in (word, place))
     if whole and before and _LIKE_A_NUMBER.fullmatch(weight):
         raise UserError(
             f"--data {word}: there is a folder {word} and a folder {place}: write {word}:1 or {place}/:{weight}"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipeline.common.errors import UserError, require
+from pipeline.common.locations import InputPath, PathText
 from pipeline.sources.image_file import Verify
 from pipeline.sources.sixteen_bit import SixteenBitRule
 
@@ -54,7 +55,7 @@ class ShardingOptions:
     subtree: str = ""
     """Use only this folder of SOURCE, as in --subtree train; its sub-folders are the classes. For parquet files: use
     only those whose names begin with this."""
-    labels: str = "auto"
+    labels: PathText = "auto"
     """Source of the labels. auto: class folders or a label column if there are any. folders: class folders, required.
     none: no labels. Or a FILE: CSV or other lines of `name,class`, for all images or some; a class per line in the
     order of the sorted image names; or ImageNet's devkit archive."""
@@ -68,7 +69,7 @@ class ShardingOptions:
     first that a sample has. Default: the plainest, jpg rather than depth.png."""
     wds_label_key: str | None = None
     """Take labels of wds: samples from this key of their .json; a.b is key b inside a. Default: from their .cls."""
-    classes_from: Path | None = None
+    classes_from: InputPath | None = None
     """Use the class list of this dataset, so that the labels of a validation set agree with its training set."""
     split: str | None = None
     """Record this name in dataset.json, as in --split train. Of parquet files of several splits, take this one, or

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.locations import Url, is_url, location
+from pipeline.common.locations import Url, expanded, is_url, location
 from pipeline.common.secrets import conceal, reveal
 from pipeline.dataset.format import DATASET_FILE
 from pipeline.sources.file_kinds import describe_unknown
@@ -75,6 +75,7 @@ def open_source(
     ``classes_from`` and ``seed`` are the options of make_shards.py with these names; only synthetic images use
     ``seed``. Raises UserError if SOURCE is missing, damaged, empty, or of no known kind.
     """
+    source = expanded(source)
     kind, _, rest = source.partition(":")
     if kind in KINDS:
         opened = KINDS[kind](rest, subtree, seed)
@@ -262,7 +263,7 @@ def _with_labels(
     known = () if classes_from is None else dataset_classes(classes_from)
     if labels not in ("auto", "folders"):
         notes: list[str] = []
-        labelled = label_by_file(listing, Path(labels), known, label_column, notes)
+        labelled = label_by_file(listing, Path(expanded(labels)), known, label_column, notes)
         return replace(
             opened,
             listing=labelled,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +112,25 @@ def test_ctrl_c_is_no_traceback(capsys: Any) -> None:
         raise KeyboardInterrupt
     assert left.value.code == 130
     assert "stopped by Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_a_dumb_terminal_gets_no_escapes(term: str, photo_dataset_path: Path, tmp_path: Path) -> None:
+    main, its_end = pty.openpty()
+    run = subprocess.Popen(
+        [sys.executable, "train/pretrain.py", *flags(photo_dataset_path, tmp_path / "run", *SHORT, "2")],
+        cwd=ROOT,
+        env={**os.environ, "TERM": term, "OMP_NUM_THREADS": "1"},
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+    )
+    os.close(its_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the run has ended
+        while part := os.read(main, 65536):
+            shown += part
+    os.close(main)
+    assert run.wait(timeout=240) == 0
+    assert b"epoch 0 step 2/2 loss" in shown
+    assert (b"\x1b" in shown) == (term == "xterm")  # which has the line of progress rewritten in place

@@ -21,7 +21,7 @@ import tyro
 
 from pipeline.common.errors import UserError, require
 from pipeline.common.files import disk_errors, write_json
-from pipeline.common.locations import LocalPath
+from pipeline.common.locations import InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet
 from tools.common.own_commands import after_python
 from tools.reproduction.method_flags import method_flags
@@ -51,9 +51,9 @@ class ReproduceConfig:
     table: Annotated[str, tyro.conf.Positional]
     """Experiment to repeat: stop-gradient, predictor, batch-size, bn, similarity, symmetrisation, alternation,
     moving-average, output-dimension or methods (SimSiam beside SimCLR, MoCo v2, BYOL, SwAV and DINO)."""
-    data: Path
+    data: InputPath
     """Labelled dataset to train on."""
-    val_data: Path
+    val_data: InputPath
     """Labelled dataset for validation, of the same classes."""
     budget: float
     """Minutes for the whole sweep."""

@@ -14,6 +14,7 @@ import tyro
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError, require
 from pipeline.common.flags import group
+from pipeline.common.locations import LocalPath
 from pipeline.common.mixed_data import MixedData
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import ShardSet
@@ -55,11 +56,11 @@ class ProfileConfig:
     """Length of a trial, s."""
     stages: tuple[StageName, ...] = STAGES
     """Stages to measure (default: all)."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the numbers to this file."""
-    plot: Path | None = None
+    plot: LocalPath | None = None
     """Draw the stages as bars into this PNG."""
-    trace: Path | None = None
+    trace: LocalPath | None = None
     """Write a torch.profiler trace of three end-to-end steps to this file, for ui.perfetto.dev."""
     tune: bool = False
     """Search for the loader's fastest settings instead, and print the flags for pretrain.py."""
@@ -69,7 +70,7 @@ class ProfileConfig:
     """Give the loader the share of the cores that one of so many ranks has."""
     synthetic_samples: int = 1000
     """Images drawn by --data synthetic."""
-    synthetic_dir: Path | None = None
+    synthetic_dir: LocalPath | None = None
     """Keep the drawn images here as a dataset, and reuse it if it exists (default: a temporary folder)."""
     seed: int = 0
     """Seed of weights, order and views."""

@@ -149,7 +149,7 @@ def _check_init(run: PretrainConfig, given: Path, recorded: str | None) -> None:
     if run.init is None:
         _check_equal(run, [(("init",), None, given)])
         return
-    same_path = given.expanduser().absolute() == run.init.absolute()
+    same_path = given.absolute() == run.init.absolute()
     if same_path and not given.exists():
         return
     if recorded is None and run.init.exists():

@@ -13,7 +13,7 @@ from model.methods.registry import DEFAULT_METHOD, METHODS
 from model.methods.simsiam import SimSiamConfig
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, require
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Url
+from pipeline.common.locations import InputPath, LocalPath, Url
 from pipeline.common.mixed_data import MixedData, WeightedPlace, data_parts
 from pipeline.loader.config import LoaderConfig
 from pipeline.sampling.order import OrderConfig
@@ -51,7 +51,7 @@ class PretrainConfig:
     # Folder for checkpoints, metrics and the plan, on a file system that all machines share.
     run_dir: LocalPath
     # Take settings from a file, YAML or JSON, as config.json of a run and --print-config have them; flags override.
-    config: Path | None = None
+    config: InputPath | None = None
     # Print the settings as YAML for --config, and do nothing else.
     print_config: bool = False
     # Check everything, print the plan and what it needs of disk, cache and memory, and train nothing.
@@ -62,7 +62,7 @@ class PretrainConfig:
     recipe: RecipeName | None = None
     # Start from these weights: a checkpoint or run folder, an official SimSiam checkpoint, torchvision's or timm's
     # weights, .safetensors. Heads of the same shape are taken too.
-    init: Path | None = None
+    init: InputPath | None = None
     # Passes over the dataset [Chen & He 2020, section 4].
     epochs: int = 100
     # Source images of a step over all processes [section 3].

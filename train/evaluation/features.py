@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.backbone import Stem
 from pipeline.common.errors import UserError, check_seed
 from pipeline.common.flags import own_flags
-from pipeline.common.locations import Url
+from pipeline.common.locations import PathText, Url
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset, open_images
@@ -36,7 +36,7 @@ class EncoderConfig:
 
     # Encoder to take: a run folder (its newest checkpoint), a checkpoint of train/pretrain.py or of the official
     # SimSiam, weights of torchvision or timm, .safetensors, or untrained:BACKBONE.
-    checkpoint: str
+    checkpoint: PathText
     # Backbone that the checkpoint holds, where it does not say; default: found out.
     backbone: str | None = None
     # First layers of it, where their shape leaves it open; default: found out.
