@@ -48,8 +48,10 @@ def local_copy(url: Url, cache: CacheConfig, *, quiet: bool = False) -> Iterator
 
 
 def _names(info: dict[str, Any]) -> list[str]:
-    shards = [shard[kind] for shard in info["shards"] for kind in ("name", "index")]
-    outside = [name for name in shards if Path(name).name != name or name in ("", ".", "..")]
+    shards: list[str] = [shard[kind] for shard in info["shards"] for kind in ("name", "index")]
+    outside = [
+        name for name in shards if Path(name).name != name or name in ("", ".", "..") or {"\\", "\0"} & set(name)
+    ]
     if outside:
         raise UserError(
             f"dataset.json names files outside of its folder ({outside[0]}): check the dataset where they lie"

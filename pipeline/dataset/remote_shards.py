@@ -6,9 +6,11 @@ one that replaces a bad sample, or one for whose shard there is no room. One ``R
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,6 +57,8 @@ class RemoteShards:
         self._samples: RemoteFile | None = None
         self._prefetchers: list[ShardPrefetcher] = []
         self._sharers: Sequence[RemoteShards] = (self,)  # all that share the room of the cache
+        # Shard -> (offset, length) -> crc32 and sha256 of what the server gave for that range
+        self._unverified: dict[int, dict[tuple[int, int], tuple[int, bytes]]] = {}
         self._failure: Exception | None = None  # of fetching ahead; the next reader raises it
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
@@ -89,7 +93,7 @@ class RemoteShards:
                     f"{self._remote.url} is an index of tars that lie elsewhere ({entry['name']}): "
                     "put the tars into its folder and make the index there"
                 )
-            if ".." in entry["name"].split("/"):
+            if not _lies_below(entry["name"]):
                 raise UserError(f"{name} is damaged: it names the shard {entry['name']!r} outside of its folder")
         return info
 
@@ -130,10 +134,30 @@ class RemoteShards:
         file = self._file(shard)
         if not self._cache.has(file) and not self._is_awaited(shard):
             return None
-        return self._cache.open(file, self._needed, cancelled)
+        handle = self._cache.open(file, self._needed, cancelled)
+        if handle is not None:
+            self._verify_ranges(shard, handle)
+        return handle
 
     def _read_range(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
-        return self._remote.read(self._entries[shard]["name"], offset, length, cancelled)
+        data = self._remote.read(self._entries[shard]["name"], offset, length, cancelled)
+        self._unverified.setdefault(shard, {})[offset, length] = zlib.crc32(data), hashlib.sha256(data).digest()
+        return data
+
+    def _verify_ranges(self, shard: int, handle: int) -> None:
+        """Compare what was read by range with the shard, whose sha256 is known to fit. Raises UserError.
+
+        Another crc32 was noticed when the image was read; the same one over other bytes is intent.
+        """
+        for (offset, length), (checksum, digest) in self._unverified.pop(shard, {}).items():
+            data = os.pread(handle, length, offset)
+            if zlib.crc32(data) == checksum and hashlib.sha256(data).digest() != digest:
+                os.close(handle)
+                raise UserError(
+                    f"the server of {self._remote.url} gave other bytes for a range of {self._entries[shard]['name']} "
+                    f"(from byte {offset:,}) than the shard has: steps since then may rest on a forged image; look at "
+                    "the server, then go on from a checkpoint of before"
+                )
 
     @contextmanager
     def follow(
@@ -306,6 +330,11 @@ class ShardPrefetcher:
                 return
             self._renewed_s, window = time.monotonic(), iter(self._window)
         self._shards.renew_leases(window)
+
+
+def _lies_below(name: str) -> bool:
+    """Whether a shard's name is that of a file in the folder or below it, however a server reads it."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.replace("\\", "/").split("/"))
 
 
 def _npy_bytes(rows: int) -> int:

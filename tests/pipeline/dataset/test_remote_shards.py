@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import shutil
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.checking.remote_copy import local_copy
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url
 from pipeline.dataset import remote_files as remote
@@ -225,3 +228,73 @@ def test_a_dataset_that_was_changed_after_it_was_uploaded(
         dataset = ShardSet.open(Url(server.url), cache=CacheConfig(tmp_path / "cache"))
         with pytest.raises(UserError, match=r"shard-000002.tar of .* is not what its dataset.json says"):
             read_all(dataset, ALL)
+
+
+OUTSIDE = ["../x.tar", "a/../../x.tar", "..", "a//x.tar", "./x.tar", "a\\..\\x.tar", "", "x\0.tar"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "/etc/passwd", "/x.tar"])
+def test_names_that_lead_out_are_refused_before_a_request(
+    name: str, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    folder = tmp_path / "served"
+    shutil.copytree(photo_dataset_path, folder)
+    info = json.loads((folder / "dataset.json").read_text())
+    info["shards"][2]["name"] = name
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with nginx(folder, tmp_path / "nginx") as server, FaultProxy(server.port) as proxy:
+        for attempt in (lambda: opened(proxy, tmp_path / "cache"), lambda: copied(proxy, tmp_path / "cache")):
+            with pytest.raises(UserError, match=r"outside of its folder|lie elsewhere"):
+                attempt()
+        assert {passed.path.rpartition("/")[2] for passed in proxy.seen} == {"dataset.json"}
+
+
+def copied(proxy: FaultProxy, cache: Path) -> None:
+    """As tools/check_shards.py does."""
+    with local_copy(Url(proxy.url), CacheConfig(cache, retry_minutes=1), quiet=True):
+        pass
+
+
+def with_crc(data: bytes, wanted: int) -> bytes:
+    """``data`` with its last four bytes chosen so that its crc32 is ``wanted``."""
+    table = [zlib.crc32(bytes([0xFF ^ n])) ^ 0xFF000000 for n in range(256)]  # a byte a step
+    by_top = {value >> 24: (index, value) for index, value in enumerate(table)}
+    state = wanted ^ 0xFFFFFFFF
+    indexes = []
+    for _ in range(4):
+        index, value = by_top[state >> 24]
+        indexes.append(index)
+        state = ((state ^ value) << 8) & 0xFFFFFFFF
+    register, tail = zlib.crc32(data[:-4]) ^ 0xFFFFFFFF, b""
+    for index in reversed(indexes):
+        tail += bytes([(register ^ index) & 0xFF])
+        register = (register >> 8) ^ table[index]
+    return data[:-4] + tail
+
+
+def test_a_range_that_was_forged_with_its_crc_is_found_when_the_shard_is_there(
+    proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = opened(proxy, tmp_path)
+    true = photo_dataset.read(3)
+    forged = with_crc(true[:-40] + bytes(40), zlib.crc32(true))
+    assert zlib.crc32(forged) == zlib.crc32(true)
+    assert forged != true
+    read = remote.RemoteFolder.read
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.RemoteFolder, "read", lambda *_: forged)
+        assert dataset.read(3) == forged  # nothing is known that would say it is not
+    monkeypatch.setattr(remote.RemoteFolder, "read", read)
+    with pytest.raises(UserError, match=r"gave other bytes for a range of shard-00000\d\.tar .* forged image"):
+        read_all(dataset, ALL)
+
+
+def test_ranges_that_were_damaged_by_chance_are_no_forgery(
+    proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path
+) -> None:
+    dataset = opened(proxy, tmp_path)
+    proxy.harm(Faults(("bit flip",), only=r"\.tar "))
+    for sample in (3, 30):
+        assert dataset.read(sample) == photo_dataset.read(sample)
+    read_all(dataset, ALL, expected=photo_dataset)
