@@ -66,6 +66,11 @@ def location(text: str) -> Path | Url:
     """The folder or URL that ``text`` names. Raises UserError for a URL without a host or bucket."""
     _check_no_nul(text)
     if _SCHEME.match(text) is None:
+        if text.startswith("wds:") and not Path(text).exists():
+            raise UserError(
+                f"{text}: tars of others are read through an index, which is made once: siamstream shard '{text}' OUT "
+                "--index-only; then give OUT in their place"
+            )
         _check_no_url(text)
         return Path(expanded(text))
     shown, text = text, reveal(text)

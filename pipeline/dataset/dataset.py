@@ -22,13 +22,16 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pipeline.common.locations import Url
+from pipeline.common.files import read_regular
+from pipeline.common.locations import Url, location
 from pipeline.common.text import printable
 from pipeline.dataset.format import (
+    DATASET_FILE,
     FORMAT_VERSION,
     REPLACE,
     Shard,
     Shards,
+    read_dataset_file,
     too_large_to_hash,
 )
 from pipeline.dataset.names import Names, open_names
@@ -98,7 +101,7 @@ class ShardSet:
         Raises UserError if it is missing, half-written, of another version, or its files' sizes disagree with
         dataset.json. ``verify_checksums``: compare each image with its crc32 when it is read.
         """
-        store: ShardStore = RemoteShards(path, cache) if isinstance(path, Url) else LocalShards(Path(path))
+        store = _open_store(path, cache)
         info, file, samples = store.open_dataset()
         row_check = None
         if isinstance(samples, np.memmap) and too_large_to_hash(samples):
@@ -275,6 +278,33 @@ class ShardSet:
     def check_room(self, shards_at_once: int, reason: str, remedy: str) -> None:
         """Raise UserError unless a remote dataset's cache holds so many shards; ``reason`` is what needs them."""
         self._store.check_room(shards_at_once, reason, remedy)
+
+
+def _open_store(path: str | Path | Url, cache: CacheConfig) -> ShardStore:
+    """The store of a dataset at a URL, in a folder, or of tars at a URL that a folder is the index of."""
+    if isinstance(path, Url):
+        return RemoteShards(path, cache)
+    folder = Path(path)
+    tars_at = where_tars_lie(folder)
+    return LocalShards(folder) if tars_at is None else RemoteShards(tars_at, cache, folder)
+
+
+def where_tars_lie(folder: Path) -> Url | None:
+    """The URL of the tars that the dataset in ``folder`` is only the index of; None where they lie in it.
+
+    Raises UserError as ``read_dataset_file``.
+    """
+    try:
+        if b'"tars_at"' not in read_regular(folder / DATASET_FILE):  # parsing takes a second for a million shards
+            return None
+    except OSError:  # whoever opens the folder says what is wrong with it
+        return None
+    info = read_dataset_file(folder, check_files=False)
+    if "tars_at" not in info or all((folder / shard["name"]).exists() for shard in info["shards"][:1]):
+        return None
+    url = location(info["tars_at"])
+    assert isinstance(url, Url), "parse_dataset_file has looked at it"
+    return url
 
 
 def share_cache(datasets: Sequence[ShardSet]) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ def parse_dataset_file(data: bytes, name: str) -> dict[str, Any]:
     if not _has_types(info, _DATASET_TYPES) or not all(_has_types(shard, _SHARD_TYPES) for shard in info["shards"]):
         raise damaged
     if not isinstance(info.get("names", {}), dict) or not isinstance(info.get("reencoded", {}), dict):
+        raise damaged
+    if not re.match(r"[a-z][a-z0-9+.-]*://[^/]", str(info.get("tars_at", "s3://bucket"))):
         raise damaged
     if not all(isinstance(name, str) for name in info["classes"]):
         raise damaged

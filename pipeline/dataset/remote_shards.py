@@ -31,6 +31,7 @@ from pipeline.dataset.format import (
     check_counts,
     open_rows,
     parse_dataset_file,
+    read_dataset_file,
 )
 from pipeline.dataset.prefetch_window import Upcoming, Window
 from pipeline.dataset.remote_cache import LEASE_S, CacheConfig, RemoteFile, ShardCache
@@ -45,11 +46,15 @@ _WHOLE_SHARE = 0.25  # of the shards' bytes must be wanted, or images are read o
 
 
 class RemoteShards:
-    """The ShardStore of the dataset below one URL."""
+    """The ShardStore of the dataset below one URL, or of tars there whose index is a folder of this machine."""
 
-    def __init__(self, url: Url, config: CacheConfig) -> None:
-        """Raises UserError if the URL's file system or the cache's folder cannot be used."""
-        self.path, self.cache = url, config
+    def __init__(self, url: Url, config: CacheConfig, index: Path | None = None) -> None:
+        """``index``: the folder of dataset.json and samples.npy, where they do not lie below the URL.
+
+        Raises UserError if the URL's file system or the cache's folder cannot be used.
+        """
+        self.path: Path | Url = url if index is None else index
+        self.cache, self._index = config, index
         self._remote = RemoteFolder(url, config.retry_minutes)
         self._cache = ShardCache(self._remote, config)
         self._files = OpenFiles(self._open)
@@ -66,6 +71,12 @@ class RemoteShards:
 
         samples.npy is fetched unless the cache has it. Raises UserError also if either cannot be fetched.
         """
+        if self._index is not None:
+            info, file = read_dataset_file(self._index, check_files=False), self._index / SAMPLES_FILE
+            check_counts(info, str(self._index / DATASET_FILE))
+            self._check_places(info, str(self._index / DATASET_FILE))
+            self._entries = info["shards"]
+            return info, file, open_rows(file, info, str(file))
         info = self._dataset_file()
         self._entries = info["shards"]
         self._samples = RemoteFile(SAMPLES_FILE, _npy_bytes(info["num_samples"]), info["samples_sha256"])
@@ -87,6 +98,10 @@ class RemoteShards:
             except DamagedError:
                 if attempt == _READ_ATTEMPTS - 1:
                     raise
+        self._check_places(info, name)
+        return info
+
+    def _check_places(self, info: dict[str, Any], name: str) -> None:
         for entry in info["shards"]:
             if os.path.isabs(entry["name"]):
                 raise UserError(
@@ -95,7 +110,6 @@ class RemoteShards:
                 )
             if not _lies_below(entry["name"]):
                 raise UserError(f"{name} is damaged: it names the shard {entry['name']!r} outside of its folder")
-        return info
 
     def _open_samples(self, info: dict[str, Any]) -> tuple[Path, np.ndarray]:
         assert self._samples is not None
@@ -241,8 +255,8 @@ class RemoteShards:
 
     def renew_leases(self, shards: Iterator[int]) -> None:
         """Keep other users of the cache from removing these shards."""
-        assert self._samples is not None
-        for file in (self._samples, *map(self._file, shards)):
+        rows = () if self._samples is None else (self._samples,)
+        for file in (*rows, *map(self._file, shards)):
             self._cache.renew_lease(file)
 
     @cached_property

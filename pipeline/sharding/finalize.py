@@ -69,6 +69,7 @@ def complete(job: Job, about: dict[str, Any], names: Names = "from the shards") 
         "num_labelled": labels.count - labels.missing,
         "labels_from": about.get("labels_from") if labels.highest >= 0 else None,
         "notes": about.get("notes", []),
+        **({"tars_at": about["tars_at"]} if "tars_at" in about else {}),
         "samples_sha256": samples_sha256,
         **({} if recorded_names is None else {"names": recorded_names}),
         "shards": shards,

@@ -347,6 +347,11 @@ def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
             "or say --overwrite to start again"
         )
     job: Job
+    if options.index_only and not source.startswith(WDS):
+        raise UserError(
+            f"--index-only: {source} is to be copied into shards; only tars of WebDataset samples are read where they "
+            f"lie: SOURCE {WDS}PATTERN"
+        )
     if source.startswith(WDS):
         if not isinstance(out, Path):
             raise UserError(
@@ -363,9 +368,16 @@ def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
         )
         if isinstance(job, RemoteIndexJob):
             about["notes"] = [
-                f"the tars stay at {job.folder}: copy the files of OUT beside them, dataset.json last, and train with "
-                "--data of that URL"
+                f"the tars stay at {job.folder}: train with --data OUT, or copy its files beside them, dataset.json "
+                "last, and train with --data of that URL"
             ]
+            if str(job.folder) == job.folder.secret:
+                about["tars_at"] = str(job.folder)
+            else:
+                about["notes"] = [
+                    f"the tars stay at {job.folder}, whose password or signature is not recorded: copy the files of "
+                    "OUT beside them, dataset.json last, and train with --data of that URL"
+                ]
     else:
         refuse_wds_options(options)
         found = open_source(

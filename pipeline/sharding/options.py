@@ -17,7 +17,7 @@ from pipeline.common.locations import InputPath, PathText
 from pipeline.sources.image_file import Verify
 from pipeline.sources.sixteen_bit import SixteenBitRule
 
-_SCHEDULING = ("workers", "part", "overwrite")  # all other options decide the bytes
+_SCHEDULING = ("workers", "part", "overwrite", "index_only")  # all other options decide the bytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class ShardingOptions:
     first that a sample has. Default: the plainest, jpg rather than depth.png."""
     wds_label_key: str | None = None
     """Take labels of wds: samples from this key of their .json; a.b is key b inside a. Default: from their .cls."""
+    index_only: bool = False
+    """Refuse a SOURCE that is copied: only wds: tars, on a disk or behind a URL, stay where they are."""
     classes_from: InputPath | None = None
     """Use the class list of this dataset, so that the labels of a validation set agree with its training set."""
     split: str | None = None
