@@ -35,7 +35,7 @@ from pipeline.dataset.format import (
     too_large_to_hash,
 )
 from pipeline.dataset.names import Names, open_names
-from pipeline.dataset.remote_cache import CacheConfig
+from pipeline.dataset.remote_cache import WRONG_ATTEMPTS, CacheConfig
 from pipeline.dataset.remote_shards import RemoteShards
 from pipeline.dataset.row_check import RowCheck
 from pipeline.dataset.shard_store import LocalShards, PrefetchPlan, ShardStore
@@ -210,10 +210,11 @@ class ShardSet:
                 raise self.bad_sample(sample_id, "samples.npy gives it no pixels")
             data = self._store.read(shard, offset, length, cancelled)
             flaw = self._flaw(row, data)
-            if flaw is not None:  # a fetched shard may have been damaged in the cache
-                fresh = self._store.read_from_source(shard, offset, length, cancelled)
-                if fresh is not None:
-                    data, flaw = fresh, self._flaw(row, fresh)
+            for _ in range(WRONG_ATTEMPTS):  # damaged in the cache or on the way; a whole shard gets as many
+                fresh = None if flaw is None else self._store.read_from_source(shard, offset, length, cancelled)
+                if fresh is None:
+                    break
+                data, flaw = fresh, self._flaw(row, fresh)
         except OSError as error:
             if error.errno in _SYSTEM_LIMITS:  # the process is at its limit; the sample is not at fault
                 raise

@@ -36,7 +36,7 @@ LEASE_S = (
     600.0  # a file that was used or renewed so recently is not removed by processes that do not know its future use
 )
 _BUSY_POLL_S = 0.05  # while another process or thread fetches the same file
-_WRONG_ATTEMPTS = 3  # whole downloads with another checksum before the source counts as wrong
+WRONG_ATTEMPTS = 3  # whole downloads with another checksum before the source counts as wrong
 
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -203,7 +203,7 @@ class ShardCache:
         """Fetch into ``part``, check it, rename it; returns its handle. Continues the part of a dead process."""
         path = self.folder / f"{file.sha256}-{file.bytes}.part"
         try:
-            for _ in range(_WRONG_ATTEMPTS):
+            for _ in range(WRONG_ATTEMPTS):
                 if self._fetch(part, file, cancelled) == file.sha256:
                     self._put_in_place(part, path, file)
                     found = os.fstat(part)
@@ -217,7 +217,7 @@ class ShardCache:
         os.close(part)
         raise UserError(
             f"{file.name} of {self.remote.url} is not what its dataset.json says: its sha256 differed "
-            f"{_WRONG_ATTEMPTS} times; upload it again from where the dataset was made"
+            f"{WRONG_ATTEMPTS} times; upload it again from where the dataset was made"
         )
 
     def _put_in_place(self, part: int, path: Path, file: RemoteFile) -> None:

@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYetError
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
@@ -46,6 +48,7 @@ _CERTIFICATES = frozenset({"SSLCertVerificationError", "ClientConnectorCertifica
 _OURS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedError, LookupError)
 
 
+_most_bytes: ContextVar[int] = ContextVar("_most_bytes", default=64 << 20)  # of an answer; of others than files
 _Answer = TypeVar("_Answer")
 
 
@@ -83,6 +86,10 @@ class RemoteFolder:
         self._retry_s = 60.0 * retry_minutes
         http = url.scheme in ("http", "https")
         options: dict[str, Any] = {"encoded": True, "client_kwargs": {"trust_env": True}} if http else {}
+        if url.scheme in ("gs", "gcs"):  # gcsfs reads whole bodies: at most so much of them
+            options = {
+                "session_kwargs": {"response_class": _BoundedResponse, "headers": {"Accept-Encoding": "identity"}}
+            }
         try:
             self._fs = fsspec.filesystem(url.scheme, skip_instance_cache=True, use_listings_cache=False, **options)
         except ImportError as error:
@@ -268,8 +275,24 @@ async def _bounded(
             return await _collect(body, limit)
         finally:
             body.close()
+    _most_bytes.set(limit)
     start, end = span or (0, limit + 1)
     return await fs._cat_file(path, start=start, end=end)
+
+
+class _BoundedResponse(aiohttp.ClientResponse):
+    """An answer of which ``read`` gives at most ``_most_bytes`` + 1, and nothing of a compressed one."""
+
+    async def read(self) -> bytes:
+        """The body, or the beginning of one that is too long."""
+        if self._body is None:
+            if self.headers.get("Content-Encoding", "identity") != "identity":
+                raise _EncodedError(self.headers["Content-Encoding"])
+            limit = _most_bytes.get()
+            self._body = await _collect(self.content, limit)
+            if len(self._body) > limit:
+                self.close()
+        return self._body
 
 
 def _check_length(length: int | None, ranged: bool, span: tuple[int, int] | None, limit: int) -> None:

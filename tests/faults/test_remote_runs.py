@@ -132,6 +132,7 @@ def test_http_among_faults(web: Web, local: Path, sessions: Sessions, tmp_path: 
     assert sessions.run(remote_flags(web.url, tmp_path / "run"), *CALM) == 0, sessions.said()
     assert len(web.proxy.counts) >= 5
     assert numbers(tmp_path / "run") == numbers(local)
+    assert numbers(local)[1]  # the kNN accuracies are among them
     assert not (tmp_path / "run" / BAD_SAMPLES_FILE).exists()
     assert_no_secrets(tmp_path / "run", sessions.said())
 

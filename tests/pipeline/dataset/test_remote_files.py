@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import importlib
 import os
 import socket
 import subprocess
@@ -13,9 +14,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import aiohttp
+import fsspec
 import numpy as np
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url, local_path, location
@@ -361,3 +366,63 @@ def test_truncated_answers_are_asked_again_while_others_arrive(behind: Nginx, im
             stop.set()
             thread.join()
         assert proxy.counts["truncated"] == 2 * remote.HOPELESS_ATTEMPTS
+
+
+class _ReadsWholeBodies(AsyncFileSystem):
+    """As gcsfs, which the tests do not install: it asks by aiohttp, with the session's options that it was given."""
+
+    protocol = ("gs", "gcs")
+    server = ""
+
+    def __init__(self, session_kwargs: dict[str, Any], **more: Any) -> None:
+        super().__init__(**more)
+        self._kwargs = session_kwargs
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **more: Any) -> bytes:
+        headers = {"Range": f"bytes={start}-{(end or 1) - 1}"}
+        async with (
+            aiohttp.ClientSession(**self._kwargs) as session,
+            session.get(self.server, headers=headers) as answer,
+        ):
+            return await answer.read()
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", "ignores range requests"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n", "ignores range requests"),
+        (b"HTTP/1.1 206 Partial Content\r\nContent-Encoding: gzip\r\n\r\n", "Content-Encoding 'gzip'"),
+    ],
+)
+def test_an_endless_answer_of_a_google_bucket_is_cut(head: bytes, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than what was asked for is held, though the file system's client would read to the end."""
+    sent = [0]
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(head)
+                while sent[0] < 1 << 30:
+                    sent[0] += connection.send(bytes(1 << 16))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    fsspec.register_implementation("gs", _ReadsWholeBodies, clobber=True)
+    monkeypatch.setattr(_ReadsWholeBodies, "server", f"http://127.0.0.1:{listening.getsockname()[1]}/")
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    try:
+        with pytest.raises(UserError, match=said):
+            RemoteFolder(Url("gs://bucket/set"), 1.0).read("shard-000000.tar", 0, 2600, threading.Event())
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join(10)
+        del importlib.import_module("fsspec.registry")._registry["gs"]
+    assert sent[0] < 64 << 20  # what the sockets' buffers took, of four attempts
