@@ -14,6 +14,7 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ from train.evaluation.features import (
     split_ids,
 )
 from train.evaluation.linear_probe import (
+    LITTLE_TRAVEL,
     LinearHeads,
     ProbeConfig,
     build_lars,
@@ -144,6 +146,7 @@ class ProbeSetup:
 def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
     """Train the classifiers and measure them. Raises UserError for mistakes. A collective."""
     work = prepare(config, dist)
+    config = work.config
     heads = LinearHeads(len(config.probe.base_lrs()), work.encoder.width, work.labels, config.encoder.seed).to(
         dist.device
     )
@@ -164,6 +167,8 @@ def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
     outcome = run.outcome()
     for head in outcome.heads:
         print0(dist, head.describe())
+    if (note := outcome.edge_of_sweep()) is not None:
+        print0(dist, note)
     run.finish({"checkpoint": work.encoder.weights.source, "train_samples": len(work.train.ids)})
     return outcome
 
@@ -171,7 +176,7 @@ def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
 def prepare(config: LinearConfig, dist: DistContext) -> ProbeSetup:
     """Check everything that can be checked, read the encoder, print the plan. A collective."""
     setup = on_all_ranks(dist, lambda: _set_up(config, dist))
-    probe, train, pixels = config.probe, setup.train, setup.encoder.pixels
+    probe, train, pixels = setup.config.probe, setup.train, setup.encoder.pixels
     rates = ", ".join(f"{rate:g} (peak {rate * probe.global_batch / 256:g})" for rate in probe.base_lrs())
     views = "centre crops, features made once" if config.features_cache else "a new crop and flip in each epoch"
     steps = f"{probe.epochs} epochs x {setup.steps:,} of {probe.global_batch:,}"
@@ -182,6 +187,13 @@ def prepare(config: LinearConfig, dist: DistContext) -> ProbeSetup:
         f"steps        {probe.epochs * setup.steps:,} = {steps}\n"
         f"LARS         base lr {rates}; cosine",
     )
+    if (travel := probe.travel(probe.epochs * setup.steps)) < LITTLE_TRAVEL:
+        times = math.ceil(LITTLE_TRAVEL / travel)
+        print0(
+            dist,
+            f"note: so few steps let LARS move the classifier's weights by {100 * travel:.2g} % of their length at "
+            f"most, near their random start. Take {times} times as many --epochs, or a higher --base-lr",
+        )
     return setup
 
 
@@ -190,6 +202,7 @@ def _set_up(config: LinearConfig, dist: DistContext) -> ProbeSetup:
     encoder = open_frozen(config.encoder, dist.device)
     precision = choose_precision(config.precision, dist.device)
     train, val = open_datasets(config)
+    config = replace(config, probe=config.probe.fitted(len(train.ids), dist.world_size))
     steps = check_batch(config.probe, len(train.ids), dist.world_size)
     source = ImageSource(encoder.recipe, config.loader, dist, precision.autocast, precision.view_dtype)
     return ProbeSetup(config, dist, encoder, source, precision.name, train, val, steps)

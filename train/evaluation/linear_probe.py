@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from jaxtyping import Float, Int64, Shaped
 from timm.optim import Lars
 from torch import Tensor, nn
 
-from pipeline.common.errors import UserError, check_at_least_1
+from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.common.flags import own_flags
 from pipeline.sampling.order import epoch_order
 from train.optimization.optimizer import Schedule, check_sgd, lr_at
 
 TRUST_COEFFICIENT = 0.001  # You et al. 2017, section 5; the official code's
+BATCH, STEPS_AN_EPOCH, SMALL_BATCH = 4096, 16, 16  # of the default batch: the paper's, and ours for small datasets
+LITTLE_TRAVEL = 0.5  # of the weights' length; below, the classifier is still near its random start
 TOP = (1, 5)
 FEATURES_AT_ONCE = 8192
 
@@ -30,8 +32,9 @@ class ProbeConfig:
 
     # Passes over the training samples [Chen & He 2020, appendix A].
     epochs: int = 90
-    # Images of a step over all processes [appendix A].
-    global_batch: int = 4096
+    # Images of a step over all processes. 0: 4096 [appendix A], or less for a small dataset, so that an epoch has 16
+    # steps.
+    global_batch: int = 0
     # Learning rate at a global batch of 256, scaled linearly. TRAP: the paper's text says 0.02, the official code's
     # default is 0.1, and a reimplementation got 66.0 with 0.02 and 67.8 with 0.1 (ResNet-50, 100 epochs).
     base_lr: float = 0.1
@@ -46,8 +49,25 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         self.base_lrs()
         check_at_least_1("--epochs", self.epochs)
-        check_at_least_1("--global-batch", self.global_batch)
+        rule = "it must be at least 1, or 0 for a batch that fits the data"
+        require("--global-batch", self.global_batch, self.global_batch >= 0, rule)
         check_sgd(self.momentum, self.weight_decay)
+
+    def fitted(self, samples: int, world_size: int) -> ProbeConfig:
+        """With a batch for so many samples where none is given: a power of 2 times the processes, at most 4096."""
+        if self.global_batch:
+            return self
+        share = min(BATCH, max(samples // STEPS_AN_EPOCH, min(samples, SMALL_BATCH))) // world_size
+        return replace(self, global_batch=world_size * 2 ** max(share.bit_length() - 1, 0))
+
+    def travel(self, steps: int) -> float:
+        """How far LARS can move the weights in so many steps, in parts of their length, with the highest rate.
+
+        A step moves a layer by rate x TRUST_COEFFICIENT of its length, momentum adds up 1 / (1 - momentum) of them, and
+        the mean of the cosine is half of its peak.
+        """
+        peak = max(self.base_lrs()) * self.global_batch / 256
+        return steps * peak / 2 * TRUST_COEFFICIENT / (1 - self.momentum)
 
     def base_lrs(self) -> tuple[float, ...]:
         """One for each classifier. Raises UserError for what are no rates."""
@@ -95,7 +115,7 @@ def build_lars(config: ProbeConfig, heads: LinearHeads) -> Lars:
     ``always_adapt``: otherwise timm adapts no layer without weight decay, unlike the paper's formula and Apex's LARC.
     """
     groups = [
-        {"params": list(head.parameters()), "peak_lr": base_lr * config.global_batch / 256}
+        {"params": list(head.parameters()), "peak_lr": base_lr * (config.global_batch or BATCH) / 256}
         for head, base_lr in zip(heads.heads, config.base_lrs(), strict=True)
     ]
     return Lars(

@@ -55,6 +55,14 @@ class Outcome:
         """The one with the highest top-1, the first of equals."""
         return max(self.heads, key=lambda head: head.correct1)
 
+    def edge_of_sweep(self) -> str | None:
+        """A line for people where the best rate of several is the lowest or the highest, and others may be better."""
+        rates, best = sorted(head.base_lr for head in self.heads), self.best.base_lr
+        if len(rates) == 1 or best not in (rates[0], rates[-1]):
+            return None
+        which, beyond = ("highest", 3 * best) if best == rates[-1] else ("lowest", best / 3)
+        return f"note: the best rate, {best:g}, is the {which} of --lr-sweep: try {beyond:.2g} as well"
+
 
 class LinearRun:
     """The state and the files of one evaluation. Without a folder it only remembers."""

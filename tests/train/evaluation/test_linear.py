@@ -328,6 +328,44 @@ def test_mistakes(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("samples", "processes", "batch"),
+    [
+        (1_281_167, 8, 4096),
+        (65_536, 1, 4096),
+        (50_000, 1, 2048),
+        (5000, 1, 256),
+        (5000, 3, 192),
+        (48, 1, 16),
+        (48, 3, 12),
+        (10, 1, 8),
+        (2, 4, 4),
+    ],
+)
+def test_the_default_batch_fits_the_data(samples: int, processes: int, batch: int) -> None:
+    assert ProbeConfig().fitted(samples, processes).global_batch == batch
+    assert ProbeConfig(global_batch=7).fitted(samples, processes).global_batch == 7
+
+
+def test_a_line_says_when_lars_cannot_move_and_when_the_sweep_is_too_narrow(
+    config: LinearConfig, colours_path: Path, capsys: Any
+) -> None:
+    def said(probe: ProbeConfig) -> str:
+        cached = replace(config, data=colours_path, val_data=colours_path, probe=probe, features_cache=True)
+        evaluate(cached, ALONE)
+        return capsys.readouterr().out
+
+    few = said(ProbeConfig(epochs=3))
+    assert "9 = 3 epochs x 3 of 16" in few
+    # 9 steps x half of the peak 0.1 x 16 / 256 x 0.001 x 10 for the momentum
+    assert "move the classifier's weights by 0.028 % of their length at most" in few
+    assert "--lr-sweep" not in few
+    many = said(ProbeConfig(epochs=25, lr_sweep="1e-6,1000"))
+    assert "of their length at most" not in many
+    assert "note: the best rate, 1000, is the highest of --lr-sweep: try 3e+03 as well" in many
+    assert "--lr-sweep" not in said(ProbeConfig(epochs=25, lr_sweep="1e-6,1000,1e-5,1e9"))
+
+
 def test_a_batch_that_the_processes_cannot_share_is_told_with_one_that_they_can(config: LinearConfig) -> None:
     with pytest.raises(UserError, match=r"--global-batch 12 .* 5 processes: take a multiple of 5, 10 or 15"):
         check_batch(replace(config.probe, global_batch=12), samples=48, world_size=5)
