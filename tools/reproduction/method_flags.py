@@ -43,7 +43,7 @@ CPU_FLAGS: dict[str, tuple[str, ...]] = {
     "dino": (
         *("--prototypes", "1024", "--dim", "128", "--head-hidden", "512", "--head-layers", "2", "--head-batch-norm"),
         *("--teacher-momentum", "0.95", "--freeze-prototypes", "0", "--clip-gradient", "0"),
-        *("--optimizer", "adamw", "--base-lr", "8e-3", "--weight-decay", "0.04"),
+        *("--optimizer", "adamw", "--base-lr", "5e-3", "--weight-decay", "0.04"),
     ),
 }
 

@@ -157,7 +157,7 @@ _ALL = [
             freeze_prototypes=0,
             clip_gradient=0.0,
         ),
-        OptimConfig(base_lr=8e-3, weight_decay=0.04, optimizer="adamw"),
+        OptimConfig(base_lr=5e-3, weight_decay=0.04, optimizer="adamw"),
     ),
 ]
 METHOD_RECIPES: dict[str, dict[RecipeName, PretrainConfig]] = {}
