@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 
@@ -25,13 +25,18 @@ class FeatureQueue(nn.Module):
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
 
     @torch.no_grad()
-    def push(self, rows: Float[Tensor, "n d"], step: int, applied: Shaped[Tensor, ""]) -> None:
+    def push(self, rows: Float[Tensor, "n d"], step: int | Int64[Tensor, ""], applied: Shaped[Tensor, ""]) -> None:
         """Replace the oldest rows by those of step ``step`` (from 0); ``n`` must divide the size.
 
         ``applied`` is 0 where the step was skipped; then the old rows stay.
         """
         assert len(self.rows) % len(rows) == 0, "checked by the method's configuration"
         start = step * len(rows) % len(self.rows)
+        if isinstance(start, Tensor):  # in a CUDA graph
+            places = start + torch.arange(len(rows), device=rows.device)
+            kept = self.rows.index_select(0, places)
+            self.rows.index_copy_(0, places, torch.where(applied.bool(), rows.to(kept.dtype), kept))
+            return
         kept = self.rows[start : start + len(rows)]
         kept.copy_(torch.where(applied.bool(), rows.to(kept.dtype), kept))
 

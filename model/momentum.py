@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import overload
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 
@@ -30,7 +31,7 @@ class Teacher(nn.Module):
         return self.module(x)
 
     @torch.no_grad()
-    def update(self, student: nn.Module, momentum: float, applied: Shaped[Tensor, ""]) -> None:
+    def update(self, student: nn.Module, momentum: float | Float[Tensor, ""], applied: Shaped[Tensor, ""]) -> None:
         """Move the weights: ``t <- momentum t + (1 - momentum) s``, in their own dtype, which must be float32 or wider.
 
         In bfloat16 1 - 0.999 is lost to rounding. ``applied`` is 0 where the step was skipped; then nothing moves.
@@ -40,7 +41,7 @@ class Teacher(nn.Module):
         new: list[Tensor] = list(student.parameters())
         assert all(weight.dtype in (torch.float32, torch.float64) for weight in own)
         change = torch._foreach_sub(new, own)
-        torch._foreach_mul_(change, (1 - momentum) * applied.float())
+        torch._foreach_mul_(change, ((1 - momentum) * applied.float()).float())
         torch._foreach_add_(own, change)
 
     @torch.no_grad()
@@ -50,9 +51,15 @@ class Teacher(nn.Module):
             self.module.load_state_dict(student.state_dict())
 
 
-def cosine_momentum(start: float, step: int, total_steps: int) -> float:
+@overload
+def cosine_momentum(start: float, step: int, total_steps: int) -> float: ...
+@overload
+def cosine_momentum(start: float, step: Tensor, total_steps: int) -> Tensor: ...
+def cosine_momentum(start: float, step: int | Tensor, total_steps: int) -> float | Tensor:
     """BYOL's schedule of tau: from ``start`` at step 0 along half a cosine to 1 at ``total_steps``.
 
-    Grill et al. 2020, section 3.3: ``1 - (1 - start) (cos(pi k / K) + 1) / 2``.
+    Grill et al. 2020, section 3.3: ``1 - (1 - start) (cos(pi k / K) + 1) / 2``. Of a tensor float64 on its device.
     """
+    if isinstance(step, Tensor):
+        return 1 - (1 - start) * (torch.cos(math.pi * step.double() / total_steps) + 1) / 2
     return 1 - (1 - start) * (math.cos(math.pi * step / total_steps) + 1) / 2

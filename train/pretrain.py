@@ -69,7 +69,7 @@ def train_here(config: PretrainConfig) -> bool:
     with (
         exit_once(),
         stop_signals() as stop,
-        distributed(config.device, COLLECTIVE_TIMEOUT) as dist,
+        distributed(config.device, COLLECTIVE_TIMEOUT, captures=config.cuda_graph) as dist,
         hangs_watched(dist, config.hang_timeout, stop, config.longest_fetch_s),
     ):
         return run_to_the_end(config, dist, stop)

@@ -8,7 +8,7 @@ folder holds a method's configuration and module; docs/adding-a-method.md walks 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from pipeline.sampling.views import ViewGroup, ViewRecipe
 class StepInfo(NamedTuple):
     """Where a pass stands in its run. The same in all passes of a step, but for the samples."""
 
-    step: int  # optimizer steps done, from 0
+    step: int | Int64[Tensor, ""]  # optimizer steps done, from 0; in a CUDA graph a tensor on the device, see Method
     total_steps: int  # of the whole schedule, also where --max-steps ends earlier
     steps_per_epoch: int
     global_batch: int  # source images of a step, over all ranks
@@ -163,6 +163,10 @@ class Method(nn.Module):
     config: MethodConfig
     backbone: nn.Module
     memory_dim: int | None = None  # width of the sample memory that it needs, if any
+    # Whether a CUDA graph can hold a step (--cuda-graph). Python then runs only when the step is captured, so forward,
+    # before_optimizer and after_step must neither wait for the device nor use numbers that change from step to step,
+    # but for ``info.step``, which is a tensor there. before_step runs in every step.
+    capturable: bool = False
 
     @property
     def batch_coupled(self) -> bool:
@@ -188,6 +192,10 @@ class Method(nn.Module):
 
     def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
         """Called after the optimizer's step. ``applied`` is 0 if it was skipped: change nothing then."""
+
+    def phase(self, info: StepInfo) -> Hashable:
+        """What decides which work a step does: where it changes, the step is captured anew."""
+        return None
 
     def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Numbers of a step that follow from the configuration (teacher momentum, queue age), for metrics.jsonl."""

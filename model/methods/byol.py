@@ -73,6 +73,7 @@ class BYOL(Method):
     """The online network is ``backbone``, ``projector`` and ``predictor``, the target network ``teacher``."""
 
     config: BYOLConfig
+    capturable = True
 
     def __init__(self, config: BYOLConfig) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class BYOL(Method):
 
     def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Tau."""
-        return {} if self.teacher is None else {"teacher_momentum": self._momentum(info)}
+        return {} if self.teacher is None else {"teacher_momentum": float(self._momentum(info))}
 
     def collapse(self, batch: BatchShape) -> CollapseProfile:
         """Of equal projections the loss is 0, its least."""
@@ -119,7 +120,7 @@ class BYOL(Method):
     def _encoder(self) -> nn.Sequential:
         return nn.Sequential(self.backbone, self.projector)
 
-    def _momentum(self, info: StepInfo) -> float:
+    def _momentum(self, info: StepInfo) -> float | Tensor:
         return cosine_momentum(self.config.teacher_momentum, info.step, info.total_steps)
 
 

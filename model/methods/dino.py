@@ -110,7 +110,7 @@ class DINOConfig(MethodConfig):
 
     def temperature_at(self, info: StepInfo) -> float:
         """The teacher's temperature, which moves once an epoch."""
-        epoch, epochs = info.step // info.steps_per_epoch, self.teacher_temperature_epochs
+        epoch, epochs = int(info.step) // info.steps_per_epoch, self.teacher_temperature_epochs
         if epoch >= epochs:
             return self.teacher_temperature
         share = epoch / max(epochs - 1, 1)  # numpy.linspace of main_dino.py
@@ -121,6 +121,7 @@ class DINO(Method):
     """The student is ``backbone``, ``head`` and ``prototypes``; ``teacher`` is a copy of the three."""
 
     config: DINOConfig
+    capturable = True
     centre: Tensor
     temperature: Tensor
 
@@ -134,6 +135,7 @@ class DINO(Method):
         self.register_buffer("centre", torch.zeros(config.prototypes))
         # Of this step. A tensor, as reading the step in forward would recompile it every time
         self.register_buffer("temperature", torch.tensor(config.warmup_teacher_temperature), persistent=False)
+        self._is_frozen = False  # the last layer, in this step
         self._seen: list[Tensor] = []  # mean of the teacher's outputs in this step's passes
 
     def forward(self, views: list[Tensor], info: StepInfo) -> MethodOutput:
@@ -155,6 +157,7 @@ class DINO(Method):
     def before_step(self, info: StepInfo) -> None:
         """Forget the outputs of the step before; set the teacher's temperature."""
         self._seen = []
+        self._is_frozen = self.phase(info)
         self.temperature.fill_(self.config.temperature_at(info))
 
     @torch.no_grad()
@@ -162,7 +165,7 @@ class DINO(Method):
         """Clip each parameter's gradient; freeze the last layer at first."""
         if self.config.clip_gradient:
             clip_each([p.grad for p in trained(self) if p.grad is not None], self.config.clip_gradient)
-        if info.step < self.config.frozen_steps(info):
+        if self._is_frozen:
             self.prototypes.weight.grad = None
 
     def copy_student(self) -> None:
@@ -177,9 +180,16 @@ class DINO(Method):
         self.centre.copy_(torch.where(applied.bool(), moved, self.centre))
         self._seen = []
 
+    def phase(self, info: StepInfo) -> bool:
+        """Whether the last layer is frozen."""
+        return bool(info.step < self.config.frozen_steps(info))
+
     def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """The teacher's momentum and temperature."""
-        return {"teacher_momentum": self._momentum(info), "teacher_temperature": self.config.temperature_at(info)}
+        return {
+            "teacher_momentum": float(self._momentum(info)),
+            "teacher_temperature": self.config.temperature_at(info),
+        }
 
     def collapse(self, batch: BatchShape) -> CollapseProfile:
         """Of even distributions the loss is ln(prototypes)."""
@@ -189,7 +199,7 @@ class DINO(Method):
     def _student(self) -> nn.Sequential:
         return nn.Sequential(self.backbone, self.head, self.prototypes)
 
-    def _momentum(self, info: StepInfo) -> float:
+    def _momentum(self, info: StepInfo) -> float | Tensor:
         return cosine_momentum(self.config.teacher_momentum, info.step, info.total_steps)
 
 

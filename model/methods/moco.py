@@ -107,6 +107,7 @@ class MoCo(Method):
     """The query encoder is ``backbone`` and ``projector``, the key encoder ``teacher``."""
 
     config: MoCoConfig
+    capturable = True
 
     def __init__(self, config: MoCoConfig) -> None:
         super().__init__()
@@ -157,7 +158,7 @@ class MoCo(Method):
 
     def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Steps since the oldest key was written."""
-        return {"queue_age": self.queue.age(info.step, info.global_batch * self.config.keys_per_image)}
+        return {"queue_age": self.queue.age(int(info.step), info.global_batch * self.config.keys_per_image)}
 
     def collapse(self, batch: BatchShape) -> CollapseProfile:
         """Of equal similarities each side's loss is ln(queue + 1); in the first steps it is above, and no alarm."""

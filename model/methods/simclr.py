@@ -71,6 +71,7 @@ class SimCLR(Method):
     """``backbone`` and ``projector``; a predictor where asked for."""
 
     config: SimCLRConfig
+    capturable = True
 
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__()

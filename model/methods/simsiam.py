@@ -139,6 +139,7 @@ class SimSiam(Method):
     """``backbone`` and ``projector`` are the paper's encoder f, ``predictor`` is h."""
 
     config: SimSiamConfig
+    capturable = True
 
     def __init__(self, config: SimSiamConfig) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class SimSiam(Method):
         """Renew the frozen copy when it is due."""
         if self.frozen is not None:
             steps = info.steps_per_epoch if self.config.target_steps == "epoch" else self.config.target_steps
-            self.frozen.copy_every(self._encoder(), info.step, steps)
+            self.frozen.copy_every(self._encoder(), int(info.step), steps)
 
     def collapse(self, batch: BatchShape) -> CollapseProfile:
         """What is unlike the paper's recipe comes first among the causes."""

@@ -108,6 +108,7 @@ class SwAV(Method):
     """``backbone``, ``projector``, ``prototypes``; a predictor and queues where asked for."""
 
     config: SwAVConfig
+    capturable = True
 
     def __init__(self, config: SwAVConfig) -> None:
         """Weights come from torch's global generator. The prototypes have length 1 between any two steps."""
@@ -120,7 +121,8 @@ class SwAV(Method):
         self.prototypes = Prototypes(config.dim, config.prototypes, normalised=False)
         count = ASSIGNED if config.queue else 0
         self.queues = nn.ModuleList([FeatureQueue(config.queue, config.dim) for _ in range(count)])
-        self._queue_in_use = False  # set before each step; reading the step in forward would recompile it every time
+        # Set before each step: reading the step in forward would recompile it every time
+        self._queue_in_use = self._is_frozen = False
         self._assigned: list[list[Tensor]] = []  # embeddings of this step's passes, a tensor for each assigned view
 
     def forward(self, views: list[Tensor], info: StepInfo) -> MethodOutput:
@@ -148,30 +150,36 @@ class SwAV(Method):
     def _uses_queue(self, info: StepInfo) -> bool:
         """From the given epoch on, and not before it is full."""
         full = self.config.queue // info.global_batch
-        return bool(self.config.queue) and info.step >= max(full, self.config.queue_from_epoch * info.steps_per_epoch)
+        return bool(self.config.queue) and bool(
+            info.step >= max(full, self.config.queue_from_epoch * info.steps_per_epoch)
+        )
 
     def before_step(self, info: StepInfo) -> None:
-        """Forget the embeddings of the step before; see whether the queue is in use."""
+        """Forget the embeddings of the step before; see what this step does."""
         self._assigned = []
-        self._queue_in_use = self._uses_queue(info)
+        self._queue_in_use, self._is_frozen = self.phase(info)
 
     def before_optimizer(self, info: StepInfo) -> None:
         """Freeze the prototypes at first: without a gradient neither decay nor momentum moves them."""
-        if info.step < self.config.frozen_steps(info):
+        if self._is_frozen:
             self.prototypes.weight.grad = None
 
     @torch.no_grad()
     def after_step(self, info: StepInfo, applied: Shaped[Tensor, ""]) -> None:
         """Bring the prototypes back to length 1 and enqueue the embeddings."""
-        if info.step >= self.config.frozen_steps(info):
+        if not self._is_frozen:
             self.prototypes.normalise(applied)
         for queue, passes in zip(self.queues, zip(*self._assigned, strict=True), strict=False):
             queue.push(gather_rows(torch.cat(passes)), info.step, applied)  # type: ignore[operator]
         self._assigned = []
 
+    def phase(self, info: StepInfo) -> tuple[bool, bool]:
+        """Whether the queue is in use, and whether the prototypes are frozen."""
+        return self._uses_queue(info), bool(info.step < self.config.frozen_steps(info))
+
     def schedules(self, info: StepInfo) -> dict[str, float | int]:
         """Steps since the oldest row of the queue was written."""
-        return {"queue_age": self.queues[0].age(info.step, info.global_batch)} if self.config.queue else {}  # type: ignore[operator]
+        return {"queue_age": self.queues[0].age(int(info.step), info.global_batch)} if self.config.queue else {}  # type: ignore[operator]
 
     def collapse(self, batch: BatchShape) -> CollapseProfile:
         """Of equal scores the loss is ln(prototypes): swav issue 12."""

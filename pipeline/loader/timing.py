@@ -27,9 +27,12 @@ class Stalls:
         after.record(stream)
         self._marks.append((before, after))
 
-    def read_s(self) -> float:
-        """Seconds since the last reading. Waits for the device."""
-        marks, self._marks = self._marks, []
-        if marks:
-            marks[-1][1].synchronize()
+    def read_s(self, *, wait: bool = True) -> float:
+        """Seconds since the last reading. Waits for the device; or leaves what is not over to the next reading."""
+        over = len(self._marks)
+        if wait and over:
+            self._marks[-1][1].synchronize()
+        while not wait and over and not self._marks[over - 1][1].query():
+            over -= 1
+        marks, self._marks = self._marks[:over], self._marks[over:]
         return sum(before.elapsed_time(after) for before, after in marks) / 1e3

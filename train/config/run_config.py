@@ -83,6 +83,9 @@ class PretrainConfig:
     one_pass: Literal["auto", "on", "off"] = "auto"
     # Compile the model with torch.compile; saves time in long runs on a GPU.
     compile: bool = False
+    # Replay steps as a CUDA graph, a single launch for the host: for GPUs that wait for it (host_bound in
+    # metrics.jsonl). What no graph can hold is launched as ever; a line before the first step says so.
+    cuda_graph: bool = False
     # Go on from the newest checkpoint in --run-dir; from the start if there is none. Alone with --run-dir it takes the
     # run's configuration from config.json there; flags given as well must agree with it where they decide numbers.
     resume: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -18,6 +19,11 @@ from pipeline.common.errors import UserError
 from train.distributed.process_group import DistContext, SharedError, T
 
 GPU_LAG = 2  # steps; about as far as the host runs ahead of the device, so the votes are counted when they are read
+
+
+def default_lag(dist: DistContext) -> int:
+    """Steps after which numbers are read so that the host does not wait: GPU_LAG; 0 on a CPU."""
+    return GPU_LAG if dist.device.type == "cuda" else 0
 
 
 class FlagConsensus:
@@ -31,7 +37,7 @@ class FlagConsensus:
     def __init__(self, dist: DistContext, lag: int | None = None) -> None:
         """``lag`` in steps; None: GPU_LAG on a GPU, 0 on a CPU."""
         self._dist = dist
-        self._lag = lag if lag is not None else GPU_LAG if dist.device.type == "cuda" else 0
+        self._lag = default_lag(dist) if lag is None else lag
         self._counts: deque[Callable[[], tuple[bool, ...]]] = deque()
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
@@ -59,19 +65,39 @@ class FlagConsensus:
                 votes[index].fill_(1)  # a kernel; a tensor made of the host's flags would wait for the device
         work = td.all_reduce(votes, async_op=True)
         assert work is not None
-        counted: Callable[[], object] = work.wait
+        read: Callable[[], list[Any]]
         if device.type == "cuda":
             work.wait()  # lets the device's queue wait, not the host
-            votes = torch.empty_like(votes, device="cpu", pin_memory=True).copy_(votes, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            counted = copied.synchronize
+            read = HostCopy(votes).read
+        else:
 
-        def count() -> tuple[bool, ...]:
-            counted()
-            return tuple(vote > 0 for vote in votes.tolist())
+            def read() -> list[Any]:
+                work.wait()
+                return votes.tolist()
 
-        return count
+        return lambda: tuple(vote > 0 for vote in read())
+
+
+class HostCopy:
+    """Numbers on their way from the device to the host. Who reads them some steps later does not wait."""
+
+    def __init__(self, values: Shaped[Tensor, " n"]) -> None:
+        """Start the copy, after the work that the current stream has been given."""
+        self._copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream().record_event()
+        self._values = values
+
+    def is_here(self) -> bool:
+        """Whether ``read`` need not wait."""
+        return self._copied is None or self._copied.query()
+
+    def read(self) -> list[Any]:
+        """The numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def print0(dist: DistContext, message: str) -> None:

@@ -196,12 +196,15 @@ def distributed(
     device: Literal["auto", "cuda", "cpu"],
     timeout: timedelta = timedelta(minutes=30),
     launch: Launch | None = None,
+    *,
+    captures: bool = False,
 ) -> Iterator[DistContext]:
     """Join the processes of the run (NCCL on GPUs, gloo on CPUs), and leave the group at the end.
 
     A collective that takes longer than ``timeout`` ends the process without naming the rank at fault;
     train/distributed/watchdog.py does that earlier. A single process joins nothing. ``launch`` is read from the
-    environment by default. Raises SharedError if there is no such device.
+    environment by default. ``captures``: collectives will be captured in CUDA graphs. Raises SharedError if there is no
+    such device.
     """
     launch = launch or read_launch()
     with found_by_every_rank(launch):
@@ -214,6 +217,8 @@ def distributed(
         return
     store = _fresh_store()
     options: dict[str, Any] = {"store": store, "rank": dist.rank, "world_size": dist.world_size, "timeout": timeout}
+    if captures:  # torch's documentation asks for it; the watchdog ends a run whose collectives hang
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if dist.device.type == "cuda":
         td.init_process_group("nccl", device_id=dist.device, **options)
     else:

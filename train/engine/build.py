@@ -24,16 +24,17 @@ from pipeline.common.system import share_of_cores
 from pipeline.dataset.mixture import Mixture
 from pipeline.loader.loader import check_cache, open_data, order_of
 from train.config.run_config import PretrainConfig
-from train.config.run_plan import make_plan
+from train.config.run_plan import RunPlan, make_plan
 from train.distributed.collectives import Mark, on_all_ranks
 from train.distributed.process_group import DistContext
 from train.engine.run import Origins, Run
 from train.engine.sample_memory import SampleMemory
+from train.engine.step_graph import WARM_UP_STEPS, WARM_UP_STEPS_DDP, StepGraph
 from train.evaluation.features import ImageSource
 from train.evaluation.knn_monitor import open_knn
 from train.evaluation.online_probe import open_probe
-from train.optimization.optimizer import build_optimizer
-from train.optimization.precision import SkipNonFinite, choose_precision
+from train.optimization.optimizer import build_optimizer, rates_as_tensors
+from train.optimization.precision import Precision, SkipNonFinite, choose_precision
 from train.storage.checkpoints import CHECKPOINTS, CheckpointTimer, newest_checkpoint
 from train.storage.encoder_files import initialise, read_weights
 
@@ -77,6 +78,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
         memory = SampleMemory(dataset.num_samples, model.memory_dim, config.model.memory_place, dist)
     lr, scaled = plan.schedule.peak_lr, precision.scaler.is_enabled()
     optimizer, implementation = build_optimizer(config.optim, model.parameter_groups(), lr, dist.device, scaled)
+    graph, steps = step_graph(config, dist, model, optimizer, plan, precision)
     source = ImageSource(config.views, config.loader, dist, precision.autocast, precision.view_dtype)
     knn = open_knn(dataset, config.knn, source) if config.knn.every > 0 else {}
     width = find_backbone(config.model.backbone).features
@@ -96,9 +98,13 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
         timer=CheckpointTimer(config.checkpoint_every),
         guard=SkipNonFinite(model, optimizer, dist.device),
         origins=Origins(
-            weights.described, implementation, _loader(config, dist, f"{backend} ({reason})", plan.micro_batch)
+            weights.described,
+            implementation,
+            _loader(config, dist, f"{backend} ({reason})", plan.micro_batch),
+            steps,
         ),
         init_weights=weights.identity,
+        graph=graph,
     )
 
 
@@ -156,6 +162,35 @@ def _parallel(model: Method, config: PretrainConfig, dist: DistContext) -> nn.Mo
     return torch.compile(parallel, dynamic=False)  # type: ignore[return-value]
 
 
+def step_graph(
+    config: PretrainConfig,
+    dist: DistContext,
+    model: Method,
+    optimizer: torch.optim.Optimizer,
+    plan: RunPlan,
+    precision: Precision,
+) -> tuple[StepGraph | None, str | None]:
+    """What replays the steps with --cuda-graph, and one line about it; None without it, or where it cannot work."""
+    if not config.cuda_graph:
+        return None, None
+    obstacle = None
+    if dist.device.type != "cuda":
+        obstacle = "there is no GPU"
+    elif not model.capturable:
+        obstacle = f"--method {config.method} does not say that its steps can be captured (docs/adding-a-method.md)"
+    elif model.memory_dim is not None:
+        obstacle = "the host keeps a memory of the samples"
+    elif config.probe:
+        obstacle = "--probe takes the labels of each batch from the host"
+    if obstacle is not None:
+        return None, f"launched one kernel at a time: --cuda-graph, but {obstacle}"
+    warm_up = WARM_UP_STEPS_DDP if dist.world_size > 1 else WARM_UP_STEPS
+    outside = rates_as_tensors(optimizer, plan.schedule, dist.device, precision.scaler.is_enabled())
+    line = f"a CUDA graph, captured after {warm_up} steps"
+    rest = "" if outside is None else f"; the optimizer is outside of it, as {outside}"
+    return StepGraph(warm_up, dist.device, with_optimizer=outside is None), line + rest
+
+
 def memory_bytes(dist: DistContext) -> int:
     """Memory of the device that this rank computes on; of a CPU its share of the machine's."""
     if dist.device.type == "cuda":
@@ -179,6 +214,8 @@ def describe(run: Run) -> Iterator[str]:
     yield f"  optimizer    {run.origins.optimizer}"
     yield f"  loader       {run.origins.loader}"
     yield f"  compute      {_machine(run.dist)}, {run.precision.name}, {_batch_norm(config, run.dist)}"
+    if run.origins.steps is not None:
+        yield f"  steps        {run.origins.steps}"
     for name, knn in run.knn.items():
         yield f"  kNN          {knn.describe()}{_of(name)}"
     if config.knn.every > 0 and not run.knn:

@@ -1,27 +1,20 @@
-"""The training loop, and one optimizer step of any method: forward, backward, update."""
+"""The training loop: steps, and what happens between two of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-
-import numpy as np
-import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from model.backbone import find_backbone
-from model.methods.base import MethodOutput
 from pipeline.loader.loader import ViewBatch
 from pipeline.loader.prefetch_queue import StarvedError
 from train.distributed.collectives import FlagConsensus, on_rank0, print0, share_buffers
 from train.distributed.process_group import SharedError
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest
 from train.engine.run import Run, check_lock, finish_checkpoint, save, wait_for_checkpoint
+from train.engine.step import train_step
 from train.evaluation.features import Abandoned
-from train.monitoring.progress import GpuProgress
-from train.monitoring.reporter import Reporter, StepResult
-from train.optimization.optimizer import set_rates
+from train.monitoring.reporter import BadRow, Reporter
 from train.optimization.precision import diagnosis
 from train.storage.checkpoints import CHECKPOINTS, newest_checkpoint
 from train.storage.encoder_files import InputSpec
@@ -53,8 +46,7 @@ def loop(run: Run, batches: Iterator[ViewBatch], reporter: Reporter, stop: StopR
             return stop_without_images(run, stop)
         run.step += 1
         reporter.step(run.step, result)
-        if run.step % run.config.log_every == 0:
-            stop_if_too_many_steps_were_bad(run, result.lr)
+        stop_if_too_many_steps_were_bad(run, reporter.bad_row)
         stop_if_collapsed(run, reporter.collapse)
         stopping, minutes_over, write_failed, lock_lost = consensus.any_rank(
             bool(stop), run.timer.minutes_over(), run.writer.has_failed(), run.lock is not None and run.lock.is_lost
@@ -105,72 +97,6 @@ def stop_without_images(run: Run, stop: StopRequest) -> bool:
     os._exit(EXIT_PREEMPTED)  # other ranks may be in any collective: none can be started
 
 
-def train_step(run: Run, batches: Iterator[ViewBatch]) -> StepResult:
-    """Forward and backward over the step's micro-batches, then one optimizer step.
-
-    The host waits for the device only where a sample memory is kept by the host. A step whose gradients are not finite
-    changes no weight, no statistic and no state of the method, and is counted.
-    """
-    model, scaler, info = run.model, run.precision.scaler, run.info
-    lr = set_rates(run.optimizer, run.plan.schedule, run.step)
-    run.optimizer.zero_grad()  # to None, torch's default; Apex's takes no argument
-    run.guard.remember()
-    model.before_step(info)
-    outputs, ids, wait_s = [], [], 0.0
-    passes = run.config.accumulate * run.config.model.passes_per_batch
-    for number in range(passes):
-        run.dist.status.work(f"step {run.step + 1}: waiting for the loader")
-        batch = next(batches)
-        run.midway = True
-        run.dist.status.wait(f"step {run.step + 1}: forward, backward, averaging gradients over the ranks")
-        if run.memory is not None:
-            info = info._replace(memory=run.memory.read(batch.ids))
-        with no_sync(run, last=number == passes - 1):
-            with run.precision.autocast():
-                out: MethodOutput = run.parallel(batch.views, info)
-            scaler.scale(out.loss / passes).backward()
-        if run.probe is not None:
-            run.probe.add(batch.sources)
-        if run.memory is not None:
-            assert out.memory is not None
-            run.memory.write(batch.ids, out.memory)
-        outputs.append(out._replace(loss=out.loss.detach()))
-        if batch.pair == 0:
-            ids.append(batch.ids)
-        wait_s += batch.wait_s
-    progress = GpuProgress(run.dist.device)
-    progress.backward_launched()
-    scaler.unscale_(run.optimizer)
-    model.before_optimizer(info)
-    applied = run.guard.step(scaler)
-    model.after_step(info, applied)
-    metrics = {name: torch.stack([out.metrics[name] for out in outputs]).mean() for name in outputs[0].metrics}
-    if run.probe is not None:
-        metrics["probe_top1"] = run.probe.step(applied)
-    caught_up = progress.caught_up()
-    run.midway = False
-    run.dist.status.work(f"step {run.step + 1}: between two steps")
-    return StepResult(
-        loss=torch.stack([out.loss for out in outputs]).mean(),
-        metrics=metrics,
-        schedules=model.schedules(info),
-        z=outputs[-1].embedding,
-        skipped=run.guard.skipped,
-        lr=lr,
-        wait_s=wait_s,
-        ids=np.concatenate(ids),
-        caught_up=caught_up,
-    )
-
-
-def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:
-    """Average gradients over the ranks once a step, with the last micro-batch."""
-    called = getattr(run.parallel, "_orig_mod", run.parallel)  # torch.compile wraps it
-    if isinstance(called, DistributedDataParallel) and not last:
-        return called.no_sync()
-    return nullcontext()
-
-
 def knn_is_due(run: Run) -> bool:
     """Before the first step, at every n-th epoch's end, and at the end of the run."""
     epoch, rest = divmod(run.step, run.plan.steps_per_epoch)
@@ -186,11 +112,12 @@ def stop_if_collapsed(run: Run, collapse: str | None) -> None:
         raise SharedError(f"{collapse}\n{rest}", run.dist.is_main)
 
 
-def stop_if_too_many_steps_were_bad(run: Run, lr: float) -> None:
-    """Raise SharedError, on every rank alike, if --max-bad-steps in a row were skipped. Waits for the device."""
-    row, limit = run.guard.longest_row(), run.config.max_bad_steps
-    if row >= limit:
+def stop_if_too_many_steps_were_bad(run: Run, newest: BadRow) -> None:
+    """Raise SharedError, on every rank alike, if --max-bad-steps in a row were skipped."""
+    limit = run.config.max_bad_steps
+    if newest.steps >= limit:
         wait_for_checkpoint(run)
-        newest = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
-        text = diagnosis(row, limit, run.step, lr, run.precision.name, newest.name if newest else "none so far")
+        checkpoint = newest_checkpoint(run.config.run_dir / CHECKPOINTS)
+        name = checkpoint.name if checkpoint else "none so far"
+        text = diagnosis(newest.steps, limit, newest.until_step, newest.lr, run.precision.name, name)
         raise SharedError(text, run.dist.is_main)

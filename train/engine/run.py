@@ -34,6 +34,7 @@ from train.config.run_plan import RunPlan
 from train.distributed.collectives import on_all_ranks, on_rank0, print0, share_buffers
 from train.distributed.process_group import DistContext
 from train.engine.sample_memory import SampleMemory
+from train.engine.step_graph import StepGraph
 from train.evaluation.knn_monitor import OnlineKnn
 from train.evaluation.online_probe import OnlineProbe
 from train.optimization.precision import Precision, SkipNonFinite
@@ -60,6 +61,7 @@ class Origins:
     weights: str
     optimizer: str  # which implementation, and why
     loader: str  # which back end, and why
+    steps: str | None = None  # how --cuda-graph makes them, or why it does not
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Run:
     timer: CheckpointTimer
     guard: SkipNonFinite  # of the optimizer's steps
     origins: Origins
+    graph: StepGraph | None = None  # what replays the steps; None: Python launches each of them
     # Identity of the weights of --init; None without it, and of runs that began before it was recorded
     init_weights: str | None = None
     lock: FolderLock | None = None  # of the run folder, on rank 0

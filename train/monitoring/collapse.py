@@ -56,7 +56,7 @@ class CollapseReading:
     """The numbers of one log line that show a collapse."""
 
     z_std: float
-    rank: float
+    rank: float | None  # None: not computed for this line
     rows: int  # samples of a pass, of which z_std is; the rank is of RANK_ROWS at most
     loss: float = math.nan
 
@@ -73,6 +73,7 @@ class CollapseGuard:
         self._healthy = 1 / math.sqrt(profile.dim)
         self._std_lines = self._rank_lines = self._stuck_lines = self._knn_evaluations = 0
         self._reading: CollapseReading | None = None
+        self._rank = math.nan
         self._knn, self._best_knn = math.nan, 0.0
         self._told = False
 
@@ -82,11 +83,18 @@ class CollapseGuard:
         low = not reading.z_std >= self._lowest_share(reading) * self._healthy  # true for nan as well
         at_once = not reading.z_std >= STD_SHARE_AT_ONCE * self._healthy
         self._std_lines = max(PATIENCE, self._std_lines + 1) if at_once else (self._std_lines + 1) * low
-        self._rank_lines = (self._rank_lines + 1) * (not reading.rank >= self._lowest_rank(reading))
+        if reading.rank is not None:
+            self._rank = reading.rank
+            self._rank_lines = (self._rank_lines + 1) * (not reading.rank >= self._lowest_rank(reading))
         stuck = self._profile.stuck_loss
         is_stuck = stuck is not None and step >= self._stuck_from and reading.loss >= STUCK_SHARE * stuck
         self._stuck_lines = (self._stuck_lines + 1) * is_stuck
         return self._verdict(step)
+
+    @property
+    def rank_is_low(self) -> bool:
+        """Whether the last rank was a sign."""
+        return self._rank_lines > 0
 
     def check_knn(self, step: int, top1: float) -> str | None:
         """The same after a kNN evaluation; ``top1`` in percent."""
@@ -124,7 +132,7 @@ class CollapseGuard:
             signs.append(f"z_std is {std:.2g}, {share:.2g} of the healthy 1/sqrt(d) = {self._healthy:.2g}")
         if self._reading is not None and self._rank_lines >= PATIENCE:
             most = self._most_directions(self._reading)
-            signs.append(f"z spreads in {self._reading.rank:.2g} directions (effective rank) of {most}")
+            signs.append(f"z spreads in {self._rank:.2g} directions (effective rank) of {most}")
         if self._reading is not None and self._stuck_lines >= PATIENCE:
             stuck = f"{self._profile.stuck_name} = {self._profile.stuck_loss:.4g}"
             loss = f"the loss is {self._reading.loss:.4g}"

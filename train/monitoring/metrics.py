@@ -1,16 +1,16 @@
 """What a run reports: metrics.jsonl, and the same values to trackers.
 
 A line of metrics.jsonl is written every ``log_every`` steps: epoch (from 0, the one that the step belongs to), step
-(optimizer steps done), time (seconds since 1970), loss, lr, z_std, z_rank (effective rank), img_per_s (images), step_s
-(seconds a step), both since the last line, data_wait (share of that time that the slowest rank waited for the loader);
-of several ranks, up to 64, data_wait_rankR too; host_bound (share of the steps in which the GPU waited for the host's
-launches, 0 without a GPU); share_NAME of each dataset of a mixture (its part of the images since the last line);
-skipped_steps (of this session, for nan or inf gradients) if there are any; what the method adds (teacher_momentum,
-queue_age, prototype_entropy, ...), and stuck_loss, the loss of an encoder that tells no two samples apart (ln
-prototypes, ...), where the method has one; with --probe probe_top1 (percent, of the training images of about the last
-20 steps). A kNN line has epoch (epochs done), step and knn_top1 (percent), of a mixture also knn_top1_NAME; the first
-one is the untrained encoder's. What is no number (nan, inf) is null. Resuming cuts off what lies after the checkpoint:
-no step appears twice.
+(optimizer steps done), time (seconds since 1970), loss, lr, z_std, z_rank (effective rank, computed every 100 steps and
+repeated in between), img_per_s (images), step_s (seconds a step), both since the last line, data_wait (share of that
+time that the slowest rank waited for the loader); of several ranks, up to 64, data_wait_rankR too; host_bound (share of
+the steps in which the GPU waited for the host's launches, 0 without a GPU); share_NAME of each dataset of a mixture
+(its part of the images since the last line); skipped_steps (of this session, for nan or inf gradients) if there are
+any; what the method adds (teacher_momentum, queue_age, prototype_entropy, ...), and stuck_loss, the loss of an encoder
+that tells no two samples apart (ln prototypes, ...), where the method has one; with --probe probe_top1 (percent, of the
+training images of about the last 20 steps). A kNN line has epoch (epochs done), step and knn_top1 (percent), of a
+mixture also knn_top1_NAME; the first one is the untrained encoder's. What is no number (nan, inf) is null. Resuming
+cuts off what lies after the checkpoint: no step appears twice.
 """
 
 from __future__ import annotations

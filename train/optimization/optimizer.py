@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 from typing_extensions import assert_never
 
 from model.methods.base import ParamGroup
@@ -142,10 +144,37 @@ def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -
     """Set the learning rates and weight decays of step ``step``; returns the rate of the schedule."""
     lr, decay = lr_at(schedule, step), weight_decay_at(schedule, step)
     for group in optimizer.param_groups:
-        group["lr"] = (schedule.peak_lr if group["constant_lr"] else lr) * group["lr_scale"]
+        rate = (schedule.peak_lr if group["constant_lr"] else lr) * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         if decay is not None and group["decay"]:
             group["weight_decay"] = decay
     return lr
+
+
+def rates_as_tensors(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, device: torch.device, scaled: bool
+) -> str | None:
+    """Let a CUDA graph hold the optimizer's step: the rates of its groups become tensors, which ``set_rates`` fills.
+
+    ``scaled``: by a GradScaler. Returns None; or, with the rates left as they are, why a graph cannot hold the step.
+    """
+    if hasattr(optimizer, "_dummy_overflow_buf"):
+        return "Apex's kernels take the rate as a number"
+    if schedule.weight_decay is not None:
+        return "the weight decay, which changes from step to step, is a number"
+    fused = optimizer.param_groups[0].get("fused")
+    if scaled and not fused:
+        return "the loss scaler makes the host wait for an optimizer that is not fused"
+    if not fused and not hasattr(sys.modules[type(optimizer).__module__], "_multi_tensor_lars"):  # timm 1.0.31's has it
+        return "it reads the rate on the host"
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        if not fused:
+            group["foreach"] = True  # timm's other implementation reads the rate on the host
+    return None
 
 
 def build_optimizer(

@@ -56,6 +56,9 @@ class SkipNonFinite:
         self.skipped = torch.zeros((), device=device)  # steps of this session
         self._in_row = torch.zeros((), device=device)
         self._longest = torch.zeros((), device=device)  # row since the last look
+        self._finite = torch.ones((), dtype=torch.bool, device=device)  # the gradients of this step
+        # Whether the host may look at the gradients' flag for an optimizer that cannot: it would wait for a GPU.
+        self.host_decides = device.type == "cpu"
 
     def remember(self) -> None:
         """To be called before the step's first forward pass."""
@@ -66,9 +69,18 @@ class SkipNonFinite:
 
     def step(self, scaler: torch.amp.GradScaler) -> Tensor:
         """Make the optimizer's step, or none; returns 1 or 0, float32 on the device. ``scaler`` has unscaled."""
-        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.isfinite(nn.utils.get_total_norm(gradients))
-        self._step_if(finite, scaler)
+        self.look()
+        self.update(scaler)
+        return self.settle()
+
+    def look(self) -> None:
+        """The first part of ``step``: whether all gradients are finite."""
+        gradients = [p.grad for p in self._moved() if p.grad is not None]
+        self._finite = torch.isfinite(nn.utils.get_total_norm(gradients))
+
+    def settle(self) -> Tensor:
+        """The last part of ``step``, after ``update``: statistics and counters stay where the step was skipped."""
+        finite = self._finite
         if self._statistics:
             now = torch.cat([buffer.flatten() for buffer in self._statistics])
             kept = torch.where(finite, now, self._remembered).split([buffer.numel() for buffer in self._statistics])
@@ -77,19 +89,25 @@ class SkipNonFinite:
         if self._counters:
             counts = torch.where(finite, torch.stack(self._counters), self._counted)
             torch._foreach_copy_(self._counters, list(counts.unbind()))
-        self._in_row = torch.where(finite, 0.0, self._in_row + 1)
-        self._longest = torch.maximum(self._longest, self._in_row)
-        self.skipped = self.skipped + (~finite).float()
+        # In place, as a CUDA graph finds them again.
+        self._in_row.copy_(torch.where(finite, 0.0, self._in_row + 1))
+        self._longest.copy_(torch.maximum(self._longest, self._in_row))
+        self.skipped.add_(~finite)
         return finite.float()
 
-    def longest_row(self) -> int:
-        """The most steps skipped in a row since the last call. Waits for the device."""
-        longest = int(self._longest.item())
-        self._longest = self._in_row.clone()
+    def longest_row(self) -> Tensor:
+        """The most steps skipped in a row since the last call, on the device."""
+        longest = self._longest.clone()
+        self._longest.copy_(self._in_row)
         return longest
 
-    def _step_if(self, finite: Tensor, scaler: torch.amp.GradScaler) -> None:
-        optimizer = self._optimizer
+    def _moved(self) -> list[nn.Parameter]:
+        """The parameters that have a gradient in this step."""
+        return [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def update(self, scaler: torch.amp.GradScaler) -> None:
+        """The middle part of ``step``: the optimizer's step, or none."""
+        optimizer, finite = self._optimizer, self._finite
         if scaler.is_enabled():  # looks for itself, with the same outcome
             scaler.step(optimizer)
             scaler.update()
@@ -99,8 +117,30 @@ class SkipNonFinite:
         elif hasattr(optimizer, "_dummy_overflow_buf"):  # and Apex's kernels at this one
             optimizer._dummy_overflow_buf.copy_(~finite)
             optimizer.step()
-        elif finite:  # a CPU has nothing to wait for; on a GPU --optimizer foreach does wait
+        elif not self.host_decides:
+            self._step_and_undo(finite)
+        elif finite:  # a CPU has nothing to wait for
             optimizer.step()
+
+    @torch.no_grad()
+    def _step_and_undo(self, finite: Tensor) -> None:
+        """For an optimizer that does not look at a flag: step, and take back what should not have been.
+
+        Costs a copy of weights and momenta. Momenta that the step creates are zeros where it is taken back, which the
+        first step leaves as if they did not exist.
+        """
+
+        def kept() -> dict[int, Tensor]:
+            states = (self._optimizer.state[p] for p in self._moved())
+            momenta = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+            return {id(tensor): tensor for tensor in (*self._moved(), *momenta)}
+
+        before = kept()
+        copies = {key: tensor.clone() for key, tensor in before.items()}
+        self._optimizer.step()
+        for key, tensor in kept().items():
+            former = copies[key] if key in copies else torch.zeros_like(tensor)
+            tensor.copy_(torch.where(finite, tensor, former))
 
 
 def diagnosis(row: int, limit: int, step: int, lr: float, precision: str, checkpoint: str) -> str:

@@ -16,6 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
 from pipeline.common.system import duration
+from tests.helpers import toy_runs
+from train import pretrain
+from train.distributed.collectives import HostCopy
+from train.engine import loop
 from train.monitoring.metrics import MetricsLog
 from train.monitoring.progress import GpuProgress, ProgressLine, RateMeter, Rates
 from train.storage.run_folder import METRICS_FILE, cut_off, read_lines
@@ -162,3 +166,104 @@ def test_a_cpu_has_no_queue() -> None:
     progress = GpuProgress(torch.device("cpu"))
     progress.backward_launched()
     assert not progress.caught_up()
+
+
+# Lines whose numbers come from the device some steps later.
+
+
+@pytest.fixture(scope="module")
+def lines_of_lag(photo_dataset_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """metrics.jsonl of the same run, read at once and two steps late."""
+    found = {}
+    for lag in (0, 2):
+        run_dir = tmp_path_factory.mktemp("lag") / "run"
+        where = ["--data", str(photo_dataset_path), "--run-dir", str(run_dir), "--backend", "torchvision"]
+        steps = ["--global-batch", "12", "--epochs", "3", "--max-steps", "11", "--log-every", "2", "--knn-every", "1"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("train.monitoring.reporter.default_lag", lambda dist, lag=lag: lag)
+            more = ["--checkpoint-every", "3steps"]
+            assert toy_runs.call(patch, pretrain, *where, *toy_runs.TINY, *toy_runs.CPU, *steps, *more) == 0
+        found[lag] = read_lines(run_dir / METRICS_FILE)
+    return found
+
+
+def test_late_lines_are_the_same_lines_in_the_same_order(lines_of_lag: dict[int, list[dict[str, Any]]]) -> None:
+    """At kNN and checkpoints, too, and the last step's is not lost."""
+    timed = {"time", "img_per_s", "step_s", "data_wait"}
+    at_once, late = (
+        [{k: v for k, v in line.items() if k not in timed} for line in lines_of_lag[lag]] for lag in (0, 2)
+    )
+    assert late == at_once
+    assert [line["step"] for line in late if "loss" in line] == [1, 2, 4, 6, 8, 10, 11]
+
+
+class Delayed(HostCopy):
+    """Numbers that an event of the device brings: those of a step are there when the next but one is done."""
+
+    steps_done = 0
+    reads: list[tuple[int, int]] = []  # noqa: RUF012  # (step whose numbers they are, steps done when they are read)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__(values.clone())
+        self._step = Delayed.steps_done + 1
+
+    def is_here(self) -> bool:
+        return Delayed.steps_done >= self._step + 1
+
+    def read(self) -> list[Any]:
+        Delayed.reads.append((self._step, Delayed.steps_done + 1))
+        return super().read()
+
+
+@pytest.mark.parametrize("ends_by", ["itself", "an error"])
+def test_numbers_are_read_two_steps_late_and_at_the_end(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by: str
+) -> None:
+    step = loop.train_step
+
+    def counted(run: Any, batches: Any) -> Any:
+        result = step(run, batches)
+        Delayed.steps_done = run.step
+        if ends_by == "an error" and run.step == 5:
+            raise UserError("the sixth step fails")
+        return result
+
+    monkeypatch.setattr("train.monitoring.reporter.default_lag", lambda dist: 2)
+    monkeypatch.setattr("train.monitoring.reporter.HostCopy", Delayed)
+    monkeypatch.setattr(loop, "train_step", counted)
+    monkeypatch.setattr(Delayed, "reads", [])
+    where = ["--data", str(photo_dataset_path), "--run-dir", str(tmp_path / "run"), "--backend", "torchvision"]
+    steps = ["--global-batch", "12", "--epochs", "3", "--max-steps", "7", "--log-every", "1", "--knn-every", "0"]
+    more = ["--checkpoint-every", "100steps"]
+    code = toy_runs.call(monkeypatch, pretrain, *where, *toy_runs.TINY, *toy_runs.CPU, *steps, *more)
+    written = [line["step"] for line in read_lines(tmp_path / "run" / METRICS_FILE) if "loss" in line]
+    if ends_by == "itself":
+        assert code == 0
+        assert Delayed.reads == [(1, 3), (2, 4), (3, 5), (4, 6), (5, 7), (6, 7), (7, 7)]
+        assert written == list(range(1, 8))
+    else:  # after an error nothing is waited for: the device may have hung
+        assert code == 2
+        assert Delayed.reads == [(1, 3), (2, 4), (3, 5), (4, 6)]
+        assert written == [1, 2, 3, 4]
+
+
+def test_the_rank_is_computed_every_hundred_steps_and_with_each_line_while_it_is_low(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.monitoring.reporter.RANK_EVERY", 4)
+    ranks = iter([5.0, 6.0, 1.0, 1.0, 7.0, 8.0, 9.0])
+    computed: list[float] = []
+
+    def rank(z: torch.Tensor) -> torch.Tensor:
+        computed.append(next(ranks))
+        return torch.tensor(computed[-1])
+
+    monkeypatch.setattr("train.monitoring.reporter.effective_rank", rank)
+    monkeypatch.setattr("train.monitoring.collapse.RANK", 4.0)
+    monkeypatch.setattr("train.monitoring.collapse.RANK_SHARE", 1.0)
+    where = ["--data", str(photo_dataset_path), "--run-dir", str(tmp_path / "run"), "--backend", "torchvision"]
+    steps = ["--global-batch", "12", "--epochs", "4", "--max-steps", "14", "--log-every", "1", "--knn-every", "0"]
+    assert toy_runs.call(monkeypatch, pretrain, *where, *toy_runs.TINY, *toy_runs.CPU, *steps) == 0
+    shown = [line["z_rank"] for line in read_lines(tmp_path / "run" / METRICS_FILE)]
+    # Steps 1 and 4; 8, where it is low, so 9 and 10 as well; 12; and 14, the last.
+    assert shown == [5.0] * 3 + [6.0] * 4 + [1.0] * 2 + [7.0] * 2 + [8.0] * 2 + [9.0]
