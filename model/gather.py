@@ -42,7 +42,8 @@ class _GatherRows(torch.autograd.Function):
     def forward(context: Any, rows: Tensor) -> Tensor:
         rows = rows.contiguous()
         gathered = rows.new_empty((td.get_world_size() * len(rows), *rows.shape[1:]))
-        td.all_gather_into_tensor(gathered, rows)
+        # Its name until torch 2.14, which warns of the former one
+        getattr(td, "all_gather_single", td.all_gather_into_tensor)(gathered, rows)
         return gathered
 
     @staticmethod

@@ -21,6 +21,8 @@ from torch import Tensor
 from pipeline.common.errors import require
 from pipeline.sampling.views import CentreCrops, ViewParams, ViewRecipe
 
+HeaderCheck = Callable[[NDArray[np.uint8]], "str | None"]  # (encoded image) -> why its header cannot be read
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,6 +35,8 @@ class Batch:
     encoded: list[NDArray[np.uint8]]  # n images as stored in the shards
     windows: ViewParams | CentreCrops  # what to cut out of each
     pair: int = 0  # as in BatchIds
+    # Of each image why the back end's decoder cannot read its header, None if it can; None where nobody has looked
+    header_faults: list[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,6 +50,7 @@ class Batch:
             ids=self.ids[part],
             sources=self.sources[part],
             encoded=self.encoded[part],
+            header_faults=None if self.header_faults is None else self.header_faults[part],
             windows=type(self.windows)(**fields),
         )
 
@@ -161,6 +166,9 @@ class Backend(Protocol):
 
     def stages(self, context: BackendContext) -> BackendStages:
         """The stages as ``views`` sets them up."""
+
+    def header_check(self) -> HeaderCheck | None:
+        """What reading threads should ask of each image, so that ``views`` need not; None if nothing."""
 
     def release_memory(self) -> None:
         """Give back the memory that is kept for later use."""

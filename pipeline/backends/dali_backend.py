@@ -29,6 +29,7 @@ from pipeline.backends.base import (
     BackendStages,
     Batch,
     DaliConfig,
+    HeaderCheck,
     UndecodableBatchError,
     ViewBatch,
 )
@@ -48,8 +49,9 @@ class _Inputs:
     """The batches that DALI pulls. A separate object, so that no reference cycle keeps the pipeline alive.
 
     A pipeline that a forked child inherits aborts the child. DALI 2.4 ends the process (a segmentation fault, in
-    batches of 32 and more) when its decoder cannot read an image's header. Therefore every header is parsed here first,
-    by the decoder's own parser, and a batch with an unreadable one is not given to DALI.
+    batches of 32 and more) when its decoder cannot read an image's header. Therefore every header is parsed first,
+    by the decoder's own parser, and a batch with an unreadable one is not given to DALI. A loader's reading threads
+    do so ahead of time: in the thread that feeds DALI it would take 2.7 us an image.
     """
 
     def __init__(self, batches: Iterator[Batch], encoded: bool) -> None:
@@ -334,8 +336,9 @@ def release_unused_memory() -> None:
 
 def _unreadable_header(batch: Batch) -> str | None:
     """Why DALI's decoder would not take one of the images; None if it would take them all."""
-    for image in batch.encoded:
-        if (fault := _header_fault(image)) is not None:
+    faults = map(_header_fault, batch.encoded) if batch.header_faults is None else batch.header_faults
+    for image, fault in zip(batch.encoded, faults, strict=True):
+        if fault is not None:
             own = _own_message(image) if len(batch) == 1 else None
             return f"DALI: its decoder cannot read the header: {own or fault}"
     return None
@@ -402,6 +405,10 @@ class DaliBackend:
             crop=lambda batches: (squares for _, squares in _cut_decoded(context, batches)),
             photometric=_photometric(context),
         )
+
+    def header_check(self) -> HeaderCheck:
+        """The decoder's own parser: see _Inputs."""
+        return _header_fault
 
     def release_memory(self) -> None:
         """Give back what DALI keeps for later pipelines."""

@@ -64,6 +64,9 @@ class TorchvisionBackend:
         """The same work, stage by stage."""
         return BackendStages(partial(_decode, context), partial(_crop, context), partial(_photometric, context))
 
+    def header_check(self) -> None:
+        """Nothing: PIL refuses a broken image by itself."""
+
     def release_memory(self) -> None:
         """Nothing: it keeps none."""
 

@@ -99,6 +99,7 @@ class ViewMaker:
         self._read_ahead = config.read_ahead
         check_compiler(context.device)
         self._backend = open_backend(config.backend)
+        assembler.check_headers(self._backend.header_check())
         self._context = context
 
     def views(self, batches: Iterable[BatchIds]) -> Iterator[ViewBatch]:

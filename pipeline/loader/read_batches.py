@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 from numpy.typing import NDArray
 
-from pipeline.backends.base import Batch
+from pipeline.backends.base import Batch, HeaderCheck
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import BadSampleError
 from pipeline.dataset.mixture import Dataset
@@ -21,7 +21,8 @@ from pipeline.sampling.sampler import BatchIds
 from pipeline.sampling.views import CentreCrops, ViewParams
 
 IDS_PER_READ = 16  # samples that one task of a thread reads; for small images the hand-over costs more than the read
-Read = tuple[int, NDArray[np.uint8]]  # the sample that was read, and its encoded image
+# The sample that was read, its encoded image, and what the back end has against its header
+Read = tuple[int, NDArray[np.uint8], "str | None"]
 # (batch, sources) -> what to cut out of the images of samples ``sources``
 DrawWindows = Callable[[BatchIds, Int64[np.ndarray, " n"]], "ViewParams | CentreCrops"]
 
@@ -43,6 +44,11 @@ class Assembler:
         self._pool = pool
         self._bad = bad
         self._cancelled = cancelled or threading.Event()
+        self._header_check: HeaderCheck | None = None
+
+    def check_headers(self, check: HeaderCheck | None) -> None:
+        """Let the reading threads ask ``check`` of each image. To be called before anything is read."""
+        self._header_check = check
 
     def read_ahead(self, batches: Iterable[BatchIds], depth: int) -> Iterator[Batch]:
         """The batches in order, ``depth`` of them being read while one is used."""
@@ -71,15 +77,17 @@ class Assembler:
         return [self._read(sample_id) for sample_id in group]
 
     def _batch(self, batch: BatchIds, reads: list[Read]) -> Batch:
-        sources = np.array([source for source, _ in reads], dtype=np.int64)
-        encoded, windows = [image for _, image in reads], self._draw(batch, sources)
-        return Batch(batch.epoch, batch.step, batch.ids, sources, encoded, windows, batch.pair)
+        sources = np.array([source for source, _, _ in reads], dtype=np.int64)
+        encoded, windows = [image for _, image, _ in reads], self._draw(batch, sources)
+        faults = None if self._header_check is None else [fault for _, _, fault in reads]
+        return Batch(batch.epoch, batch.step, batch.ids, sources, encoded, windows, batch.pair, faults)
 
     def _read(self, sample_id: int) -> Read:
         """The first good sample from ``sample_id`` on, and its bytes."""
         for source in self._bad.candidates(sample_id):
             try:
-                return source, np.frombuffer(self._dataset.read(source, self._cancelled), dtype=np.uint8)
+                image = np.frombuffer(self._dataset.read(source, self._cancelled), dtype=np.uint8)
+                return source, image, None if self._header_check is None else self._header_check(image)
             except BadSampleError as error:
                 self._bad.add(error)
         raise UserError(f"no sample of {self._dataset.path} can be read or decoded: the reports of bad samples say why")

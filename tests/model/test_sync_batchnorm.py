@@ -30,6 +30,7 @@ def ranks_say(script: str, ranks: int) -> dict[str, dict[str, float]]:
     path = str(ROOT / "tests" / "helpers" / script)
     done = subprocess.run([*command, path], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 

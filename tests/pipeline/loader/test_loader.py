@@ -341,6 +341,30 @@ def test_both_backends_find_the_same_bad_samples(kind: str, request: pytest.Fixt
         assert_close(one.x2, other.x2)
 
 
+@needs_dali
+def test_headers_are_parsed_by_the_threads_that_read_not_by_the_one_that_feeds_dali(
+    photo_dataset_path: Path, photo_dataset: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.backends import dali_backend
+
+    path = copy_dataset(photo_dataset_path, tmp_path / "headers")
+    for sample in BAD:
+        put_image(path, sample, b"no image at all" * 20)
+    parsed, parse = [], dali_backend._header_fault
+
+    def noted(image: Any) -> str | None:
+        parsed.append(threading.current_thread().name)
+        return parse(image)
+
+    monkeypatch.setattr(dali_backend, "_header_fault", noted)
+    reports = Reports()
+    whole = load(ShardSet.open(path), settings("dali"), on_bad_sample=reports.append)
+    assert_replaced(whole, load(photo_dataset, settings("dali")), BAD)
+    assert reports.ids == sorted(BAD)
+    assert len(parsed) >= 2 * 2 * 48  # of both loaders, in two epochs
+    assert {name.partition("_")[0] for name in parsed} == {"read"}
+
+
 @both_backends
 def test_bad_samples_in_an_evaluation(undecodable: ShardSet, photo_dataset: ShardSet, backend: str) -> None:
     reports = Reports()

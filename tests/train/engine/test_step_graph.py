@@ -230,7 +230,8 @@ def on_fake_gpu(config: PretrainConfig, plan: RunPlan) -> tuple[Run, list[int]]:
         parallel=model,
         memory=None,
         optimizer=optimizer,
-        knn=None,
+        knn={},
+        probe=None,
         timer=CheckpointTimer("1epoch"),
         guard=SkipNonFinite(model, optimizer, GPU),
         origins=Origins("", "", ""),
@@ -319,6 +320,9 @@ def test_what_cannot_be_captured_is_launched_as_ever(monkeypatch: pytest.MonkeyP
     graph, line = decided("simsiam", "--targets", "moving-average", "--predictor", "none")
     assert graph is None
     assert "the host keeps a memory of the samples" in str(line)
+    graph, line = decided("simsiam", "--probe")
+    assert graph is None
+    assert "--probe takes the labels of each batch from the host" in str(line)
     monkeypatch.setattr(SimSiam, "capturable", False)
     graph, line = decided("simsiam")
     assert graph is None
