@@ -31,7 +31,7 @@ from train.distributed.process_group import DistContext, distributed, exit_once,
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
 from train.distributed.watchdog import hangs_watched
 from train.engine.build import describe, prepare
-from train.engine.dry_run import needs
+from train.engine.dry_run import needs, too_little_disk
 from train.engine.loop import loop
 from train.engine.run import Run, check_run_dir, locked_run_dir, resume, write_run_files
 from train.monitoring.reporter import Reporter
@@ -92,7 +92,7 @@ def train_run(run: Run, stop: StopRequest) -> bool:
     config, dist = run.config, run.dist
     if config.resume:
         resume(run)
-    for line in describe(run):
+    for line in (*describe(run), *too_little_disk(run)):
         print0(dist, line)
     write_run_files(run)
     stalls = Stalls()

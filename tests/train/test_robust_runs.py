@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from pipeline.common.locations import local_path, location
 from pipeline.common.locks import exclusive_lock
 from tests.train.test_pretrain import ROOT, STEPS, flags, losses, run_here
 from train.distributed import process_group
+from train.engine import dry_run
 from train.engine.run import LOCK_FILE
 from train.storage.run_folder import METRICS_FILE, read_lines
 
@@ -134,3 +137,23 @@ def test_a_dumb_terminal_gets_no_escapes(term: str, photo_dataset_path: Path, tm
     assert run.wait(timeout=240) == 0
     assert b"epoch 0 step 2/2 loss" in shown
     assert (b"\x1b" in shown) == (term == "xterm")  # which has the line of progress rewritten in place
+
+
+def test_the_plan_says_when_the_disk_cannot_hold_the_checkpoints(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    arguments = flags(photo_dataset_path, tmp_path / "run", *SHORT)
+    assert run_here(monkeypatch, [*arguments, "1", "--keep-checkpoints", "1"]) == 0
+    assert "warning:" not in capsys.readouterr().out
+    (written,) = (tmp_path / "run" / "checkpoints").iterdir()
+    mb = written.stat().st_size / 1e6
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=int(2 * mb * 1e6)))
+    assert run_here(monkeypatch, [*arguments, "2", "--keep-checkpoints", "9", "--resume"]) == 0
+    out = capsys.readouterr().out
+    said = re.search(r"warning: 9 \+ 1 checkpoints of (\d+) MB need (\d+) MB .*, and (\d+) MB are free", out)
+    assert said is not None
+    checkpoint, whole, free = map(int, said.groups())
+    assert checkpoint == pytest.approx(mb, abs=1)
+    assert whole > 10 * checkpoint - 10
+    assert free == pytest.approx(3 * mb, abs=1)  # with the room of the checkpoint that is there
+    assert out.index("plan for") < said.start()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train.engine.run import Run
+from train.storage.checkpoints import CHECKPOINTS
 
 PROBE_IMAGES = 2  # batch norm needs two
 LINE_BYTES = 400  # of metrics.jsonl, at most, with the ranks' own waits left out
@@ -26,23 +27,39 @@ def needs(run: Run) -> Iterator[str]:
     yield "dry run: nothing was written, and no step was trained"
 
 
+def too_little_disk(run: Run) -> Iterator[str]:
+    """A warning where the disk of the run folder has no room for the checkpoints; none otherwise."""
+    checkpoint, whole, free = _room(run)
+    if free < whole:
+        yield (
+            f"warning: {run.config.keep_checkpoints} + 1 checkpoints of {_size(checkpoint)} need {_size(whole)} with "
+            f"the encoder and the log, and {_size(free)} are free for them at --run-dir {run.config.run_dir}: free "
+            "some space, lower --keep-checkpoints, or name another folder"
+        )
+
+
 def _disk(run: Run) -> str:
+    checkpoint, whole, free = _room(run)
+    warning = "" if free > whole else ": TOO LITTLE, free some space or choose another --run-dir"
+    return (
+        f"{_size(whole)} in --run-dir: {run.config.keep_checkpoints} + 1 checkpoints of {_size(checkpoint)}, the "
+        f"encoder, the log; {_size(free)} are free{warning}"
+    )
+
+
+def _room(run: Run) -> tuple[int, int, int]:
+    """Bytes of a checkpoint, of all that a run leaves, and those that are free for it, with its former checkpoints."""
     weights, state = _bytes(_tensors(run.model)), _optimizer_bytes(run)
     memory = 0 if run.memory is None else run.dataset.num_samples * (run.model.memory_dim or 0) * 4
     checkpoint = weights + state + memory
-    kept = run.config.keep_checkpoints
     encoder = 2 * _bytes(_tensors(run.model.backbone))  # backbone.safetensors, and the copy for timm
     lines = run.plan.total_steps // run.config.log_every * LINE_BYTES
-    whole = (kept + 1) * checkpoint + encoder + lines  # one more while it is being written
+    whole = (run.config.keep_checkpoints + 1) * checkpoint + encoder + lines  # one more while it is being written
     folder = run.config.run_dir
     while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    warning = "" if free > whole else ": TOO LITTLE, free some space or choose another --run-dir"
-    return (
-        f"{_size(whole)} in --run-dir: {kept} + 1 checkpoints of {_size(checkpoint)}, the encoder, the log; "
-        f"{_size(free)} are free{warning}"
-    )
+        folder = folder.absolute().parent
+    former = [path.stat().st_size for path in (run.config.run_dir / CHECKPOINTS).glob("*") if path.is_file()]
+    return checkpoint, whole, shutil.disk_usage(folder).free + sum(former)
 
 
 def _cache(run: Run) -> str:
