@@ -41,9 +41,11 @@ FAISS, UMAP = ["faiss-cpu>=1.8"], ["umap-learn>=0.5"]
 ONNX = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=2.10"]  # mlflow itself brings the server along
 S3, GCS, HF = ["s3fs>=2024.6"], ["gcsfs>=2024.6"], ["huggingface_hub"]
+RAY = ["ray>=2.9"]  # --engine ray
 TEST = [
     *PARQUET,
     *S3,
+    *RAY,
     *ONNX,
     *WANDB,
     *MLFLOW,
@@ -114,6 +116,7 @@ setup(
         "s3": S3,
         "gcs": GCS,
         "hf": HF,
+        "ray": RAY,
         "test": TEST,
     },
 )

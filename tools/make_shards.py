@@ -29,7 +29,9 @@ from typing import Annotated
 
 import tyro
 
+from pipeline.common.engine import EngineConfig
 from pipeline.common.errors import exit_on_user_error
+from pipeline.common.flags import group
 from pipeline.common.locations import Location, PathText, Url
 from pipeline.common.text import printable
 from pipeline.dataset.format import REENCODED_FILE, REJECTED_FILE
@@ -49,6 +51,7 @@ class Command:
     out: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the dataset, made if it is not there: on a disk, or s3:// or gs://."""
     sharding: Annotated[ShardingOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ShardingOptions)
+    engine: Annotated[EngineConfig, group("engine")] = field(default_factory=EngineConfig)
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def main() -> None:
     arguments = window_as_flag(sys.argv[1:])
     command = tyro.cli(Command, args=arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        summary = make_dataset(command.source, command.out, command.sharding)
+        summary = make_dataset(command.source, command.out, command.sharding, engine=command.engine)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on with what is missing in {command.out}", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C

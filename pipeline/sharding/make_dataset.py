@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from pipeline.common.engine import EngineConfig
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors
 from pipeline.common.locations import Url, is_url, location
@@ -58,7 +60,8 @@ from pipeline.sharding.write_shard import Job, WriteJob
 from pipeline.sources.labels import dataset_classes
 from pipeline.sources.listing import Listing
 from pipeline.sources.open_source import open_source, source_title
-from pipeline.sources.readers import SPOOL_FILE, WDS
+from pipeline.sources.readers import SPOOL_FILE, WDS, ContainerReader, Reader
+from pipeline.sources.remote_path import RemotePath, SourcePath
 
 HELD_OUT_SUFFIX = "-val"  # behind OUT: the dataset that --hold-out makes beside it
 _JOB_FILE = f"{PARTIAL_DIR}/job.json"
@@ -94,18 +97,23 @@ def make_dataset(
     *,
     quiet: bool = False,
     in_process: bool = False,
+    engine: EngineConfig | None = None,
 ) -> Summary:
     """Write the images of SOURCE as a dataset into ``out``, a folder or a bucket's, or continue an interrupted call.
 
     The bytes written depend on the images, the seed and the options, not on the number of workers or interruptions.
-    ``quiet`` turns the progress bar off; ``in_process`` builds the shards in this process. Raises UserError for
+    ``quiet`` turns the progress bar off; ``in_process`` builds the shards in this process. ``engine``: where they are
+    built, by default in processes of this machine; the bytes are the same. Raises UserError for
     everything that a user can mend: a missing source, a full disk, an interrupted run with other options, no usable
     image, ...
     """
-    options = options or ShardingOptions()
+    options, how = options or ShardingOptions(), _How(quiet, in_process, engine or EngineConfig())
     place = location(out) if isinstance(out, str) else out
+    if how.engine.engine == "ray":  # nodes have working folders of their own
+        place = place.absolute() if isinstance(place, Path) else place
+        source = str(Path(source).absolute()) if not is_url(source) and Path(source).exists() else source
     if options.hold_out is None:
-        return _make_dataset(source, place, options, quiet, in_process)
+        return _make_dataset(source, place, options, how)
     if source.startswith(WDS):
         raise UserError("--hold-out does not go with wds:, since tars are only indexed: leave it out")
     val_place = _beside(place)
@@ -120,8 +128,8 @@ def make_dataset(
                     _forget_beginning(store)
     sides: tuple[Literal["train", "val"], ...] = ("train", "val")
     train, val = (replace(options, side=side, split=options.split or side, overwrite=False) for side in sides)
-    made = _make_dataset(source, place, train, quiet, in_process)
-    return replace(made, held_out=_make_dataset(source, val_place, val, quiet, in_process))
+    made = _make_dataset(source, place, train, how)
+    return replace(made, held_out=_make_dataset(source, val_place, val, how))
 
 
 def _beside(place: Path | Url) -> Path | Url:
@@ -131,10 +139,19 @@ def _beside(place: Path | Url) -> Path | Url:
     return place.with_name(f"{place.name}{HELD_OUT_SUFFIX}")
 
 
-def _make_dataset(source: str, place: Path | Url, options: ShardingOptions, quiet: bool, in_process: bool) -> Summary:
+@dataclass(frozen=True)
+class _How:
+    """What a call shows, and where it works."""
+
+    quiet: bool
+    in_process: bool
+    engine: EngineConfig
+
+
+def _make_dataset(source: str, place: Path | Url, options: ShardingOptions, how: _How) -> Summary:
     store, started = open_out(place), time.monotonic()
     with disk_errors(f"making the dataset in {place}"), _work_folder(place) as work:
-        call = _Call(source, store, work, options, quiet, in_process)
+        call = _Call(source, store, work, options, how)
         _check_place(source, store)
         if store.has(DATASET_FILE) and not options.overwrite:
             return _already_complete(call, started)
@@ -155,8 +172,7 @@ class _Call:
     store: OutFolder
     work: Path  # the listing and the order, and what has no random access; of a folder on a disk, its PARTIAL_DIR
     options: ShardingOptions
-    quiet: bool
-    in_process: bool
+    how: _How
 
     @property
     def place(self) -> Path | Url:
@@ -191,7 +207,7 @@ def _make(call: _Call, lock: Lock) -> dict[str, Any] | None:
         if call.options.part is None:
             _forget_beginning(call.store)
         raise
-    build_missing(job, call.options, call.quiet, call.in_process, check=lock.check)
+    build_missing(job, call.options, call.how.quiet, call.how.in_process, engine=call.how.engine, check=lock.check)
     lock.check()
     if call.options.part is not None:  # parts run side by side; only one may complete the dataset
         lock.make_exclusive()
@@ -320,7 +336,7 @@ def _restore(call: _Call, info: dict[str, Any]) -> None:
         job, about = _prepare(call)
         assert isinstance(job, WriteJob)
         lost = lost_shards(call.store, info)
-        restore_shards(job, about["fingerprint"], info, lost, call.quiet, call.in_process, lock.check)
+        restore_shards(job, about["fingerprint"], info, lost, call.how.quiet, call.how.in_process, lock.check)
         call.store.remove_partial()
 
 
@@ -390,12 +406,12 @@ def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
             split=options.split,
             classes_from=options.classes_from,
             seed=options.seed,
-            quiet=call.quiet,
+            quiet=call.how.quiet,
         )
         about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
         about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]
         about.update(labels_from=found.labels_from, notes=list(found.notes))
-        job = WriteJob(call.folder, found.reader, options)
+        job = WriteJob(call.folder, _shared(found.reader, call), options)
         job.work, job.remote = call.work, call.remote
         if earlier is None or call.remote is not None:
             _lay_out(found.listing, job, call)
@@ -407,6 +423,22 @@ def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
             "renamed or have another length): restore it to go on, or say --overwrite to start again"
         )
     return job, about
+
+
+def _shared(reader: Reader, call: _Call) -> Reader:
+    """The reader for all workers: what was unpacked or copied on this machine goes to the bucket for other machines."""
+    if call.remote is None or call.how.engine.engine == "local" or not isinstance(reader, ContainerReader):
+        return reader
+    paths: list[SourcePath] = []
+    for path in reader.paths:
+        if isinstance(path, Path) and path.is_relative_to(call.work):
+            name = f"{PARTIAL_DIR}/{path.name}"
+            with open(path, "rb") as file, call.remote.writer(name) as upload:
+                shutil.copyfileobj(file, upload, 1 << 20)
+            assert isinstance(call.place, Url)
+            path = RemotePath(name, call.place)
+        paths.append(path)
+    return replace(reader, paths=tuple(paths))
 
 
 def _index_job(pattern: str, out: Path, options: ShardingOptions) -> tuple[IndexJob, list[int]]:
@@ -445,7 +477,7 @@ def _held_out(listing: Listing, order: np.ndarray, job: WriteJob, call: _Call) -
     name = f"{PARTIAL_DIR}/held-out-{listing.fingerprint()[:16]}.npy"
     if options.side == "val" and (known := call.store.read(name)) is not None:
         return np.load(io.BytesIO(known), allow_pickle=False)
-    thumbs = thumbnails(job, chosen, call.quiet, call.in_process)
+    thumbs = thumbnails(job, chosen, call.how.quiet, call.how.in_process)
     held = chosen[held_out(thumbs, listing.labels[chosen], options.hold_out, options.seed)]
     if options.side == "train":
         with open_out(_beside(call.place)).writer(name) as file:

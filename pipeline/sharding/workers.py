@@ -5,6 +5,7 @@ Workers share only counters and a stop flag. The bytes of a shard do not depend 
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -14,13 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
+from typing_extensions import assert_never
 
+from pipeline.common.engine import EngineConfig, NodeRate, ray_engine
 from pipeline.common.errors import UserError
+from pipeline.common.files import disk_errors
 from pipeline.common.system import cores, progress
+from pipeline.dataset.format import PARTIAL_DIR
 from pipeline.sharding.decode_service import Decoders, DecodeService
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.write_shard import Job
@@ -35,6 +42,19 @@ def keep_torch_out() -> None:
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
+@contextmanager
+def torch_kept_out() -> Iterator[None]:
+    """As ``keep_torch_out``, for a process that others may use afterwards."""
+    kept_out = "torch" not in sys.modules
+    if kept_out:
+        keep_torch_out()
+    try:
+        yield
+    finally:
+        if kept_out and sys.modules.get("torch", sys) is None:
+            del sys.modules["torch"]
+
+
 _REPORT_EVERY = 32  # images between two updates of the shared counters
 
 
@@ -45,9 +65,12 @@ def build_missing(
     in_process: bool = False,
     *,
     numbers: Sequence[int] | None = None,
+    engine: EngineConfig | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Build the shards of this part that have no marker yet. Raises UserError, or the OSError of the disk.
+
+    ``engine``: where; default: in processes of this machine.
 
     ``in_process``: build them in this process, one after the other. ``numbers``: these shards instead of a part.
     ``check`` is called now and then, and raises what should end the work.
@@ -67,12 +90,73 @@ def build_missing(
                 job.build(number, meter.add)
         elif missing:
             try:
-                _build_parallel(job, missing, workers, meter)
+                _build_with(engine or EngineConfig(), job, missing, workers, meter)
             except BrokenProcessPool as error:
                 raise UserError(
                     "a worker process was killed, most likely for lack of memory: run the same command again with "
                     "fewer --workers; it goes on with the missing shards"
                 ) from error
+
+
+def _build_with(engine: EngineConfig, job: Job, missing: list[int], workers: int, meter: _Meter) -> None:
+    match engine.engine:
+        case "local":
+            _build_parallel(job, missing, workers, meter)
+        case "ray":
+            _build_on_ray(engine, job, missing, meter)
+        case _:
+            assert_never(engine.engine)
+
+
+def _build_on_ray(config: EngineConfig, job: Job, missing: list[int], meter: _Meter) -> None:
+    with ray_engine(config, count=lambda built: built[0]) as engine:
+        tasks = ((number, job.only(number)) for number in missing)
+        for (number, _), (images, size) in engine.run(_build_there, tasks):
+            if not job.has_marker(number):
+                raise UserError(
+                    f"shard {number} was written by another node of the Ray cluster, and is not in {job.out} here: OUT "
+                    "must lie on a file system that all nodes share, or in a bucket (s3://, gs://)"
+                )
+            meter.add(images, size, engine.rates())
+
+
+def _build_there(task: tuple[int, Job]) -> tuple[int, int]:
+    """Build a shard on a node of a cluster; gives its images and their bytes. Raises UserError."""
+    number, job = task
+    done = [0, 0]
+
+    def tick(images: int, size: int) -> None:
+        done[0] += images
+        done[1] += size
+
+    if job.remote is None and not (job.out / PARTIAL_DIR).is_dir():
+        raise UserError(
+            f"{job.out} is not there: OUT must lie on a file system that all nodes share, or in a bucket (s3://, gs://)"
+        )
+    if missing := [place for place in job.sources() if not place.exists()]:
+        raise UserError(
+            f"SOURCE {missing[0]} is not there: it must lie on a file system that all nodes share, or behind a URL"
+        )
+    if job.decoders is not None:
+        job.decoders = _decoders()
+    with torch_kept_out(), disk_errors(f"writing shard {number} of {job.store.place}"):
+        job.build(number, tick)
+    return done[0], done[1]
+
+
+@cache
+def _decoders() -> Decoders:
+    """Of this worker process: a process of their own, started once an image is to be compared."""
+    service = DecodeService()
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.2)
+            service.start_if_wanted()
+
+    threading.Thread(target=watch, daemon=True).start()
+    atexit.register(service.__exit__)
+    return service.client
 
 
 def _room(job: Job, missing: list[int], workers: int) -> int:
@@ -82,17 +166,22 @@ def _room(job: Job, missing: list[int], workers: int) -> int:
     return workers * max((job.room([number]) for number in missing[: 4 * workers]), default=0)
 
 
+_NODES_SHOWN = 4  # in the progress bar
+
+
 class _Meter:
     """Progress bar with images/s and MB/s."""
 
     def __init__(self, bar: tqdm, check: Callable[[], None]) -> None:
         self.bar, self.check, self.bytes, self.started = bar, check, 0, time.monotonic()
 
-    def add(self, images: int, size: int) -> None:
+    def add(self, images: int, size: int, nodes: Sequence[NodeRate] = ()) -> None:
+        """Count what was done; ``nodes``: their rates, where several machines work."""
         self.check()
         self.bytes += size
         rate = self.bytes / 1e6 / max(time.monotonic() - self.started, 1e-3)
-        self.bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+        shown = [f"{rate:.1f} MB/s", *([f"{len(nodes)} nodes"] if nodes else []), *map(str, nodes[:_NODES_SHOWN])]
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update(images)
 
 

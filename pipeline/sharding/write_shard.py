@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -32,7 +32,7 @@ from pipeline.sharding.decode_service import Decoders, OwnDecoders
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.prepare_image import PreparedImage, prepare_image
 from pipeline.sources.image_file import BadImageError
-from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected
+from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected, rows_of
 from pipeline.sources.readers import Reader
 
 Tick = Callable[[int, int], None]  # (images, bytes) done since the last call; may raise to stop the work
@@ -72,6 +72,14 @@ class Job(ABC):
         """Estimated bytes that shards ``numbers`` will take on the disk of OUT; 0 if none or unknown."""
         return 0
 
+    def sources(self) -> list[Path]:
+        """Files and folders that a machine must have in order to build shards."""
+        return []
+
+    def only(self, number: int) -> Job:
+        """This job for a worker that builds shard ``number`` and no other: small, since it goes over a network."""
+        return self
+
     @abstractmethod
     def build(self, number: int, tick: Tick) -> None:
         """Build shard ``number`` and write its marker. Raises OSError, UserError, and the exceptions of ``tick``."""
@@ -80,6 +88,10 @@ class Job(ABC):
     def store(self) -> OutFolder:
         """The folder that the dataset is written to."""
         return self.remote or LocalOut(self.out)
+
+    def has_marker(self, number: int) -> bool:
+        """Whether shard ``number`` was finished, its tar not being looked at."""
+        return self.store.has(f"{_DONE}/{_stem(number)}.json")
 
     def done(self, number: int) -> dict[str, Any] | None:
         """The record of a finished shard; None if unfinished.
@@ -150,17 +162,27 @@ def _stem(number: int) -> str:
     return f"shard-{number:06d}"
 
 
+@dataclass(frozen=True)
+class ShardRows:
+    """The images of one shard: their numbers in the source, and the rows of the listing in the same order."""
+
+    numbers: list[int]
+    listing: Listing
+
+
 @dataclass
 class WriteJob(Job):
     """The images of a source, permuted and divided into shards of ``options.samples_per_shard``.
 
-    Every worker maps the listing and the order from OUT/.partial instead of receiving a copy.
+    Every worker of this machine maps the listing and the order from OUT/.partial instead of receiving a copy; one of
+    another machine gets the rows of its shard.
     """
 
     out: Path
     reader: Reader
     options: ShardingOptions
     work: Path | None = None  # where listing and order are; None: in OUT
+    rows: ShardRows | None = None  # all that this job knows of the source
 
     @cached_property
     def listing(self) -> Listing:
@@ -187,40 +209,65 @@ class WriteJob(Job):
         """Bytes of the images and their tar headers."""
         if self.options.shorter_side is not None:
             return 0
-        per_shard = self.options.samples_per_shard
-        return sum(_room(self.listing.lengths[self.order[n * per_shard : (n + 1) * per_shard]]) for n in numbers)
+        return sum(_room(self.listing.lengths[self._chosen(n)]) for n in numbers)
 
     def build(self, number: int, tick: Tick) -> None:
         """Read, check and write the images of one shard."""
-        first = number * self.options.samples_per_shard
-        chosen = self.order[first : first + self.options.samples_per_shard]
         name = f"{_stem(number)}.tar"
         with self.store.large(name) as file:
             tar = ShardTar(file)
-            parts = self._write(tar, chosen, tick)
+            parts = self._write(tar, number, tick)
             sha256 = tar.end()
         if not parts.rows:
             self.store.remove([name])
         self.finish(number, name, tar.size, sha256, parts, f"{_stem(number)}.idx")
 
-    def _write(self, tar: ShardTar, chosen: np.ndarray, tick: Tick) -> ShardParts:
+    def _chosen(self, number: int) -> np.ndarray:
+        """Int64[n]: the images of a shard."""
+        first = number * self.options.samples_per_shard
+        return self.order[first : first + self.options.samples_per_shard]
+
+    def sources(self) -> list[Path]:
+        """SOURCE, unless it is behind a URL."""
+        places = getattr(self.reader, "paths", None) or [getattr(self.reader, "root", None)]
+        return [place for place in places if isinstance(place, Path)]
+
+    def only(self, number: int) -> WriteJob:
+        """This job with the rows of shard ``number``: 2048 of them are 0.2 MB."""
+        chosen = self._chosen(number)
+        listing = replace(rows_of(self.listing, chosen), rejected=(), classes=())
+        job = replace(self, rows=ShardRows(chosen.tolist(), listing))
+        job.remote, job.decoders = self.remote, self.decoders
+        return job
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mapped arrays, of which a pickle would hold a copy."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("listing", "order")}
+
+    def _write(self, tar: ShardTar, number: int, tick: Tick) -> ShardParts:
         parts = ShardParts([], [], [])
-        for index, read in _reads(self.reader, self.listing, chosen.tolist()):
-            length, name = 0, self.listing.name(index)
+        if self.rows is None:
+            numbers = rows = self._chosen(number).tolist()
+            listing = self.listing
+        else:
+            numbers, listing = self.rows.numbers, self.rows.listing
+            rows = list(range(len(numbers)))
+        for image_number, (row, read) in zip(numbers, _reads(self.reader, listing, rows), strict=True):
+            length, name = 0, listing.name(row)
             try:
                 image = prepare_image(read(), self.options, self.decoders)
                 length = len(image.data)
-                self._add(tar, index, name, image, parts)
+                self._add(tar, sample_key(image_number, name), name, int(listing.labels[row]), image, parts)
             except BadImageError as error:
                 parts.rejected.append(Rejected(name, str(error)))
             tick(1, length)
         return parts
 
-    def _add(self, tar: ShardTar, index: int, name: str, image: PreparedImage, parts: ShardParts) -> None:
+    def _add(self, tar: ShardTar, key: str, name: str, label: int, image: PreparedImage, parts: ShardParts) -> None:
         members = {image.extension: image.data}
-        if (label := int(self.listing.labels[index])) >= 0:
+        if label >= 0:
             members["cls"] = str(label).encode()
-        components = tar.add(sample_key(index, name), members)
+        components = tar.add(key, members)
         offset = next(c.offset for c in components if c.extension == image.extension)
         parts.rows.append((0, offset, len(image.data), label, image.height, image.width, zlib.crc32(image.data)))
         parts.samples.append(components)

@@ -221,17 +221,22 @@ def select(listing: Listing, mask: np.ndarray, rejected: tuple[Rejected, ...]) -
     rows = np.flatnonzero(mask)
     if len(rows) == 0:
         raise UserError("no image is left after choosing: check --subtree and --labels")
-    names = [bytes(listing.names[listing.name_starts[i] : listing.name_starts[i + 1]]) for i in rows]
-    starts = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(name) for name in names], out=starts[1:])
     everything = sorted((*listing.rejected, *rejected), key=lambda r: (r.name, r.reason))
+    return replace(rows_of(listing, rows), rejected=tuple(everything))
+
+
+def rows_of(listing: Listing, rows: np.ndarray) -> Listing:
+    """The images ``rows`` (int64[m]) in this order, as a listing in memory."""
+    starts, ends = listing.name_starts[rows], listing.name_starts[rows + 1]
+    names = [bytes(listing.names[start:end]) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    new_starts = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(ends - starts, out=new_starts[1:])
     return replace(
         listing,
         names=np.frombuffer(b"".join(names), np.uint8),
-        name_starts=starts,
+        name_starts=new_starts,
         offsets=listing.offsets[rows],
         lengths=listing.lengths[rows],
         labels=listing.labels[rows],
-        rejected=tuple(everything),
         versions=None if listing.versions is None else listing.versions[rows],
     )

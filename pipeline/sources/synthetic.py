@@ -21,6 +21,8 @@ from pipeline.common.errors import UserError
 from pipeline.sources.listing import UNKNOWN_LENGTH, Listing
 from pipeline.sources.readers import Source
 
+_PREFIX = "synthetic-"
+
 
 @dataclass(frozen=True)
 class SyntheticReader:
@@ -30,7 +32,8 @@ class SyntheticReader:
     seed: int
 
     def read(self, listing: Listing, index: int) -> bytes:
-        return self._images.encode(index)
+        number = listing.name(index).removeprefix(_PREFIX).removesuffix(".jpg")  # a listing may hold a part of them
+        return self._images.encode(int(number))
 
     @cached_property
     def _images(self) -> SyntheticImages:
@@ -45,7 +48,7 @@ def open_synthetic(count_text: str, subtree: str, seed: int) -> Source:
         raise UserError(f"synthetic:{count_text}: the number of images must be a whole number of at least 1")
     count = int(count_text)
     images = SyntheticImages(count, seed)
-    names = [f"synthetic-{i:09d}.jpg".encode() for i in range(count)]
+    names = [f"{_PREFIX}{i:09d}.jpg".encode() for i in range(count)]
     listing = Listing(
         names=np.frombuffer(b"".join(names), np.uint8),
         name_starts=np.arange(count + 1, dtype=np.int64) * len(names[0]),
