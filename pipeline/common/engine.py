@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter, deque
@@ -26,7 +27,8 @@ from pipeline.common.flags import own_flags
 from pipeline.common.secrets import scrub
 
 MOST_DEATHS = 3  # of workers, with the same task, after which it counts as deadly
-CONNECT_S = 10.0  # for the head of a cluster to answer
+CONNECT_S = 10.0  # for the machine of a cluster's head to answer
+ANSWER_S = 60.0  # for Ray there
 _POLL_S = 0.2
 _ADDRESS = "auto"
 
@@ -261,28 +263,48 @@ def ray_engine(config: EngineConfig, count: Callable[[Any], int] = lambda _: 1) 
 
 def _connect(ray: Any, address: str) -> None:
     if address not in ("auto", "local"):
-        host, _, port = address.rpartition(":")
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
-                pass
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"--ray-address {address} cannot be reached ({getattr(error, 'strerror', None) or error}): check the "
-                "address that `ray start --head` printed, and the firewall"
-            ) from None
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
+        _check_head(address)
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(
-            address=address, **(quiet if address == "local" else {"log_to_driver": False, "logging_level": "error"})
-        )
+        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         if address == "auto":
-            rule = (
-                "no Ray cluster runs on this machine: `ray start --head` starts one, --ray-address local one for this"
-            )
-            raise UserError(f"--ray-address auto: {rule} command alone") from None
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"--ray-address {address}: Ray cannot be used there: {' '.join(lines[:6])[:500]}") from None
+            raise UserError(
+                "--ray-address auto: no Ray cluster runs on this machine: `ray start --head` starts one, --ray-address "
+                "local one for this command alone"
+            ) from None
+        raise UserError(f"--ray-address {address}: Ray cannot be used there: {_last_line(str(error))}") from None
+
+
+def _check_head(address: str) -> None:
+    """Raise UserError unless a Ray head of this version answers. In a process of its own: Ray itself tries for ever."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--ray-address {address} cannot be reached ({getattr(error, 'strerror', None) or error}): check the "
+            "address that `ray start --head` printed, and the firewall"
+        ) from None
+    command = [sys.executable, "-c", _TRY, address]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"--ray-address {address}: no head of a Ray cluster answers there within {ANSWER_S:.0f} s: check the address "
+            "that `ray start --head` printed"
+        ) from None
+    if tried.returncode:
+        raise UserError(f"--ray-address {address}: Ray cannot be used there: {_last_line(tried.stderr)}")
+
+
+_TRY = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "it does not say why"
 
 
 def _check_nodes(ray: Any) -> None:

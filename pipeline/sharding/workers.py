@@ -180,7 +180,11 @@ class _Meter:
         self.check()
         self.bytes += size
         rate = self.bytes / 1e6 / max(time.monotonic() - self.started, 1e-3)
-        shown = [f"{rate:.1f} MB/s", *([f"{len(nodes)} nodes"] if nodes else []), *map(str, nodes[:_NODES_SHOWN])]
+        shown = [
+            f"{rate:.1f} MB/s",
+            *([f"{len(nodes)} node{'s' * (len(nodes) > 1)}"] if nodes else []),
+            *map(str, nodes[:_NODES_SHOWN]),
+        ]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update(images)
 
