@@ -24,9 +24,11 @@ from pipeline.checking.check_dataset import Duplicates, Inspection, inspect_data
 from pipeline.checking.check_shard import CheckOptions
 from pipeline.checking.remote_copy import local_copy
 from pipeline.checking.repair import repair_dataset
+from pipeline.common.engine import EngineConfig
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable, disk_errors, write_json
 from pipeline.common.locations import LocalPath, Location, Url
+from pipeline.common.flags import group
 from pipeline.dataset.remote_cache import CacheConfig
 
 CLASSES_SHOWN = 5  # smallest and largest classes listed in the report
@@ -48,6 +50,7 @@ class Command:
     """Show no progress bar."""
     options: Annotated[CheckOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=CheckOptions)
     cache: Annotated[CacheConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CacheConfig)
+    engine: Annotated[EngineConfig, group("engine")] = field(default_factory=EngineConfig)
 
 
 def main() -> None:
@@ -75,11 +78,19 @@ def _inspect(command: Command) -> Inspection:
     if isinstance(place, Url):
         if command.repair:
             raise UserError(f"--repair writes files, and {place} can only be read: repair a copy, and upload that")
-        with local_copy(place, command.cache, quiet=command.quiet) as folder:
-            return replace(inspect_dataset(folder, command.options, quiet=command.quiet), path=place)
+        on_ray = command.engine.engine == "ray"
+        with local_copy(place, command.cache, shards=not on_ray, quiet=command.quiet) as folder:
+            found = inspect_dataset(
+                folder,
+                command.options,
+                quiet=command.quiet,
+                engine=command.engine,
+                shards_at=place if on_ray else None,
+            )
+            return replace(found, path=place)
     if command.repair:
         _repair(place, command)
-    return inspect_dataset(place, command.options, quiet=command.quiet)
+    return inspect_dataset(place, command.options, quiet=command.quiet, engine=command.engine)
 
 
 def _repair(folder: Path, command: Command) -> None:

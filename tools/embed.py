@@ -14,17 +14,23 @@ from __future__ import annotations
 import train.openmp  # noqa: F401  # before torch
 
 # isort: split
+import atexit
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from typing_extensions import assert_never
 
+from pipeline.common.engine import EngineConfig, describe_rates, ray_engine
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location, PathText
@@ -32,7 +38,7 @@ from pipeline.common.system import duration, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset, open_images
-from tools.embedding.store import BLOCK, Block, EmbeddingWriter, Format
+from tools.embedding.store import BLOCK, UNFINISHED, Block, EmbeddingWriter, Format
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext, distributed, exit_once
 from train.evaluation.features import IMAGES_PER_PASS, EncoderConfig, FrozenEncoder, open_frozen
@@ -73,14 +79,21 @@ class EmbedConfig:
     precision: PrecisionName = "auto"
     """Number format of the forward pass; auto: bf16 on a GPU (fp16 before Ampere), fp32 on a CPU."""
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
+    engine: Annotated[EngineConfig, group("engine")] = field(default_factory=EngineConfig)
 
 
 def main() -> None:
     """Parse the command line and embed."""
     config = tyro.cli(EmbedConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        with exit_once(), distributed(config.device) as dist:
-            embed(config, dist)
+        match config.engine.engine:
+            case "local":
+                with exit_once(), distributed(config.device) as dist:
+                    embed(config, dist)
+            case "ray":
+                embed_on_ray(config)
+            case other:
+                assert_never(other)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on with what is missing in {config.out}", file=sys.stderr)
         sys.exit(130)  # the shell's code for Ctrl-C
@@ -88,18 +101,10 @@ def main() -> None:
 
 def embed(config: EmbedConfig, dist: DistContext) -> None:
     """Write the folder. Raises SharedError for a user's mistake on any rank. A collective."""
-    dataset, encoder, precision = on_all_ranks(dist, lambda: _open(config, dist))
-    head = on_all_ranks(dist, lambda: _head(config, encoder, dist.device))
-    width = on_all_ranks(dist, lambda: _width(encoder, head, dist))
-    identity = {
-        "features": config.features,
-        "normalised": config.normalise,
-        "encoder": encoder.weights.identity,
-        "image_size": encoder.recipe.image_size,
-        "precision": precision.name,
-        "dataset": dataset.fingerprint,
-    }
-    writer = EmbeddingWriter(config.out, config.format, dataset.num_samples, width, config.dtype, identity)
+    opened = on_all_ranks(dist, lambda: _open_all(config, dist))
+    dataset, encoder, precision = opened.dataset, opened.encoder, opened.precision
+    head, writer = opened.head, opened.writer
+    width = opened.about.width
     if not on_rank0(dist, lambda: writer.start(config.overwrite)):
         print0(dist, f"{config.out} is complete already; --overwrite writes it again")
         return
@@ -111,11 +116,130 @@ def embed(config: EmbedConfig, dist: DistContext) -> None:
         print0(dist, f"going on: {writer.blocks - len(missing)} of {writer.blocks} blocks are there")
     job = _Job(config, dataset, encoder, head, precision, dist, writer)
     seconds = on_all_ranks(dist, lambda: _embed_blocks(job, missing))
-    about = {"checkpoint": config.checkpoint, "data": str(config.data), "describe": encoder.weights.describe()}
-    bad = on_rank0(dist, lambda: writer.finish(about))
+    bad = on_rank0(dist, lambda: writer.finish(_record(config, opened.about)))
     print0(dist, f"{config.out}: {dataset.num_samples:,} x {width} {config.dtype} in {duration(seconds)}")
     if bad:
-        print0(dist, f"{len(bad)} images could not be read and have rows of nan: bad_samples in _embeddings.json")
+        print0(dist, _BAD.format(len(bad)))
+
+
+_BAD = "{} images could not be read and have rows of nan: bad_samples in _embeddings.json"
+
+
+def _record(config: EmbedConfig, about: _About) -> dict[str, str]:
+    return {"checkpoint": config.checkpoint, "data": str(config.data), "describe": about.describe}
+
+
+@dataclass(frozen=True)
+class _About:
+    """What decides the embeddings, as the machine knows it that computes them."""
+
+    samples: int
+    width: int
+    identity: dict[str, Any]
+    describe: str  # of the encoder, for people
+    image_size: int  # px
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """All that a process needs in order to embed."""
+
+    dataset: ShardSet
+    encoder: FrozenEncoder
+    head: torch.nn.Module
+    precision: Precision
+    writer: EmbeddingWriter
+    about: _About
+
+
+def _open_all(config: EmbedConfig, dist: DistContext) -> _Opened:
+    """Raises UserError."""
+    dataset, encoder, precision = _open(config, dist)
+    head = _head(config, encoder, dist.device)
+    width = _width(encoder, head, dist)
+    identity = {
+        "features": config.features,
+        "normalised": config.normalise,
+        "encoder": encoder.weights.identity,
+        "image_size": encoder.recipe.image_size,
+        "precision": precision.name,
+        "dataset": dataset.fingerprint,
+    }
+    about = _About(dataset.num_samples, width, identity, encoder.weights.describe(), encoder.recipe.image_size)
+    return _Opened(dataset, encoder, head, precision, _writer(config, about), about)
+
+
+def _writer(config: EmbedConfig, about: _About) -> EmbeddingWriter:
+    return EmbeddingWriter(config.out, config.format, about.samples, about.width, config.dtype, about.identity)
+
+
+def embed_on_ray(config: EmbedConfig, *, quiet: bool = False) -> None:
+    """Write the folder from the nodes of a Ray cluster: an actor for each GPU, or without any for each node.
+
+    The dataset and OUT lie on a file system that all nodes share, or the dataset behind a URL. Raises UserError.
+    """
+    config = replace(config, **{name: _absolute(getattr(config, name)) for name in ("checkpoint", "data", "out")})
+    with ray_engine(config.engine, count=len) as engine:
+        gpus = int(config.device == "cuda" or (config.device == "auto" and engine.gpus > 0))
+        make = partial(_Embedder, config)
+        about: _About = next(engine.run_in_actors(make, [_ABOUT], gpus=gpus, most=1))[1]
+        writer = _writer(config, about)
+        if not writer.start(config.overwrite):
+            print(f"{config.out} is complete already; --overwrite writes it again")
+            return
+        print(f"encoder      {about.describe}, images of {about.image_size} px, {about.identity['precision']}")
+        missing = writer.missing()
+        groups = [missing[at : at + BLOCKS_OF_AN_ACTOR] for at in range(0, len(missing), BLOCKS_OF_AN_ACTOR)]
+        with progress(quiet, total=len(missing), unit=" blocks", desc="embedding") as bar:
+            for group_, _ in engine.run_in_actors(make, groups, gpus=gpus):
+                if not_here := set(group_) & set(writer.missing()):
+                    raise UserError(
+                        f"block {min(not_here)} was written by another node of the Ray cluster, and is not in "
+                        f"{config.out} here: OUT must lie on a file system that all nodes share"
+                    )
+                bar.set_postfix_str(describe_rates(engine.rates()).lstrip(", "), refresh=False)
+                bar.update(len(group_))
+            seconds = float(bar.format_dict["elapsed"])
+        bad = writer.finish(_record(config, about))
+    print(f"{config.out}: {about.samples:,} x {about.width} {config.dtype} in {duration(seconds)}")
+    if bad:
+        print(_BAD.format(len(bad)))
+
+
+BLOCKS_OF_AN_ACTOR = 4  # computed in one go, 65,536 images: few enough to be repeated when a node is lost
+_ABOUT = "about"  # the task of an actor that says what it would compute
+
+
+def _absolute(place: Any) -> Any:
+    """A path as all nodes understand it, whose working folders differ."""
+    if isinstance(place, Path):
+        return place.absolute()
+    return str(Path(place).absolute()) if isinstance(place, str) and Path(place).exists() else place
+
+
+class _Embedder:
+    """An actor's work: blocks of embeddings, written by itself."""
+
+    def __init__(self, config: EmbedConfig) -> None:
+        stack = ExitStack()
+        self._config = config
+        self._dist = stack.enter_context(distributed(config.device))
+        self._opened = _open_all(config, self._dist)
+        atexit.register(stack.close)
+
+    def __call__(self, item: Any) -> Any:
+        """_About for _ABOUT; for a list of blocks, those that were written."""
+        if item == _ABOUT:
+            return self._opened.about
+        opened = self._opened
+        missing = sorted(set(item) & set(opened.writer.missing()))
+        job = _Job(
+            self._config, opened.dataset, opened.encoder, opened.head, opened.precision, self._dist, opened.writer
+        )
+        if not (self._config.out / UNFINISHED).is_dir():
+            raise UserError(f"{self._config.out} is not there: OUT must lie on a file system that all nodes share")
+        _embed_blocks(job, missing, quiet=True)
+        return item
 
 
 def _open(config: EmbedConfig, dist: DistContext) -> tuple[ShardSet, FrozenEncoder, Precision]:
@@ -178,12 +302,12 @@ class _Job:
     writer: EmbeddingWriter
 
 
-def _embed_blocks(job: _Job, missing: list[int]) -> float:
+def _embed_blocks(job: _Job, missing: list[int], quiet: bool = False) -> float:
     """This rank's share of the missing blocks; returns the seconds that it took."""
     dataset, dist = job.dataset, job.dist
     mine = missing[dist.rank :: dist.world_size]
     images = sum(len(_ids(dataset, number)) for number in mine)
-    with progress(quiet=not dist.is_main, total=images, unit="img", desc="embedding") as bar:
+    with progress(quiet=quiet or not dist.is_main, total=images, unit="img", desc="embedding") as bar:
         for first in range(0, len(mine), BLOCKS_AT_ONCE):
             numbers = mine[first : first + BLOCKS_AT_ONCE]
             bad: set[int] = set()

@@ -6,22 +6,29 @@ decoding release the GIL). Memory is bounded: one shard per thread, and a fixed 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import tempfile
+import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import assert_never
 
 from pipeline.checking.check_shard import CheckOptions, Damage, Findings, Records, ShardFindings, check_shard
+from pipeline.checking.remote_copy import fetch, local_copy
+from pipeline.common.engine import EngineConfig, ray_engine
 from pipeline.common.errors import UserError
-from pipeline.common.files import open_regular, read_regular
+from pipeline.common.files import disk_errors, open_regular, read_regular
 from pipeline.common.locations import Url
 from pipeline.common.system import cores, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
@@ -36,8 +43,12 @@ from pipeline.dataset.format import (
     read_dataset_file,
 )
 from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, Names, open_names
+from pipeline.dataset.out_folder import RETRY_MINUTES
+from pipeline.dataset.remote_cache import CacheConfig
+from pipeline.dataset.remote_files import RemoteFolder
 from pipeline.dataset.shard_store import LocalShards
 from pipeline.sharding.decode_service import Decoders, DecodeService
+from pipeline.sharding.workers import worker_decoders
 from pipeline.sources.readers import WDS
 
 GROUPS_LISTED = 1000  # groups of equal images listed in a report; all are counted
@@ -79,9 +90,20 @@ class Inspection:
         return {**asdict(self), "path": str(self.path), "fine": self.fine}
 
 
-def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -> Inspection:
-    """Check the dataset in folder ``path``. Raises UserError if there is none, or an unfinished one."""
-    info, damage = _read_record(path)
+def inspect_dataset(
+    path: Path,
+    options: CheckOptions,
+    *,
+    quiet: bool = False,
+    engine: EngineConfig | None = None,
+    shards_at: Url | None = None,
+) -> Inspection:
+    """Check the dataset in folder ``path``. Raises UserError if there is none, or an unfinished one.
+
+    ``engine``: where the shards are checked, by default in threads of this process. ``shards_at``: the URL of the same
+    dataset, if ``path`` has no tars and indexes; for Ray, whose workers then fetch them one by one.
+    """
+    info, damage = read_record(path)
     if info is None:
         return Inspection(path, 0, 0, 0, 0, 0, tuple(damage), {}, 0, Duplicates(0, 0, 0, ()), (0, 0))
     decoded = 0
@@ -90,9 +112,17 @@ def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -
         ThreadPoolExecutor(options.workers or cores()) as pool,
         progress(quiet, total=info["num_samples"], unit=" images", desc="checking") as bar,
     ):
-        records, more = _open_records(path, info, service.client)
+        records, more = open_records(path, info, service.client)
         damage += more
-        for shard, found in zip(records.dataset.shards, _in_order(pool, records, options, service), strict=True):
+        match (engine or EngineConfig()).engine:
+            case "local":
+                all_found = _in_order(pool, records, options, service)
+            case "ray":
+                assert engine is not None
+                all_found = check_on_ray(engine, shards_at or path, len(records.dataset.shards), options)
+            case other:
+                assert_never(other)
+        for shard, found in zip(records.dataset.shards, all_found, strict=True):
             damage += found.damage
             decoded += found.decoded
             bar.update(shard.samples)
@@ -110,9 +140,84 @@ def inspect_dataset(path: Path, options: CheckOptions, *, quiet: bool = False) -
         damage=tuple(damage),
         class_counts=dict(zip(map(str, records.dataset.classes), counts, strict=True)),
         unlabelled=unlabelled,
-        duplicates=find_duplicates(records.dataset),
+        duplicates=find_duplicates(records.dataset if shards_at is None else _read_there(records.dataset, shards_at)),
         shard_samples=(min(sizes, default=0), max(sizes, default=0)),
     )
+
+
+def _read_there(dataset: ShardSet, url: Url) -> ShardSet:
+    """The dataset with its images read from ``url``, in ranges."""
+    return ShardSet(_RangesOf(url, dataset.info["shards"]), dataset.info, dataset.samples, verify_checksums=True)
+
+
+class _RangesOf(LocalShards):
+    """The shards behind a URL, of which few images are read."""
+
+    def __init__(self, url: Url, shards: list[dict[str, Any]]) -> None:
+        super().__init__(Path(), shards)
+        self._remote, self._names = RemoteFolder(url, RETRY_MINUTES), [shard["name"] for shard in shards]
+
+    def read(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
+        """A range of a shard. Raises UserError."""
+        return self._remote.read(self._names[shard], offset, length, cancelled)
+
+
+def check_on_ray(
+    config: EngineConfig, place: Path | Url, shards: int, options: CheckOptions
+) -> Iterator[ShardFindings]:
+    """The findings of each shard in order, from the nodes of a cluster. Raises UserError."""
+    place = place.absolute() if isinstance(place, Path) else place
+    found: dict[int, ShardFindings] = {}
+    with ray_engine(config) as engine:
+        following = 0
+        for (_, number, _), result in engine.run(_check_there, ((place, number, options) for number in range(shards))):
+            found[number] = result
+            while following in found:
+                yield found.pop(following)
+                following += 1
+
+
+def _check_there(task: tuple[Path | Url, int, CheckOptions]) -> ShardFindings:
+    place, number, options = task
+    there = _opened_there(place)
+    if there.remote is None:
+        return check_shard(there.records, number, options)
+    shard = there.records.dataset.shards[number]
+    names = [name for name in (shard.name, shard.index) if there.remote.has(name)]
+    with disk_errors(f"copying {shard.name} of {place}"):
+        try:
+            for name in names:
+                fetch(there.remote, name, there.remote.size(name), there.folder)
+            return check_shard(there.records, number, options)
+        finally:
+            for name in names:
+                (there.folder / name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _OpenedThere:
+    """A dataset in a worker of a cluster; of a remote one, ``folder`` has the sidecar files."""
+
+    folder: Path
+    records: Records
+    remote: RemoteFolder | None
+
+
+@cache
+def _opened_there(place: Path | Url) -> _OpenedThere:
+    """Once in each worker process. What the whole files are worth, the main process finds."""
+    folder, remote = place, None
+    if isinstance(place, Url):
+        remote = RemoteFolder(place, RETRY_MINUTES)
+        copy = local_copy(place, CacheConfig(cache_dir=Path(tempfile.gettempdir())), shards=False, quiet=True)
+        folder = copy.__enter__()
+        atexit.register(copy.__exit__, None, None, None)
+    assert isinstance(folder, Path)
+    info, _ = read_record(folder)
+    if info is None:
+        raise UserError(f"{place} has no {DATASET_FILE} here: it must lie on a file system that all nodes share")
+    records, _ = open_records(folder, info, worker_decoders(), hashes=False)
+    return _OpenedThere(folder, records, remote)
 
 
 def _in_order(
@@ -136,7 +241,7 @@ def _in_order(
             future.cancel()
 
 
-def _read_record(path: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
+def read_record(path: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
     """(dataset.json if it can be read, damage of dataset.json itself)."""
     found = Findings(DATASET_FILE)
     lost = path.is_dir() and not (path / DATASET_FILE).exists()
@@ -156,7 +261,10 @@ def _read_record(path: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
     return info, found.damage()
 
 
-def _open_records(path: Path, info: dict[str, Any], decoders: Decoders) -> tuple[Records, list[Damage]]:
+def open_records(
+    path: Path, info: dict[str, Any], decoders: Decoders, *, hashes: bool = True
+) -> tuple[Records, list[Damage]]:
+    """The sidecar files of a dataset, and their damage; ``hashes``: compare them with their sha256 too."""
     found = Findings(SAMPLES_FILE)
     samples = np.zeros(0, SAMPLE_DTYPE)
     try:
@@ -166,7 +274,7 @@ def _open_records(path: Path, info: dict[str, Any], decoders: Decoders) -> tuple
             found.add("holds something else than a dataset's rows")
         else:
             samples = loaded
-            if file_sha256(path / SAMPLES_FILE) != info["samples_sha256"]:
+            if hashes and file_sha256(path / SAMPLES_FILE) != info["samples_sha256"]:
                 found.add("is not the one recorded: its sha256 differs")
     except FileNotFoundError:
         found.add("is missing")
@@ -181,18 +289,18 @@ def _open_records(path: Path, info: dict[str, Any], decoders: Decoders) -> tuple
     refused = read_entries(path / REJECTED_FILE, in_rejected) if foreign else []
     if len(read_entries(path / REENCODED_FILE, in_reencoded)) != sum(info.get("reencoded", {}).values()):
         in_reencoded.add("has another number of entries than recorded")
-    names = _open_names(path, info, in_names)
+    names = _open_names(path, info, in_names, hashes)
     damage = [one for each in (found, in_rejected, in_reencoded, in_names) for one in each.damage()]
     return Records(
         dataset, np.minimum(ends, len(samples)), names, decoders, frozenset(name for name, _ in refused), foreign
     ), damage
 
 
-def _open_names(path: Path, info: dict[str, Any], found: Findings) -> Names | None:
+def _open_names(path: Path, info: dict[str, Any], found: Findings, hashes: bool) -> Names | None:
     try:
         names = open_names(path, info)
         for name, sha256 in ((NAMES_FILE, "sha256"), (NAME_STARTS_FILE, "starts_sha256")):
-            if names is not None and file_sha256(path / name) != info["names"].get(sha256):
+            if hashes and names is not None and file_sha256(path / name) != info["names"].get(sha256):
                 found.add("is not the one recorded", f"the sha256 of {name} differs")
         return names
     except UserError as error:

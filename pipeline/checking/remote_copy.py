@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ SIDECARS = (SAMPLES_FILE, NAMES_FILE, NAME_STARTS_FILE, REJECTED_FILE, REENCODED
 
 
 @contextmanager
-def local_copy(url: Url, cache: CacheConfig, *, quiet: bool = False) -> Iterator[Path]:
+def local_copy(url: Url, cache: CacheConfig, *, shards: bool = True, quiet: bool = False) -> Iterator[Path]:
     """All files of the dataset below ``url`` in a temporary folder inside the cache's. What is not there is left out.
+
+    ``shards``: False for all but the tars and their indexes.
 
     Raises UserError if there is no dataset, it cannot be fetched, or the disk has no room for it.
     """
@@ -36,15 +38,22 @@ def local_copy(url: Url, cache: CacheConfig, *, quiet: bool = False) -> Iterator
         cache.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="check-", dir=cache.folder) as folder:
             (Path(folder) / DATASET_FILE).write_bytes(record)
-            sizes = {name: remote.size(name) for name in _names(info) if remote.has(name)}
+            sizes = {name: remote.size(name) for name in (_names(info) if shards else SIDECARS) if remote.has(name)}
             _check_room(url, sum(sizes.values()), cache.folder)
             with progress(quiet, total=sum(sizes.values()), unit="B", unit_scale=True, desc=f"fetching {url}") as bar:
                 for name, size in sizes.items():
-                    with open(Path(folder) / name, "wb") as file:
-                        for piece in remote.pieces(name, size, 0, threading.Event()):
-                            file.write(piece)
-                            bar.update(len(piece))
+                    fetch(remote, name, size, Path(folder), bar.update)
             yield Path(folder)
+
+
+def fetch(
+    remote: RemoteFolder, name: str, size: int, folder: Path, tick: Callable[[int], object] = lambda _: None
+) -> None:
+    """Copy a file into ``folder``; ``tick`` is called with the bytes of each piece. Raises OSError or UserError."""
+    with open(folder / name, "wb") as file:
+        for piece in remote.pieces(name, size, 0, threading.Event()):
+            file.write(piece)
+            tick(len(piece))
 
 
 def _names(info: dict[str, Any]) -> list[str]:

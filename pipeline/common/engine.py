@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -78,6 +78,15 @@ class NodeRate:
         return f"{self.node} {self.per_s:.0f}/s"
 
 
+_NODES_SHOWN = 4  # in a progress bar
+
+
+def describe_rates(nodes: Sequence[NodeRate]) -> str:
+    """The rates of the fastest nodes, to be put behind others; "" for none."""
+    count = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}"
+    return ", ".join(["", count, *map(str, nodes[:_NODES_SHOWN])]) if nodes else ""
+
+
 class RayEngine:
     """Tasks on the nodes of a Ray cluster."""
 
@@ -96,10 +105,13 @@ class RayEngine:
         remote = self._ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(_on_node)
         yield from self._run(lambda item: remote.remote(work, item), items, self._slots, force=True)
 
-    def run_in_actors(self, make: Callable[[], Any], items: Iterable[Any], gpus: int) -> Iterator[tuple[Any, Any]]:
+    def run_in_actors(
+        self, make: Callable[[], Any], items: Iterable[Any], *, gpus: int, most: int | None = None
+    ) -> Iterator[tuple[Any, Any]]:
         """``make()(item)`` of each item; ``make`` is called once in each actor, of which every GPU gets one.
 
-        ``gpus``: of each actor; 0: as many actors as there are nodes, each with the CPUs of its node.
+        ``gpus``: of each actor; 0: as many actors as there are nodes with CPUs, each with the CPUs of the smallest.
+        ``most``: actors at most.
         """
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         if gpus:
@@ -107,8 +119,9 @@ class RayEngine:
             if count == 0:
                 raise UserError("no node of the Ray cluster has a GPU: add --device cpu, or nodes with GPUs")
         else:
-            cpus = min(int(node["Resources"].get("CPU", 1)) for node in nodes)
-            count, resources = len(nodes), {"num_cpus": max(1, cpus)}
+            cpus = [int(node["Resources"]["CPU"]) for node in nodes if node["Resources"].get("CPU", 0) >= 1]
+            count, resources = len(cpus), {"num_cpus": min(cpus)}
+        count = min(count, most or count)
         actor = self._ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **resources)(_Actor)
         idle: deque[Any] = deque(actor.remote(make) for _ in range(count))
         users: dict[Any, Any] = {}
@@ -124,6 +137,11 @@ class RayEngine:
             idle.append(actor.remote(make) if died else chosen)
 
         yield from self._run(start, items, lambda: count, ended)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the cluster."""
+        return int(self._ray.cluster_resources().get("GPU", 0))
 
     def _slots(self) -> int:
         """Tasks under way at a time: two for each CPU, so that no worker waits for the next one."""
@@ -292,8 +310,8 @@ def _check_head(address: str) -> None:
         tried = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"--ray-address {address}: no head of a Ray cluster answers there within {ANSWER_S:.0f} s: check the address "
-            "that `ray start --head` printed"
+            f"--ray-address {address}: no head of a Ray cluster answers there within {ANSWER_S:.0f} s: check the "
+            "address that `ray start --head` printed"
         ) from None
     if tried.returncode:
         raise UserError(f"--ray-address {address}: Ray cannot be used there: {_last_line(tried.stderr)}")

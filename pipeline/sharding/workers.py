@@ -138,15 +138,15 @@ def _build_there(task: tuple[int, Job]) -> tuple[int, int]:
             f"SOURCE {missing[0]} is not there: it must lie on a file system that all nodes share, or behind a URL"
         )
     if job.decoders is not None:
-        job.decoders = _decoders()
+        job.decoders = worker_decoders()
     with torch_kept_out(), disk_errors(f"writing shard {number} of {job.store.place}"):
         job.build(number, tick)
     return done[0], done[1]
 
 
 @cache
-def _decoders() -> Decoders:
-    """Of this worker process: a process of their own, started once an image is to be compared."""
+def worker_decoders() -> Decoders:
+    """Decoders of a worker of a cluster: a process of their own, started once an image is to be compared."""
     service = DecodeService()
 
     def watch() -> None:
@@ -166,9 +166,6 @@ def _room(job: Job, missing: list[int], workers: int) -> int:
     return workers * max((job.room([number]) for number in missing[: 4 * workers]), default=0)
 
 
-_NODES_SHOWN = 4  # in the progress bar
-
-
 class _Meter:
     """Progress bar with images/s and MB/s."""
 
@@ -180,12 +177,7 @@ class _Meter:
         self.check()
         self.bytes += size
         rate = self.bytes / 1e6 / max(time.monotonic() - self.started, 1e-3)
-        shown = [
-            f"{rate:.1f} MB/s",
-            *([f"{len(nodes)} node{'s' * (len(nodes) > 1)}"] if nodes else []),
-            *map(str, nodes[:_NODES_SHOWN]),
-        ]
-        self.bar.set_postfix_str(", ".join(shown), refresh=False)
+        self.bar.set_postfix_str(f"{rate:.1f} MB/s{describe_rates(nodes)}", refresh=False)
         self.bar.update(images)
 
 

@@ -60,3 +60,16 @@ class DeadlyReader:
             left[0].unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.reader.read(listing, index)
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Work of an actor: squares; its process is killed as often as ``flags`` has files."""
+
+    flags: Path
+
+    def __call__(self, number: int) -> int:
+        if left := sorted(self.flags.iterdir()):
+            left[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number
