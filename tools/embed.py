@@ -179,7 +179,7 @@ def embed_on_ray(config: EmbedConfig, *, quiet: bool = False) -> None:
     The dataset and OUT lie on a file system that all nodes share, or the dataset behind a URL. Raises UserError.
     """
     config = replace(config, **{name: _absolute(getattr(config, name)) for name in ("checkpoint", "data", "out")})
-    with ray_engine(config.engine, count=len) as engine:
+    with ray_engine(config.engine, count=lambda done: len(done) if isinstance(done, list) else 0) as engine:
         gpus = int(config.device == "cuda" or (config.device == "auto" and engine.gpus > 0))
         make = partial(_Embedder, config)
         about: _About = next(engine.run_in_actors(make, [_ABOUT], gpus=gpus, most=1))[1]

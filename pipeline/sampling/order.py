@@ -27,6 +27,7 @@ from pipeline.common.flags import own_flags
 from pipeline.sampling.counter_rng import philox4x32, seed_key, splitmix64
 
 FEISTEL_ROUNDS = 12  # six per half; four in all are proven enough for large halves (Luby & Rackoff 1988)
+SHARDING_STREAM = 0x0D5D  # the order in which sharding writes images
 ORDER_STREAM = 0x0D0E  # keeps the order's counters apart from those of the views
 SHARD_STREAM = 0x0D5A  # the permutation of shards
 BLOCK_STREAM = 0x0D81  # those within groups of shards
@@ -108,6 +109,11 @@ def epoch_order(num_samples: int, seed: int, epoch: int, positions: NDArray[np.i
     permutation of ``0 .. num_samples - 1``, another one for each seed and epoch.
     """
     return _permute_one(num_samples, _round_keys(seed, epoch, ORDER_STREAM), positions)
+
+
+def sharding_order(num_images: int, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The images at some positions of a dataset that is written: int64 ``[n]`` both, over all a permutation."""
+    return _permute_one(num_images, _round_keys(seed, 0, SHARDING_STREAM), positions)
 
 
 class BlockOrder:

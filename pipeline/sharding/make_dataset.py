@@ -13,6 +13,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ from pipeline.sources.readers import SPOOL_FILE, WDS, ContainerReader, Reader
 from pipeline.sources.remote_path import RemotePath, SourcePath
 
 HELD_OUT_SUFFIX = "-val"  # behind OUT: the dataset that --hold-out makes beside it
+MANY_DRAWS = 50_000_000  # images, whose draws take 0.8 GB
 _JOB_FILE = f"{PARTIAL_DIR}/job.json"
 
 
@@ -462,6 +464,10 @@ def _lay_out(listing: Listing, job: WriteJob, call: _Call) -> None:
     """
     options = call.options
     listing.save(call.work / "listing")
+    if options.shuffle == "permutation":
+        return  # each shard's part is computed
+    if len(listing) > MANY_DRAWS:
+        print(f"note: {len(listing):,} images: --shuffle permutation would sort nothing in memory", file=sys.stderr)
     order = np.argsort(np.random.PCG64(options.seed).random_raw(len(listing)), kind="stable")[: options.limit]
     if options.hold_out is not None:
         held = _held_out(listing, order, job, call)

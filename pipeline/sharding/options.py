@@ -30,6 +30,9 @@ class ShardingOptions:
     """Worker processes; 0 = one per CPU core. The result does not depend on it."""
     seed: int = 0
     """Seed of the global shuffle (and of the images of synthetic:N)."""
+    shuffle: Literal["draws", "permutation"] = "draws"
+    """How to shuffle the images over all shards. draws: sort random numbers, in 16 bytes of memory an image.
+    permutation: compute each shard's part of a keyed permutation, for hundreds of millions of images."""
     verify: Verify = "full"
     """How far to check images. full: decode every image and refuse the broken ones; those other than JPEGs of 1 or 3
     components with every back end that is installed, and refuse what differs. header: refuse by format and size only.
@@ -104,6 +107,10 @@ class ShardingOptions:
         if self.hold_out is not None:
             share = self.hold_out
             require("--hold-out", share, 0 < share < 1, "a share lies between 0 and 1, as in --hold-out 0.1")
+            if self.shuffle == "permutation":
+                raise UserError(
+                    "--shuffle permutation does not go with --hold-out, which compares all images in memory"
+                )
             if self.part is not None:
                 raise UserError("--part does not go with --hold-out, which compares all images: leave one of them out")
 
@@ -143,6 +150,8 @@ class ShardingOptions:
         values["subtree"] = self.subtree.strip("/")
         if self.shorter_side is None:
             values["jpeg_quality"] = None
+        if self.shuffle == "draws":
+            del values["shuffle"]  # as datasets had it before there was the option
         if self.hold_out is None:
             del values["hold_out"], values["side"]  # as datasets had it before there was the option
         return values

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 from typing_extensions import assert_never
 
-from pipeline.common.engine import EngineConfig, NodeRate, ray_engine
+from pipeline.common.engine import EngineConfig, NodeRate, describe_rates, ray_engine
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors
 from pipeline.common.system import cores, progress

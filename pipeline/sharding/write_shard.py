@@ -28,6 +28,7 @@ from pipeline.dataset.format import PARTIAL_DIR, SAMPLE_DTYPE, Shard
 from pipeline.dataset.names import encode_names
 from pipeline.dataset.out_folder import LocalOut, OutFolder, RemoteOut, write_json
 from pipeline.dataset.shard_tar import BLOCK, Component, ShardTar, write_index
+from pipeline.sampling.order import sharding_order
 from pipeline.sharding.decode_service import Decoders, OwnDecoders
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.prepare_image import PreparedImage, prepare_image
@@ -163,6 +164,22 @@ def _stem(number: int) -> str:
 
 
 @dataclass(frozen=True)
+class ComputedOrder:
+    """The image numbers at positions 0 .. count - 1, of ``images``: computed where they are asked for."""
+
+    images: int
+    count: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Int64[n] of a slice."""
+        return sharding_order(self.images, self.seed, np.arange(*part.indices(self.count)))
+
+
+@dataclass(frozen=True)
 class ShardRows:
     """The images of one shard: their numbers in the source, and the rows of the listing in the same order."""
 
@@ -193,8 +210,11 @@ class WriteJob(Job):
         return self.work or self.out / PARTIAL_DIR
 
     @cached_property
-    def order(self) -> np.ndarray:
+    def order(self) -> np.ndarray | ComputedOrder:
         """Int64[n]: image numbers in the order of writing."""
+        count = len(self.listing)
+        if self.options.shuffle == "permutation":
+            return ComputedOrder(count, min(count, self.options.limit or count), self.options.seed)
         return np.load(self._work / "order.npy", mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import unicodedata
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.common.errors import UserError
 from pipeline.dataset.format import read_dataset_file
 from pipeline.sources.class_names import is_number, number_words
+from pipeline.sources.columns import scratch
 from pipeline.sources.devkit import devkit_classes, is_devkit
 from pipeline.sources.label_file import ImageNames, read_label_file
 from pipeline.sources.listing import Listing, Rejected, select
@@ -135,32 +136,109 @@ def label_by_folder(listing: Listing, source: str, mode: Literal["auto", "folder
     folders are probably not classes: folders named like splits, one folder around all classes, or images beside
     folders. ``folders`` accepts the first two cases and rejects images outside of class folders.
     """
-    names = [listing.name(i) for i in range(len(listing))]
-    tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
-    classes = sorted(set(tops) - {""})
+    tops = _tops(listing)
+    classes = tops.classes
     if mode == "auto":
-        if not classes or (set(tops) == set(classes[:1]) and all(name.count("/") == 1 for name in names)):
+        if not classes or (len(classes) == 1 and tops.outside == 0 and tops.deepest == 1):
             return listing
-        _check_classes(classes, tops, names, source)
+        _check_classes(tops, listing, source)
     elif not classes:
         raise UserError(f"--labels folders, but {source} has no sub-folders with images: use --labels none")
-    if "" in tops:
+    if tops.outside:
+        inside = tops.labels >= 0
         outside = tuple(
-            Rejected(n, "outside of the class folders") for n, top in zip(names, tops, strict=True) if not top
+            Rejected(listing.name(row), "outside of the class folders") for row in np.flatnonzero(~inside).tolist()
         )
-        listing = select(listing, np.array([top != "" for top in tops]), outside)
-        tops = [top for top in tops if top]
+        return replace(select(listing, inside, outside), labels=tops.labels[inside], classes=tuple(classes))
+    return replace(listing, labels=tops.labels, classes=tuple(classes))
+
+
+@dataclass(frozen=True)
+class _Tops:
+    """The first folders in the names of a listing."""
+
+    classes: list[str]  # sorted
+    labels: np.ndarray  # int32[n]: the place of each name's folder in classes; -1 for a name without one
+    outside: int  # names without one
+    first_outside: int  # the row of the first of them; -1: none
+    deepest: int  # most folders in a name
+
+
+def _tops(listing: Listing) -> _Tops:
+    """Names are sorted, so that those of a folder follow each other: each is looked for by its first and last name."""
+    labels, folders, deepest = _count_folders(listing)
+    labels[:] = -1
+    found: list[tuple[str, int, int]] = []  # folder, its first row, the row behind its last one
+    row, first_outside, outside = 0, -1, 0
+    while row < len(listing):
+        following = _next_true(folders, row)
+        if following > row and first_outside < 0:
+            first_outside = row
+        outside += following - row
+        if following == len(listing):
+            break
+        top = listing.name(following).partition("/")[0]
+        row = _behind_prefix(listing, f"{top}/".encode("utf-8", "surrogateescape"), following)
+        found.append((top, following, row))
+    classes = sorted(top for top, _, _ in found)
     number = {name: i for i, name in enumerate(classes)}
-    return replace(listing, labels=np.array([number[top] for top in tops], np.int32), classes=tuple(classes))
+    for top, start, end in found:
+        labels[start:end] = number[top]
+    return _Tops(classes, labels, outside, first_outside, deepest)
 
 
-def _check_classes(classes: list[str], tops: list[str], names: list[str], source: str) -> None:
-    outside = tops.count("")
+def _count_folders(listing: Listing) -> tuple[np.ndarray, np.ndarray, int]:
+    """(room for labels, bool[n]: names with a folder, most folders in a name)."""
+    labels, folders, deepest = scratch(len(listing), np.int32), scratch(len(listing), np.bool_), 0
+    for first in range(0, len(listing), _ROWS_AT_ONCE):
+        starts = np.asarray(listing.name_starts[first : first + _ROWS_AT_ONCE + 1])
+        slashes = np.flatnonzero(listing.names[starts[0] : starts[-1]] == ord("/")) + starts[0]
+        counts = np.diff(np.searchsorted(slashes, starts))
+        folders[first : first + len(counts)] = counts > 0
+        deepest = max(deepest, int(counts.max(initial=0)))
+    return labels, folders, deepest
+
+
+def _next_true(values: np.ndarray, start: int) -> int:
+    """The first place from ``start`` on where ``values`` is true; their number if there is none."""
+    step = 1
+    while start < len(values):
+        piece = values[start : start + step]
+        if piece.any():
+            return start + int(piece.argmax())
+        start, step = start + step, min(2 * step, _ROWS_AT_ONCE)
+    return len(values)
+
+
+def _behind_prefix(listing: Listing, prefix: bytes, start: int) -> int:
+    """The first row behind ``start`` whose name does not begin with ``prefix``, by bisection."""
+
+    def begins(row: int) -> bool:
+        at = int(listing.name_starts[row])
+        return (
+            bytes(listing.names[at : at + len(prefix)]) == prefix and at + len(prefix) <= listing.name_starts[row + 1]
+        )
+
+    step, low = 1, start
+    while low + step < len(listing) and begins(low + step):
+        low, step = low + step, 2 * step
+    high = min(low + step, len(listing))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if begins(middle) else (low, middle)
+    return high
+
+
+_ROWS_AT_ONCE = 1 << 20
+
+
+def _check_classes(tops: _Tops, listing: Listing, source: str) -> None:
+    outside, classes = tops.outside, tops.classes
     if outside:
         raise UserError(
-            f"{source} has {outside} images outside of class folders (the first: {names[tops.index('')]!r}) and "
-            f"{len(names) - outside} inside: say --labels none to take all without labels, or --labels folders to "
-            "leave out those outside"
+            f"{source} has {outside} images outside of class folders (the first: {listing.name(tops.first_outside)!r}) "
+            f"and {len(listing) - outside} inside: say --labels none to take all without labels, or --labels folders "
+            "to leave out those outside"
         )
     if len(classes) == 1:
         raise UserError(

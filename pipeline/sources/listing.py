@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, write_json
+from pipeline.sources.columns import Column
 from pipeline.sources.image_file import IMAGE_SUFFIXES
 
 UNKNOWN_LENGTH = -1
@@ -29,15 +32,15 @@ NO_IMAGE_NAME = "not an image file"
 SYSTEM_FOLDER = "in a folder of the system or of a device, not of images"
 MOST_BYTES = 1 << 30  # of one encoded image: it is read into memory as a whole
 # Windows, macOS, Linux, Synology, QNAP; other folders of this kind are hidden ones
-_SYSTEM_NAMES = (
+SYSTEM_NAMES = (
     r"\$recycle\.bin|recycler|system volume information|__macosx|lost\+found|@eadir|#recycle|@recycle|@__thumb"
 )
-_SYSTEM_FOLDERS = re.compile(rf"(?:^|/)(?:{_SYSTEM_NAMES})/", re.IGNORECASE)
+_SYSTEM_FOLDERS = re.compile(rf"(?:^|/)(?:{SYSTEM_NAMES})/", re.IGNORECASE)
 
 
 def is_system_folder(name: str) -> bool:
     """Whether a folder of this name holds thumbnails, deleted files or the like."""
-    return re.fullmatch(_SYSTEM_NAMES, name, re.IGNORECASE) is not None
+    return re.fullmatch(SYSTEM_NAMES, name, re.IGNORECASE) is not None
 
 
 def suffix(name: str) -> str:
@@ -109,7 +112,8 @@ class Listing:
         """sha256 over names, lengths, labels and classes. A changed file of the same length goes unnoticed."""
         digest = hashlib.sha256()
         for column in (self.names, self.name_starts, self.lengths, self.labels):
-            digest.update(np.ascontiguousarray(column).data)
+            for first in range(0, len(column), _AT_ONCE):
+                digest.update(np.ascontiguousarray(column[first : first + _AT_ONCE]).data)
         digest.update(json.dumps([self.classes, [[r.name, r.reason] for r in self.rejected]]).encode())
         return digest.hexdigest()
 
@@ -133,20 +137,24 @@ class Listing:
         return cls(**columns, classes=tuple(meta["classes"]), rejected=rejected)
 
 
-@dataclass
 class ListingBuilder:
-    """Collects images in any order; ``build`` sorts them by name, so that a folder and a tar of it agree."""
+    """Collects images in any order; ``build`` sorts them by name, so that a folder and a tar of it agree.
 
-    source: str  # as the user wrote it, for messages
-    names: list[bytes] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)  # only for sources that know them; else empty
-    versions: list[int] = field(default_factory=list)  # likewise
-    rejected: list[Rejected] = field(default_factory=list)
+    Its columns grow on the disk. Where names come in order, as those of folders and buckets do, memory stays flat.
+    """
+
+    def __init__(self, source: str) -> None:
+        """``source``: as the user wrote it, for messages."""
+        self.source = source
+        self.rejected: list[Rejected] = []
+        self._names, self._ends = Column(np.uint8), Column(np.int64)  # each name ends at a byte of all names
+        self._offsets, self._lengths = Column(np.int64), Column(np.int64)
+        self._labels = Column(np.int32)  # only for sources that know them; else empty
+        self._versions = Column(np.uint64)  # likewise
+        self._in_order, self._last = True, b""
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._ends)
 
     def add(self, name: str, offset: int, length: int, label: int | None = None, version: int | None = None) -> None:
         """Add one entry; a name without an image's extension goes to ``rejected``."""
@@ -159,13 +167,58 @@ class ListingBuilder:
         if length > MOST_BYTES:
             self.reject(name, f"larger than {MOST_BYTES >> 20:,} MiB")
             return
-        self.names.append(name.encode("utf-8", "surrogateescape"))
-        self.offsets.append(offset)
-        self.lengths.append(length)
+        self._append([name.encode("utf-8", "surrogateescape")])
+        self._offsets.extend([offset])
+        self._lengths.extend([length])
         if label is not None:
-            self.labels.append(label)
+            self._labels.extend([label])
         if version is not None:
-            self.versions.append(version)
+            self._versions.extend([version])
+
+    def add_files(self, names: Sequence[str], lengths: Sequence[int], versions: Sequence[int]) -> None:
+        """``add`` of many files that begin at byte 0, at a fraction of its cost where nothing is to be rejected."""
+        plain = all(name.endswith(_USUAL_ENDINGS) for name in names) and max(lengths, default=0) <= MOST_BYTES
+        if not plain or _SYSTEM_FOLDERS.search("/".join(names)) is not None:
+            for name, length, version in zip(names, lengths, versions, strict=True):
+                self.add(name, 0, length, version=version)
+            return
+        self._append([name.encode("utf-8", "surrogateescape") for name in names])
+        self._offsets.extend(np.zeros(len(names), np.int64))
+        self._lengths.extend(lengths)
+        self._versions.extend(versions)
+
+    def _append(self, names: list[bytes]) -> None:
+        if not names:
+            return
+        if self._in_order:
+            follows = len(self) == 0 or self._last < names[0]
+            self._in_order = follows and all(map(operator.lt, names, islice(names, 1, None)))
+            self._last = names[-1]
+        start = len(self._names)
+        self._names.extend(b"".join(names))
+        self._ends.extend(start + np.cumsum(np.fromiter(map(len, names), np.int64, len(names))))
+
+    def extend(self, other: ListingBuilder) -> None:
+        """Add all that ``other`` has collected behind this one's; ``other`` must not be used afterwards."""
+        self.rejected += other.rejected
+        if len(other) == 0:
+            return
+        names, ends = other._names.finish(), other._ends.finish()
+        self._in_order = self._in_order and other._in_order and (len(self) == 0 or self._last < bytes(names[: ends[0]]))
+        start, self._last = len(self._names), other._last
+        for first in range(0, len(names), _AT_ONCE):
+            self._names.extend(names[first : first + _AT_ONCE])
+        for first in range(0, len(ends), _AT_ONCE):
+            self._ends.extend(start + ends[first : first + _AT_ONCE])
+        for mine, more in (
+            (self._offsets, other._offsets),
+            (self._lengths, other._lengths),
+            (self._labels, other._labels),
+            (self._versions, other._versions),
+        ):
+            values = more.finish()
+            for first in range(0, len(values), _AT_ONCE):
+                mine.extend(values[first : first + _AT_ONCE])
 
     def reject(self, name: str, reason: str) -> None:
         """Record an entry that is not used, with the reason."""
@@ -173,27 +226,30 @@ class ListingBuilder:
 
     def build(self, classes: Sequence[str] = ()) -> Listing:
         """Sort by name. Raises UserError if there is no image at all."""
-        if not self.names:
+        if not len(self):
             raise UserError(
                 f"no images in {self.source}{self._seen()}. Check the path, --subtree, and that they are named as "
                 "images are: --help lists the endings"
             )
-        order = self._sorted_unique()
-        names = [self.names[i] for i in order]
-        starts = np.zeros(len(order) + 1, np.int64)
-        np.cumsum([len(name) for name in names], out=starts[1:])
-        rows = np.array(order, np.int64)
-        labels = np.array(self.labels, np.int32)[rows] if self.labels else np.full(len(order), -1, np.int32)
-        return Listing(
-            names=np.frombuffer(b"".join(names), np.uint8),
-            name_starts=starts,
-            offsets=np.array(self.offsets, np.int64)[rows],
-            lengths=np.array(self.lengths, np.int64)[rows],
-            labels=labels,
+        starts = Column(np.int64)
+        starts.extend([0])
+        ends = self._ends.finish()
+        for first in range(0, len(ends), _AT_ONCE):
+            starts.extend(ends[first : first + _AT_ONCE])
+        names = self._names.finish()
+        listing = Listing(
+            names=names,
+            name_starts=starts.finish(),
+            offsets=self._offsets.finish(),
+            lengths=self._lengths.finish(),
+            labels=self._labels.finish() if len(self._labels) else no_labels(len(ends)),
             classes=tuple(classes),
-            rejected=tuple(sorted(self.rejected, key=lambda r: (r.name, r.reason))),
-            versions=np.array(self.versions, np.uint64)[rows] if self.versions else None,
+            rejected=(),
+            versions=self._versions.finish() if len(self._versions) else None,
         )
+        if not self._in_order:
+            listing = rows_of(listing, np.array(self._sorted_unique(listing), np.int64))
+        return replace(listing, rejected=tuple(sorted(self.rejected, key=lambda r: (r.name, r.reason))))
 
     def _seen(self) -> str:
         if not self.rejected:
@@ -202,18 +258,29 @@ class ListingBuilder:
         first = self.rejected[0]
         return f"; {len(self.rejected)} other entries{kinds} were seen, the first: {first.name!r}, {first.reason}"
 
-    def _sorted_unique(self) -> list[int]:
+    def _sorted_unique(self, listing: Listing) -> list[int]:
         """Rows sorted by name. A later entry of the same name replaces the earlier one, as when a tar is unpacked."""
-        order = sorted(range(len(self.names)), key=self.names.__getitem__)
+        starts = listing.name_starts.tolist()
+        names = [bytes(listing.names[start:end]) for start, end in pairwise(starts)]
+        order = sorted(range(len(names)), key=names.__getitem__)
         kept = []
         for position, row in enumerate(order):
             later = order[position + 1] if position + 1 < len(order) else None
-            if later is not None and self.names[later] == self.names[row]:
-                name = self.names[row].decode("utf-8", "surrogateescape")
+            if later is not None and names[later] == names[row]:
+                name = names[row].decode("utf-8", "surrogateescape")
                 self.reject(name, "replaced by a later entry of the same name")
             else:
                 kept.append(row)
         return kept
+
+
+def no_labels(count: int) -> np.ndarray:
+    """Int32[count] of -1, which takes no memory."""
+    return np.broadcast_to(np.int32(-1), count)
+
+
+_AT_ONCE = 1 << 20  # values in memory at a time
+_USUAL_ENDINGS = tuple(f".{ending}" for ending in sorted(IMAGE_SUFFIXES))
 
 
 def select(listing: Listing, mask: np.ndarray, rejected: tuple[Rejected, ...]) -> Listing:

@@ -25,7 +25,7 @@ from pipeline.common.secrets import conceal, reveal
 from pipeline.dataset.format import DATASET_FILE
 from pipeline.sources.file_kinds import describe_unknown
 from pipeline.sources.labels import adopt_classes, dataset_classes, label_by_file, label_by_folder
-from pipeline.sources.listing import NO_IMAGE_NAME, Listing, ListingBuilder, Rejected, plain_name, suffix
+from pipeline.sources.listing import NO_IMAGE_NAME, Listing, ListingBuilder, Rejected, no_labels, plain_name, suffix
 from pipeline.sources.parquet import ParquetColumns, open_parquet
 from pipeline.sources.parquet_layout import choose_files, is_parquet, parquet_files
 from pipeline.sources.readers import WDS, ContainerReader, FolderReader, RemoteFolderReader, Source, list_folder
@@ -259,7 +259,7 @@ def _with_labels(
             "gives the labels here: leave it out, or give --labels FILE"
         )
     if labels == "none":
-        return replace(opened, listing=replace(listing, labels=np.full(len(listing), -1, np.int32), classes=()))
+        return replace(opened, listing=replace(listing, labels=no_labels(len(listing)), classes=()))
     known = () if classes_from is None else dataset_classes(classes_from)
     if labels not in ("auto", "folders"):
         notes: list[str] = []

@@ -140,7 +140,9 @@ def _walk(
         builder.reject(prefix.rstrip("/"), "a link to a folder above it")
         return
     with os.scandir(folder) as entries:
-        for entry in entries:
+        # In the order of the whole paths' bytes, in which a folder's name is followed by a slash
+        ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name) + (b"/" if _is_folder(entry) else b""))
+        for entry in ordered:
             if entry.name.startswith("."):
                 continue
             name = prefix + entry.name
@@ -155,6 +157,13 @@ def _walk(
                     builder.reject(name, "a broken link" if entry.is_symlink() else "neither a file nor a folder")
             except FileNotFoundError:
                 builder.reject(name, "vanished while the folder was listed")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # reported when it is looked at again
 
 
 def check_room(folder: Path, needed: int, doing: str) -> None:

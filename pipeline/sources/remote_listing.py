@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -12,29 +14,76 @@ from fsspec.asyn import sync
 
 from pipeline.common.system import progress
 from pipeline.dataset.out_folder import ahead
-from pipeline.dataset.remote_files import RemoteFolder
-from pipeline.sources.listing import SYSTEM_FOLDER, ListingBuilder, is_system_folder
+from pipeline.dataset.remote_files import RemoteFolder, version_of
+from pipeline.sources.listing import SYSTEM_FOLDER, SYSTEM_NAMES, ListingBuilder, is_system_folder
 from pipeline.sources.remote_path import HTTP, FileStatus, RemotePath, remote_folder, status_of
 
 Entry = tuple[str, FileStatus]  # (path below the folder, what is known of it)
 _HIDDEN = re.compile(r"(?:^|/)\.")
+_ODD = re.compile(rf"/\.|(?:^|/)(?:{SYSTEM_NAMES})/", re.IGNORECASE)  # what may be hidden or the system's
+_ENOUGH_PARTS = 64  # prefixes that are listed side by side
+_DEEPEST = 3  # folders that are looked into for prefixes
 
 
 def list_remote_folder(folder: RemotePath, quiet: bool) -> ListingBuilder:
-    """All files below a folder, as ``list_folder`` lists those of a disk. Raises UserError."""
+    """All files below a folder, as ``list_folder`` lists those of a disk. Raises UserError.
+
+    A bucket's prefixes are listed side by side, and come together in the order of their names.
+    """
     builder = ListingBuilder(str(folder))
-    system: set[str] = set()
+    remote = remote_folder(folder.root)
     with progress(quiet, unit=" files", desc=f"listing {folder}") as bar:
-        for name, status in entries(folder):
-            bar.update(1)
-            if _HIDDEN.search(name):
-                continue
-            if (inside := _system_folder(name)) is not None:
-                system.add(inside)
-                continue
-            builder.add(name, 0, status.st_size, version=status.version)
-    for name in system:
-        builder.reject(name, SYSTEM_FOLDER)
+        if folder.root.scheme not in HTTP and "s3" in _protocols(remote.fs):
+            for part in ahead(partial(_list_part, remote, folder.inner), s3_parts(remote, folder.inner)):
+                bar.update(len(part))
+                builder.extend(part)
+        else:
+            found = _Collector(builder)
+            for entry in entries(folder):
+                found.add([entry])
+                bar.update(1)
+            found.end()
+    builder.rejected = list(dict.fromkeys(builder.rejected))  # a folder of the system may be in several parts
+    return builder
+
+
+class _Collector:
+    """Puts files into a builder, but for hidden ones and what is in folders of the system."""
+
+    def __init__(self, builder: ListingBuilder) -> None:
+        self._builder, self._system = builder, set[str]()
+
+    def add(self, found: Sequence[Entry]) -> None:
+        """Files of a page, in order."""
+        names = "/".join(name for name, _ in found)
+        if _ODD.search(names) is not None or names.startswith("."):
+            found = [entry for entry in found if self._is_usual(entry[0])]
+        self._builder.add_files(
+            [name for name, _ in found], [status.st_size for _, status in found], [s.version for _, s in found]
+        )
+
+    def _is_usual(self, name: str) -> bool:
+        if _HIDDEN.search(name):
+            return False
+        if (inside := _system_folder(name)) is not None:
+            self._system.add(inside)
+        return inside is None
+
+    def end(self) -> None:
+        """Record the folders of the system, once each."""
+        for name in sorted(self._system):
+            self._builder.reject(name, SYSTEM_FOLDER)
+
+
+def _list_part(remote: RemoteFolder, inner: str, part: str | list[Entry]) -> ListingBuilder:
+    builder = ListingBuilder("")
+    found = _Collector(builder)
+    if isinstance(part, str):
+        for page in s3_pages(remote, inner, part):
+            found.add(page)
+    else:
+        found.add(part)
+    found.end()
     return builder
 
 
@@ -52,7 +101,7 @@ def entries(folder: RemotePath) -> Iterator[Entry]:
         names = list(dict.fromkeys(_linked(remote, folder.inner, "")))
         yield from zip(names, ahead(lambda name: (folder / name).stat(), names), strict=True)
     elif "s3" in _protocols(remote.fs):
-        yield from s3_entries(remote, folder.inner)
+        yield from chain.from_iterable(s3_pages(remote, folder.inner, ""))
     else:
         yield from _found(remote, folder.inner)
 
@@ -61,19 +110,52 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
 
 
-def s3_entries(remote: RemoteFolder, inner: str) -> Iterator[Entry]:
-    """Objects below the prefix ``inner``/, page by page: sorted by the bytes of their names, as S3 sorts them."""
+def s3_pages(remote: RemoteFolder, inner: str, below: str) -> Iterator[list[Entry]]:
+    """Objects whose names below the folder ``inner`` begin with ``below``, in S3's order: by the bytes of their names.
+
+    Names are relative to ``inner``.
+    """
+    for _, objects in _pages(remote, inner, below, ""):
+        yield objects
+
+
+def s3_parts(remote: RemoteFolder, inner: str) -> list[str | list[Entry]]:
+    """Parts of the listing of ``inner`` in order: prefixes to be listed, and objects that lie beside them."""
+    parts: list[tuple[str, str | list[Entry]]] = [("", "")]
+    for _ in range(_DEEPEST):
+        prefixes = [part for _, part in parts if isinstance(part, str)]
+        if len(prefixes) >= _ENOUGH_PARTS or not prefixes:
+            break
+        lists = ahead(lambda prefix: list(_pages(remote, inner, prefix, "/")), prefixes)
+        split: list[tuple[str, str | list[Entry]]] = [part for part in parts if not isinstance(part[1], str)]
+        for below, objects in chain.from_iterable(lists):
+            split += [(prefix, prefix) for prefix in below]
+            split += [(entry[0], [entry]) for entry in objects]
+        parts = sorted(split, key=lambda part: part[0].encode())
+    joined: list[str | list[Entry]] = []
+    for _, part in parts:
+        if isinstance(part, list) and joined and isinstance(joined[-1], list):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+def _pages(remote: RemoteFolder, inner: str, below: str, delimiter: str) -> Iterator[tuple[list[str], list[Entry]]]:
+    """(prefixes, objects) of each page, relative to ``inner``; with a delimiter, only those directly in ``below``."""
     bucket, key, _ = remote.fs.split_path(remote.path(inner))
-    prefix = f"{key.rstrip('/')}/" if key else ""
-    page: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, **remote.fs.req_kw}
+    root = f"{key.rstrip('/')}/" if key else ""
+    page: dict[str, Any] = {"Bucket": bucket, "Prefix": root + below, "Delimiter": delimiter, **remote.fs.req_kw}
     while True:
         answer = remote.request(
             inner or "files", lambda: sync(remote.fs.loop, remote.fs._call_s3, "list_objects_v2", **page), doing="list"
         )
-        for found in answer.get("Contents", ()):
-            name = found["Key"][len(prefix) :]
-            if name and not name.endswith("/"):  # a name with a slash at its end stands for a folder
-                yield name, status_of({"size": found["Size"], "ETag": found.get("ETag")}, False)
+        found = [
+            (name, FileStatus(int(entry["Size"]), version_of(entry.get("ETag"))))
+            for entry in answer.get("Contents", ())
+            if (name := entry["Key"][len(root) :]) and not name.endswith("/")  # such a name stands for a folder
+        ]
+        yield [entry["Prefix"][len(root) :] for entry in answer.get("CommonPrefixes", ())], found
         if not answer.get("IsTruncated"):
             return
         page["ContinuationToken"] = answer["NextContinuationToken"]
