@@ -22,6 +22,7 @@ Entry = tuple[str, FileStatus]  # (path below the folder, what is known of it)
 _HIDDEN = re.compile(r"(?:^|/)\.")
 _ODD = re.compile(rf"/\.|(?:^|/)(?:{SYSTEM_NAMES})/", re.IGNORECASE)  # what may be hidden or the system's
 _ENOUGH_PARTS = 64  # prefixes that are listed side by side
+_FEW_OBJECTS = 1000  # beside folders; a prefix with more is listed as it is
 _DEEPEST = 3  # folders that are looked into for prefixes
 
 
@@ -122,16 +123,19 @@ def s3_pages(remote: RemoteFolder, inner: str, below: str) -> Iterator[list[Entr
 def s3_parts(remote: RemoteFolder, inner: str) -> list[str | list[Entry]]:
     """Parts of the listing of ``inner`` in order: prefixes to be listed, and objects that lie beside them."""
     parts: list[tuple[str, str | list[Entry]]] = [("", "")]
+    whole: set[str] = set()  # prefixes with too many objects beside their folders
     for _ in range(_DEEPEST):
-        prefixes = [part for _, part in parts if isinstance(part, str)]
+        prefixes = [part for _, part in parts if isinstance(part, str) and part not in whole]
         if len(prefixes) >= _ENOUGH_PARTS or not prefixes:
             break
-        lists = ahead(lambda prefix: list(_pages(remote, inner, prefix, "/")), prefixes)
-        split: list[tuple[str, str | list[Entry]]] = [part for part in parts if not isinstance(part[1], str)]
-        for below, objects in chain.from_iterable(lists):
-            split += [(prefix, prefix) for prefix in below]
-            split += [(entry[0], [entry]) for entry in objects]
-        parts = sorted(split, key=lambda part: part[0].encode())
+        lists = ahead(partial(_split, remote, inner), prefixes)
+        split = dict(zip(prefixes, lists, strict=True))
+        whole |= {prefix for prefix, found in split.items() if found is None}
+        parts = [
+            piece
+            for part in parts
+            for piece in ((split.get(part[1]) or [part]) if isinstance(part[1], str) else [part])
+        ]
     joined: list[str | list[Entry]] = []
     for _, part in parts:
         if isinstance(part, list) and joined and isinstance(joined[-1], list):
@@ -139,6 +143,18 @@ def s3_parts(remote: RemoteFolder, inner: str) -> list[str | list[Entry]]:
         else:
             joined.append(part)
     return joined
+
+
+def _split(remote: RemoteFolder, inner: str, prefix: str) -> list[tuple[str, str | list[Entry]]] | None:
+    """The prefixes and objects directly in ``prefix``, in order; None if there are many objects."""
+    found: list[tuple[str, str | list[Entry]]] = []
+    objects = 0
+    for below, entries_ in _pages(remote, inner, prefix, "/"):
+        objects += len(entries_)
+        if objects > _FEW_OBJECTS:
+            return None
+        found += [(name, name) for name in below] + [(entry[0], [entry]) for entry in entries_]
+    return sorted(found, key=lambda part: part[0].encode())
 
 
 def _pages(remote: RemoteFolder, inner: str, below: str, delimiter: str) -> Iterator[tuple[list[str], list[Entry]]]:

@@ -79,8 +79,14 @@ def test_the_prefixes_of_a_bucket_side_by_side(tmp_path: Path, monkeypatch: pyte
         for name, value in s3_environment(port).items():
             monkeypatch.setenv(name, value)
         folder = remote_listing.RemotePath("", remote_listing.RemotePath.of(_url("many")).url)
-        parts = remote_listing.s3_parts(remote_listing.remote_folder(folder.root), "")
-        assert {part for part in parts if isinstance(part, str)} >= {"a/", "a-b/"}
+        remote = remote_listing.remote_folder(folder.root)
+        assert {part for part in remote_listing.s3_parts(remote, "") if isinstance(part, str)} == {"b/d/e/"}
+        monkeypatch.setattr(remote_listing, "_FEW_OBJECTS", 2)
+        assert remote_listing.s3_parts(remote, "") == [""]  # many objects: listed as it is
+        monkeypatch.setattr(remote_listing, "_FEW_OBJECTS", 4)
+        monkeypatch.setattr(remote_listing, "_DEEPEST", 1)
+        whole = remote_listing.s3_parts(remote, "")
+        assert whole == [""] or {part for part in whole if isinstance(part, str)} >= {"a/", "a-b/", "b/"}
         builder = remote_listing.list_remote_folder(folder, quiet=True)
         assert builder._in_order
         there = builder.build()
