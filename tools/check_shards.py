@@ -27,8 +27,8 @@ from pipeline.checking.repair import repair_dataset
 from pipeline.common.engine import EngineConfig
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable, disk_errors, write_json
-from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.common.flags import group
+from pipeline.common.locations import LocalPath, Location, Url
 from pipeline.dataset.remote_cache import CacheConfig
 
 CLASSES_SHOWN = 5  # smallest and largest classes listed in the report

@@ -58,6 +58,7 @@ def test_a_check_finds_the_same(cluster: Any, photo_dataset_path: Path, tmp_path
         assert there == here
 
 
+@pytest.mark.faults  # tens of seconds, since workers import torch
 def test_a_check_of_a_bucket_fetches_shard_by_shard(
     cluster: Any, bucket: Any, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_check_of_a_bucket_fetches_shard_by_shard(
     assert {entry["where"] for entry in json.loads(report.read_text())["damage"]} >= {"shard-000002.tar"}
 
 
+@pytest.mark.faults  # tens of seconds, since workers import torch
 def test_embeddings_are_the_same(
     cluster: Any, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
