@@ -10,7 +10,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,7 +91,7 @@ def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]
     """
     temporary = (workshop or path.parent) / f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}"
     try:
-        with open(temporary, "wb", buffering=1 << 20) as file:
+        with open(temporary, "wb", buffering=1 << 20, opener=_create) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -100,6 +100,13 @@ def atomic_file(path: Path, workshop: Path | None = None) -> Iterator[IO[bytes]]
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _create(path: str, flags: int) -> int:
+    """A new file: what a killed process of the same number left is removed, and no link is followed."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return os.open(path, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
 def start_writing_back(file: IO[bytes], start: int, length: int) -> None:

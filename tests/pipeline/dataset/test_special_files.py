@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +73,28 @@ def test_special_files_are_errors(
         repair_dataset(copy, 1, quiet=True, in_process=True)
     with contextlib.suppress(UserError):
         make_dataset(str(photo_folder), copy, ShardingOptions(), quiet=True, in_process=True)
+
+
+def test_nothing_is_written_or_deleted_through_a_link(photo_folder: Path, tmp_path: Path) -> None:
+    """Links in the places of all that sharding writes, and of its temporary files."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("kept")
+    make_dataset(str(photo_folder), tmp_path / "out", ShardingOptions(), quiet=True, in_process=True)
+    written = [path.name for path in (tmp_path / "out").iterdir()]
+    for name in written:
+        (tmp_path / "out" / name).unlink()
+        (tmp_path / "out" / name).symlink_to(tmp_path / "precious" / "file")
+    temporary = f".tmp-{socket.gethostname()}-{os.getpid()}"
+    (tmp_path / "out" / ".partial").mkdir()
+    for name in written:
+        (tmp_path / "out" / ".partial" / f"{name}{temporary}").symlink_to(tmp_path / "precious" / "file")
+    (tmp_path / "out" / ".partial" / "done").symlink_to(tmp_path / "precious")
+    for options in (ShardingOptions(), ShardingOptions(overwrite=True)):
+        with contextlib.suppress(UserError):
+            make_dataset(str(photo_folder), tmp_path / "out", options, quiet=True, in_process=True)
+    with contextlib.suppress(UserError):
+        repair_dataset(tmp_path / "out", 1, quiet=True, in_process=True)
+    assert [path.read_text() for path in (tmp_path / "precious").iterdir()] == ["kept"]
 
 
 def test_links_to_files_are_read_as_download_caches_lay_them_out(photo_dataset_path: Path, tmp_path: Path) -> None:
