@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Integer, UInt8, UInt64
+from jaxtyping import Bool, Int64, Integer, UInt8, UInt64
 
 from pipeline.common.errors import UserError
 from pipeline.common.system import cores, progress
@@ -135,7 +135,6 @@ def _similar_pairs(pixels: UInt8[np.ndarray, "n 72"]) -> list[Int64[np.ndarray, 
     """Pairs of near-duplicates. Candidates are images in which three of the eight rows of the hash are equal."""
     gray = pixels.reshape(-1, ROWS, COLUMNS)
     rows = np.packbits(gray[:, :, 1:] > gray[:, :, :-1], axis=2)[..., 0]  # uint8 [n, 8]: the hash, a byte a row
-    centred = pixels.astype(np.float32) - pixels.mean(axis=1, dtype=np.float32, keepdims=True)
     pairs = []
     for bands in itertools.combinations(range(BANDS), EQUAL_BANDS):
         key = _key(rows[:, bands])
@@ -146,7 +145,7 @@ def _similar_pairs(pixels: UInt8[np.ndarray, "n 72"]) -> list[Int64[np.ndarray, 
             if len(at) == 0:
                 break
             found = np.stack((order[at], order[at + apart]), axis=1)
-            pairs.append(found[_alike(rows, centred, found)])
+            pairs.append(found[_alike(rows, pixels, found)])
     return pairs
 
 
@@ -156,14 +155,14 @@ def _key(rows: UInt8[np.ndarray, "n 3"]) -> UInt64[np.ndarray, " n"]:
 
 
 def _alike(
-    rows: UInt8[np.ndarray, "n 8"], centred: Float32[np.ndarray, "n 72"], pairs: Int64[np.ndarray, "m 2"]
+    rows: UInt8[np.ndarray, "n 8"], pixels: UInt8[np.ndarray, "n 72"], pairs: Int64[np.ndarray, "m 2"]
 ) -> Bool[np.ndarray, " m"]:
     """Which of the pairs are near-duplicates, some thousand at a time."""
     alike = np.zeros(len(pairs), bool)
     for start in range(0, len(pairs), 1 << 16):
         one, other = pairs[start : start + (1 << 16)].T
         bits = _BITS[rows[one] ^ rows[other]].sum(axis=1)
-        rms = np.sqrt(((centred[one] - centred[other]) ** 2).mean(axis=1))
+        rms = (pixels[one].astype(np.float32) - pixels[other]).std(axis=1)  # without the difference of their means
         alike[start : start + len(one)] = (bits <= MOST_BITS) & (rms <= MOST_RMS)
     return alike
 

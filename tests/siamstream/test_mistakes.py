@@ -61,7 +61,7 @@ CASES = [
     ("report $NONE", "is no run folder"),
     ("report", "run folder"),
     ("report $FOLDER --samples 0", "--samples"),
-    ("export $NONE $OUT", "nowhere"),
+    ("export $NONE $OUT.pth", "nowhere"),
     ("plot $NONE $OUT.png", "nowhere"),
 ]
 
