@@ -12,7 +12,7 @@ labels=$2
 out=$3
 epochs=${EPOCHS:-20}
 batch=${BATCH:-128}
-tune_epochs=${TUNE_EPOCHS:-20}
+tune_epochs=${TUNE_EPOCHS:-60}
 
 # 1. Check the images and write them as shards; what is no image is listed in rejected.jsonl
 siamstream shard "$images" "$out/data" --labels none --sixteen-bit min-max
@@ -28,8 +28,8 @@ siamstream neighbours "$out/embeddings" "$out/data" "$out/neighbours.png"
 siamstream neighbours "$out/embeddings" "$out/data" "$out/twins.png" --duplicates 0.999
 # 7. The same images with the labels there are, a quarter of them held out for validation
 siamstream shard "$images" "$out/labelled" --labels "$labels" --sixteen-bit min-max --hold-out 0.25
-# 8. A classifier from few labels
-siamstream finetune --checkpoint "$out/run" --data "$out/labelled" --val-data "$out/labelled-val" --run-dir "$out/tuned" --epochs "$tune_epochs" --global-batch 32 --resume
+# 8. A classifier from few labels; large rates, as the encoder has been trained for minutes only (the default is for more)
+siamstream finetune --checkpoint "$out/run" --data "$out/labelled" --val-data "$out/labelled-val" --run-dir "$out/tuned" --epochs "$tune_epochs" --global-batch 32 --lr 0.8 --head-lr 0.8 --checkpoint-every 500steps --resume
 # 9. Classes of all images; exit code 1 only says that some files could not be read
 siamstream predict "$out/tuned" "$images" > "$out/predictions.csv" || [ $? = 1 ]
 # 10. One page about the run

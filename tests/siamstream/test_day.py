@@ -101,7 +101,7 @@ def test_the_day_of_two_thousand_images(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = check(tmp_path / "work", 2000, broken, labelled)
     print(f"{seconds:.0f} s; right among all: {found['all']:.3f}")
-    assert found["all"] > 0.5  # chance is 0.25
+    assert found["all"] > 0.4  # chance is 0.25
     assert seconds < 15 * 60
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert again.returncode == 0, again.stderr[-3000:]
