@@ -34,7 +34,7 @@ from pipeline.dataset.format import (
     read_dataset_file,
     too_large_to_hash,
 )
-from pipeline.dataset.names import Names, open_names
+from pipeline.dataset.names import Names
 from pipeline.dataset.remote_cache import WRONG_ATTEMPTS, CacheConfig
 from pipeline.dataset.remote_shards import RemoteShards
 from pipeline.dataset.row_check import RowCheck
@@ -173,9 +173,9 @@ class ShardSet:
     def names(self) -> Names | None:
         """The path of each sample in the source, ``names[sample_id]``; None if the dataset was made without.
 
-        Raises UserError if the files are missing or damaged.
+        Of a remote dataset they are fetched into the cache. Raises UserError if the files are missing or damaged.
         """
-        return open_names(self.path, self.info) if isinstance(self.path, Path) else None
+        return self._store.open_names(self.info)
 
     def wait_until_verified(self) -> None:
         """Wait until samples.npy is known to be the recorded one. Raises UserError if it is not, or cannot be read."""

@@ -70,18 +70,40 @@ def open_names(folder: Path, info: dict[str, Any]) -> Names | None:
     """
     if "names" not in info:
         return None
-    file = folder / NAME_STARTS_FILE
     try:
-        for each in (file, folder / NAMES_FILE):
+        for each in (folder / NAME_STARTS_FILE, folder / NAMES_FILE):
             os.close(open_regular(each))
-        starts = np.load(file, mmap_mode="r", allow_pickle=False)
-        size = (folder / NAMES_FILE).stat().st_size
+    except OSError:
+        raise _unusable(folder / NAME_STARTS_FILE) from None
+    return map_names(folder / NAMES_FILE, folder / NAME_STARTS_FILE, info)
+
+
+def map_names(file: Path, starts_file: Path, info: dict[str, Any]) -> Names:
+    """Map names.bin and names.npy, wherever they are. Raises UserError if they are damaged or do not fit each other."""
+    try:
+        starts = np.load(starts_file, mmap_mode="r", allow_pickle=False)
+        size = file.stat().st_size
         if starts.dtype != np.int64 or starts.shape != (info["num_samples"] + 1,) or starts[-1] != size:
             raise ValueError
-        text = np.memmap(folder / NAMES_FILE, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        text = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
     except (OSError, ValueError, EOFError, SyntaxError):
-        raise UserError(f"{file} or {NAMES_FILE} is missing, damaged or of another dataset: {_REMEDY}") from None
+        raise _unusable(starts_file) from None
     return Names(text.view(np.ndarray), starts.view(np.ndarray))
+
+
+def _unusable(starts_file: Path) -> UserError:
+    return UserError(f"{starts_file} or {NAMES_FILE} is missing, damaged or of another dataset: {_REMEDY}")
+
+
+def name_starts_bytes(samples: int) -> int:
+    """Bytes of names.npy."""
+    return len(_starts_header(samples)) + 8 * (samples + 1)
+
+
+def _starts_header(samples: int) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, {"descr": "<i8", "fortran_order": False, "shape": (samples + 1,)})
+    return header.getvalue()
 
 
 def write_names(folder: Path, parts: Iterable[bytes], samples: int, workshop: Path) -> dict[str, Any]:
@@ -110,9 +132,7 @@ def join_names(text: IO[bytes] | None, starts: IO[bytes], parts: Iterable[bytes]
         starts_digest.update(data)
         starts.write(data)
 
-    header = io.BytesIO()
-    np.lib.format.write_array_header_2_0(header, {"descr": "<i8", "fortran_order": False, "shape": (samples + 1,)})
-    put(header.getvalue())
+    put(_starts_header(samples))
     put(np.zeros(1, "<i8").tobytes())
     for part in parts:
         digest.update(part)

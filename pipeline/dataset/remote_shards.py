@@ -33,6 +33,7 @@ from pipeline.dataset.format import (
     parse_dataset_file,
     read_dataset_file,
 )
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, Names, map_names, name_starts_bytes, open_names
 from pipeline.dataset.prefetch_window import Upcoming, Window
 from pipeline.dataset.remote_cache import LEASE_S, CacheConfig, RemoteFile, ShardCache
 from pipeline.dataset.remote_files import FetchCancelledError, RemoteFolder
@@ -87,6 +88,33 @@ class RemoteShards:
                 raise
             self._cache.discard(self._samples)  # it may have been damaged there
             return info, *self._open_samples(info)
+
+    def open_names(self, info: dict[str, Any]) -> Names | None:
+        """As ShardStore: fetched unless the cache has them."""
+        if self._index is not None:
+            return open_names(self._index, info)
+        if "names" not in info:
+            return None
+        about = info["names"]
+        wanted = (
+            RemoteFile(NAMES_FILE, about["bytes"], about["sha256"]),
+            RemoteFile(NAME_STARTS_FILE, name_starts_bytes(info["num_samples"]), about["starts_sha256"]),
+        )
+        handles: list[int] = []
+        try:
+            for file in wanted:
+                handle = self._cache.open(file, self._needed, threading.Event())
+                if handle is None:
+                    raise UserError(
+                        f"--cache-size {self.cache.cache_size} has no room for {file.name} of {self._remote.url} "
+                        f"({file.bytes / 1e9:.3g} GB): take more, or another --cache-dir"
+                    )
+                handles.append(handle)
+            text, starts = (Path(f"/dev/fd/{handle}") for handle in handles)
+            return map_names(text, starts, info)
+        finally:
+            for handle in handles:
+                os.close(handle)  # what is mapped stays
 
     def _dataset_file(self) -> dict[str, Any]:
         name = f"{DATASET_FILE} of {self._remote.url}"

@@ -23,6 +23,7 @@ from jaxtyping import Int64
 from pipeline.common.files import open_regular
 from pipeline.common.locations import Url
 from pipeline.dataset.format import SAMPLES_FILE, open_rows, read_dataset_file
+from pipeline.dataset.names import Names, open_names
 from pipeline.dataset.prefetch_window import Upcoming
 from pipeline.dataset.remote_cache import CacheConfig
 
@@ -61,6 +62,9 @@ class ShardStore(Protocol):
 
     def open_dataset(self) -> tuple[dict[str, Any], Path, np.ndarray]:
         """dataset.json, the path of samples.npy, and its rows. Raises UserError if either is missing or damaged."""
+
+    def open_names(self, info: dict[str, Any]) -> Names | None:
+        """The names of the samples; None if the dataset was made without. Raises UserError as ``open_dataset``."""
 
     def read(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
         """``length`` bytes from byte ``offset`` of a shard, or fewer at its end.
@@ -163,6 +167,9 @@ class LocalShards:
         info, file = read_dataset_file(self.path), self.path / SAMPLES_FILE
         self._entries = info["shards"]
         return info, file, open_rows(file, info, str(file))
+
+    def open_names(self, info: dict[str, Any]) -> Names | None:
+        return open_names(self.path, info)
 
     def read(self, shard: int, offset: int, length: int, cancelled: threading.Event) -> bytes:
         file = self.open_files.get(shard, cancelled)  # keeps the file open while other threads open more

@@ -298,3 +298,14 @@ def test_ranges_that_were_damaged_by_chance_are_no_forgery(
     for sample in (3, 30):
         assert dataset.read(sample) == photo_dataset.read(sample)
     read_all(dataset, ALL, expected=photo_dataset)
+
+
+def test_the_names_come_along(proxy: FaultProxy, photo_dataset: ShardSet, tmp_path: Path) -> None:
+    dataset = opened(proxy, tmp_path)
+    assert photo_dataset.names is not None
+    assert dataset.names is not None
+    assert list(dataset.names) == list(photo_dataset.names)
+    assert pickle.loads(pickle.dumps(dataset)).names[47] == photo_dataset.names[47]
+    dataset.info.pop("names")
+    del dataset.names
+    assert dataset.names is None
