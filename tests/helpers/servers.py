@@ -181,15 +181,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def s3_server(folder: Path, prefix: str = "photos") -> Iterator[int]:
-    """Moto's S3 server with the files of ``folder`` under s3://BUCKET/``prefix``; gives its port on the loopback."""
+def s3_server(folder: Path, prefix: str = "photos", address: str = "127.0.0.1") -> Iterator[int]:
+    """Moto's S3 server with the files of ``folder`` under s3://BUCKET/``prefix``; gives its port at ``address``."""
     server_module = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = server_module.ThreadedMotoServer(address, 0, verbose=False)
     server.start()
     try:
         port = int(server.get_host_and_port()[1])
-        client = s3_client(port)
+        client = s3_client(port, address)
         client.create_bucket(Bucket=BUCKET)
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -199,20 +199,20 @@ def s3_server(folder: Path, prefix: str = "photos") -> Iterator[int]:
         server.stop()
 
 
-def s3_client(port: int) -> Any:
-    """Boto's client of an S3 server on the loopback."""
+def s3_client(port: int, address: str = "127.0.0.1") -> Any:
+    """Boto's client of an S3 server of a test."""
     boto3 = pytest.importorskip("boto3")
     return boto3.client(
         "s3",
-        endpoint_url=f"http://127.0.0.1:{port}",
+        endpoint_url=f"http://{address}:{port}",
         region_name="us-east-1",
         aws_access_key_id=S3_KEYS["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=S3_KEYS["AWS_SECRET_ACCESS_KEY"],
     )
 
 
-def s3_environment(port: int) -> dict[str, str]:
-    """The environment that leads s3fs to a server on the loopback, with keys that nobody else takes."""
-    here = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+def s3_environment(port: int, address: str = "127.0.0.1") -> dict[str, str]:
+    """The environment that leads s3fs to a server of a test, with keys that nobody else takes."""
+    here = {"AWS_ENDPOINT_URL": f"http://{address}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     return {**S3_KEYS, **here, **nowhere, "AWS_EC2_METADATA_DISABLED": "true"}
