@@ -345,3 +345,23 @@ def test_a_run_says_on_a_cpu_that_it_has_no_graph(
     torch.set_default_dtype(torch.float32)
     assert run_here(monkeypatch, flags("simsiam", photo_dataset_path, tmp_path / "run", "--cuda-graph")) == 0
     assert capsys.readouterr().out.count("--cuda-graph, but there is no GPU") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_replays_are_the_steps(photo_dataset_path: Path, tmp_path: Path, method: str) -> None:
+    """The real graph: 8 steps, of which the fourth is captured, and a nan in the sixth."""
+    torch.set_default_dtype(torch.float32)
+    losses = []
+    for more in ([], ["--cuda-graph"]):
+        config = parse_config(flags(method, photo_dataset_path, tmp_path, "--precision", "fp32", *more))
+        run = prepare(config, DistContext(0, 1, 0, 1, GPU))
+        assert (run.graph is not None) == bool(more)
+        run.model.train()
+        losses.append([])
+        for step in range(STEPS):
+            run.step = step
+            on_gpu = [replace(it, views=[view.to(GPU) for view in it.views]) for it in batches(step, step == BAD)]
+            losses[-1].append(float(train_step(run, iter(on_gpu)).loss))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3, nan_ok=True)
