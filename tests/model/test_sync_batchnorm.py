@@ -30,7 +30,7 @@ def ranks_say(script: str, ranks: int) -> dict[str, dict[str, float]]:
     path = str(ROOT / "tests" / "helpers" / script)
     done = subprocess.run([*command, path], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "FutureWarning" not in done.stderr
+    assert "all_gather_into_tensor" not in done.stderr  # torch 2.14 warns of it
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
