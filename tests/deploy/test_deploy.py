@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,21 @@ def test_the_indexing_pods_have_a_part_each() -> None:
         words = [word.replace("$(JOB_COMPLETION_INDEX)", str(number)) for word in arguments]
         command = tyro.cli(Command, args=words, config=(tyro.conf.FlagCreatePairsOff,))
         assert command.sharding.part_of() == (number, count)
+
+
+def test_the_ray_job_shards_on_its_own_cluster() -> None:
+    (job,) = yaml.safe_load_all((DEPLOY / "kuberay-shard.yaml").read_text())
+    assert job["kind"] == "RayJob"
+    name, verb, *words = shlex.split(job["spec"]["entrypoint"])
+    assert (name, verb) == ("siamstream", "shard")
+    command = tyro.cli(Command, args=words, config=(tyro.conf.FlagCreatePairsOff,))
+    assert command.engine.engine == "ray"
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        (container,) = pod["containers"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
 
 
 def may_mount() -> bool:
