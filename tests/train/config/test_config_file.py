@@ -73,7 +73,7 @@ def test_paths_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("values", "message"),
     [
         ("{", "is no JSON"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "holds no object with settings"),
         ({"epoch": 3}, "has epoch, which is no setting of a run: did you mean epochs?"),
         ({"views": {"hues": 0.1}}, "has views.hues, which is no setting of a run: did you mean hue?"),
         ({"epochs": "3"}, 'has epochs "3", which is no whole number'),

@@ -35,4 +35,4 @@ def test_the_order_is_part_of_a_run(
     arguments = flags(photo_dataset_path, tmp_path / "run", "--max-steps", "1", "--knn-every", "0")
     assert run_here(monkeypatch, arguments) == 0
     assert run_here(monkeypatch, [*arguments, "--resume", "--epoch-order", "blocks"]) == 2
-    assert "epoch_order" in capsys.readouterr().err
+    assert "the run has random, given is blocks" in capsys.readouterr().err
