@@ -16,7 +16,7 @@ from train.config.recipes import parse_config
 from train.config.run_config import PretrainConfig
 from train.distributed.process_group import DistContext
 from train.engine.build import prepare, start_weights
-from train.engine.run import finish_checkpoint
+from train.engine.run import Run, finish_checkpoint
 
 ALONE = DistContext.alone(torch.device("cpu"))
 
@@ -27,16 +27,22 @@ def config(photo_dataset_path: Path, tmp_path: Path) -> PretrainConfig:
     return parse_config([*where, *TINY, "--global-batch", "12", "--backend", "torchvision"])
 
 
+def save_first(run: Run) -> None:
+    """Write the checkpoint of a run that took no step, into the folder that claiming a run makes."""
+    run.config.run_dir.mkdir()
+    finish_checkpoint(run)
+
+
 def test_a_run_starts_from_another_runs_weights(config: PretrainConfig, tmp_path: Path) -> None:
     first = prepare(replace(config, seed=5), ALONE)
-    finish_checkpoint(first)
+    save_first(first)
     second_config = replace(config, run_dir=tmp_path / "second", init=tmp_path / "run")
     second = prepare(second_config, ALONE)
     for name, value in first.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
     assert second_config.identity("d") != config.identity("d")
     # What a resumed run takes is its own checkpoint, wherever the first weights are by now.
-    finish_checkpoint(second)
+    save_first(second)
     gone = replace(second_config, init=tmp_path / "gone", resume=True)
     assert start_weights(gone, second.model).described == "of the checkpoint"
     with pytest.raises(UserError, match="cannot read the checkpoint"):
@@ -44,7 +50,7 @@ def test_a_run_starts_from_another_runs_weights(config: PretrainConfig, tmp_path
 
 
 def test_weights_of_another_architecture_are_refused(config: PretrainConfig, tmp_path: Path) -> None:
-    finish_checkpoint(prepare(config, ALONE))
+    save_first(prepare(config, ALONE))
     other = replace(config, init=tmp_path / "run", model=replace(config.model, backbone="resnet18"))
     with pytest.raises(UserError, match="is no resnet18 with the imagenet stem"):
         prepare(other, ALONE)
