@@ -7,6 +7,7 @@ alone. Libraries that got a whole URL may still print it in an error, so traceba
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ _URL = re.compile(
 _PLACEHOLDER = re.compile(r"\*\*\*(?:\d+\*)?")
 _concealed: dict[str, str] = {}  # placeholder -> what stood there
 _words: set[str] = set()  # parts of it that must not be printed
+# Of a disk: closing a file raises them without its name
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def conceal(word: str) -> str:
@@ -85,8 +88,9 @@ def conceal_arguments() -> None:
 
 def _print_from_thread(args: threading.ExceptHookArgs) -> None:
     """An error of a file in one line: TensorBoard's thread raises it, and its next call in the main thread again."""
-    if isinstance(args.exc_value, OSError) and args.exc_value.filename is not None:
-        print(f"error: {scrub(str(args.exc_value))}", file=sys.stderr, flush=True)
+    error = args.exc_value
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
+        print(f"error: {scrub(str(error))}", file=sys.stderr, flush=True)
     else:
         _print_scrubbed(args.exc_type, args.exc_value, args.exc_traceback)
 
