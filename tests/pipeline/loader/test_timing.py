@@ -17,6 +17,7 @@ class FakeEvent:
     """An event of a device whose clock is the stream's."""
 
     finished: list[FakeEvent] = []  # noqa: RUF012  # those that the host has waited for
+    device_ms = float("inf")  # how far the device has come
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
@@ -28,7 +29,11 @@ class FakeEvent:
     def synchronize(self) -> None:
         FakeEvent.finished.append(self)
 
+    def query(self) -> bool:
+        return 0 <= self.ms <= FakeEvent.device_ms
+
     def elapsed_time(self, later: FakeEvent) -> float:
+        assert later.query(), "the host would wait"
         return later.ms - self.ms
 
 
@@ -49,6 +54,20 @@ def test_what_a_stream_waits_adds_up_until_it_is_read(monkeypatch: pytest.Monkey
     assert stalls.read_s() == 0.75
     assert [event.ms for event in FakeEvent.finished] == [2750.0]  # the last mark: the others lie before it
     assert stalls.read_s() == 0
+
+
+def test_what_is_not_over_is_left_to_the_next_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    stalls, stream = Stalls(), FakeStream()
+    FakeEvent.finished.clear()
+    for waited_ms in (100, 200, 400):  # over after 100, 1300 and 2700 ms
+        with stalls.on(stream):  # type: ignore[arg-type]
+            stream.now_ms += waited_ms
+        stream.now_ms += 1000
+    for device_ms, read_s in ((50, 0), (1299, 0.1), (1300, 0.2), (2699, 0), (2700, 0.4), (9999, 0)):
+        monkeypatch.setattr(FakeEvent, "device_ms", device_ms)
+        assert stalls.read_s(wait=False) == read_s
+    assert FakeEvent.finished == []
 
 
 @pytest.mark.gpu
