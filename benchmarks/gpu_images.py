@@ -66,13 +66,19 @@ def _difference(suite: Suite, recipe: ViewRecipe, decoder: DaliConfig) -> dict[s
 def decoders() -> dict[str, DaliConfig]:
     """How images may be decoded where there is a GPU."""
     mixed = {f"mixed, hardware load {load:g}": DaliConfig(hw_decoder_load=load) for load in HW_LOADS}
-    repeated = DaliConfig(hw_decoder_load=HW_LOADS[0], smooth_chroma=False)
-    return {**mixed, "CPU": DaliConfig(decoder="cpu"), "mixed, colours repeated": repeated}
+    # Whether the hardware decoder takes part at all where colours are interpolated: the same loads without.
+    repeated = {
+        f"mixed, hardware load {load:g}, colours repeated": DaliConfig(hw_decoder_load=load, smooth_chroma=False)
+        for load in (HW_LOADS[0], 1.0)
+    }
+    return {**mixed, "CPU": DaliConfig(decoder="cpu"), **repeated}
 
 
 def placements(suite: Suite) -> dict[str, LoaderConfig]:
     """Where images may be decoded."""
-    known = decoders() if suite.dist.device.type == "cuda" else {"CPU": DaliConfig()}
+    known = {"CPU": DaliConfig()}
+    if suite.dist.device.type == "cuda":
+        known = {**decoders(), "mixed, 4000 px set aside": DaliConfig(preallocate_side=4000)}
     return {name: LoaderConfig(dali=dali) for name, dali in known.items()}
 
 

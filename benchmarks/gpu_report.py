@@ -16,6 +16,8 @@ HEADINGS = {
     "loader": "Whole loader, by placement",
     "model": "Model step alone, eager",
     "compiled": "Model step alone, compiled",
+    "launches": "Launches of a step, and the time of host and device",
+    "cuda-graph": "Whole runs with a CUDA graph and without",
     "official": "The official recipe on this machine",
 }
 
@@ -31,6 +33,8 @@ def markdown(results: dict[str, Any]) -> str:
             lines += _parity(part)
         elif name == "roofline":
             lines += _roofline(part)
+        elif name in ("launches", "cuda-graph"):
+            lines += _numbers(part)
         elif "stages" in part:
             lines += _rates({TITLES.get(stage, stage): value for stage, value in part["stages"].items()})
             verdict = part.get("verdict")
@@ -72,6 +76,18 @@ def _roofline(part: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | " + " | ".join(f"{number:,.4g}" for number in numbers) + " |")
         elif name != "machine":
             lines.append(f"| {name} | {_why_not(value)} | | | | |")
+    return lines
+
+
+def _numbers(part: dict[str, Any]) -> list[str]:
+    """A column for each number of the first row that has some."""
+    columns = next((list(value) for value in part.values() if not value.keys() & {"failed", "skipped"}), [])
+    lines = ["| | " + " | ".join(columns) + " |", "|-" * (1 + len(columns)) + "|"]
+    for name, value in part.items():
+        cells = (
+            [f"{value[column]:,.4g}" for column in columns] if columns and columns[0] in value else [_why_not(value)]
+        )
+        lines.append(f"| {name} | " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
     return lines
 
 

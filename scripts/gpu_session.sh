@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # What a GPU machine that can be had for a short while should do first, each stage at most ten minutes:
 #
-#   scripts/gpu_session.sh check OUT [DATASET]        smoke test, GPU tests, parity, two ranks on the one GPU
+#   scripts/gpu_session.sh check OUT [DATASET]        does all of it run on a machine new to us?
 #   scripts/gpu_session.sh suite OUT DATASET          benchmarks/gpu_suite.py
 #   scripts/gpu_session.sh train OUT CIFAR [CIFAR_TEST]   ResNet-18 on CIFAR-10 until the time is over; goes on if asked again
 #   scripts/gpu_session.sh data  OUT IMAGES.tar     a dataset of 20 x the images in a tar -> OUT/dataset
 #   scripts/gpu_session.sh --needs                    packages beside torch and torchvision, one a line, as installed here
 #
-# The stages smoke, tests, parity and ranks, which make up check, can be asked for by name. DATASET is a folder of
-# tools/make_shards.py; check draws synthetic images without one. TOY=1 before the command does the same on a CPU, at
-# toy size. PYTHON names the Python. Output goes to OUT as it comes, so a kill loses only what had not come; OUT.tar
-# receives all results but images and weights.
+# The stages of check, which are machine, smoke, hardware, tests, launches and ranks, can be asked for by name, and so can
+# parity (which the suite measures as well). DATASET is a folder of tools/make_shards.py; check draws synthetic images
+# without one. TOY=1 before the command does the same on a CPU, at toy size. LIMITS=2 doubles the time limits, for a slow
+# machine. PYTHON names the Python. Output goes to OUT as it comes, so a kill loses only what had not come; OUT.tar receives
+# all results but images and weights.
 # Exit code: 0 all went well, 1 something failed, 2 the command line is wrong.
 set -u
 cd "$(dirname "$0")/.."
@@ -19,7 +20,7 @@ python=${PYTHON:-python3}
 toy=${TOY:-}
 failed=0
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' scripts/gpu_session.sh >&2; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' scripts/gpu_session.sh >&2; exit 2; }
 
 needs() {
   "$python" - <<'PY'
@@ -61,7 +62,7 @@ PY
 
 # step NAME SECONDS COMMAND...: run under a time limit, everything said into OUT/NAME.log, its end and outcome told.
 step() {
-  local name=$1 limit=$2 code start=$SECONDS
+  local name=$1 limit=$(($2 * ${LIMITS:-1})) code start=$SECONDS
   shift 2
   echo "== $name: $*"
   timeout --preserve-status --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1
@@ -74,18 +75,18 @@ step() {
     *) outcome="FAILED with exit code $code" ;;
   esac
   [ "$code" -eq 0 ] || failed=1
-  echo "== $name: $outcome, $((SECONDS - start)) s" | tee -a "$out/session.txt"
+  echo "== $name: $outcome, $((SECONDS - start)) of $limit s" | tee -a "$out/session.txt"
   return "$code"
 }
 
 dataset() {  # the one that was given, or synthetic images
   if [ -z "$data" ]; then
     data=$out/synthetic
-    [ -f "$data/dataset.json" ] || step synthetic 60 "$python" -c "
+    [ -f "$data/dataset.json" ] || step synthetic 20 "$python" -c "
 from pathlib import Path
 from tools.common.fake_imagenet import draw_dataset
 if __name__ == '__main__':
-    draw_dataset(Path('$data'), $([ -n "$toy" ] && echo 64 || echo 256))" || exit 1
+    draw_dataset(Path('$data'), $([ -n "$toy" ] && echo 64 || echo 512))" || exit 1
   fi
 }
 
@@ -98,10 +99,46 @@ compiler() {
   failed=1
 }
 
-smoke() { compiler; dataset; step smoke 240 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
+machine() {  # with smoke, 240 s for a cold start: numba and Triton compile here
+  [ -n "$toy" ] || nvidia-smi || failed=1
+  compiler
+  dataset
+  step machine 60 "$python" benchmarks/gpu_smoke.py "$data" --first ${toy:+--toy}
+}
 
-gpu_tests() {
-  step tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors ${toy:+--collect-only}
+smoke() { compiler; dataset; step smoke 180 "$python" benchmarks/gpu_smoke.py "$data" ${toy:+--toy}; }
+
+# Whether the hardware decoder runs at all, with colours interpolated and without: the rates, and its own use.
+hardware() {
+  local monitor=
+  dataset
+  if [ -z "$toy" ]; then
+    nvidia-smi dmon -s u -d 1 >"$out/dmon.txt" 2>&1 &
+    monitor=$!
+  fi
+  step hardware 45 "$python" benchmarks/gpu_suite.py "$data" --out "$out/hardware" --parts decode \
+    --minutes 0.5 ${toy:+--toy}
+  [ -z "$monitor" ] || kill "$monitor"
+  [ -n "$toy" ] || awk '$2 == "gpu" { for (i = 1; i <= NF; i++) if ($i == "jpg") column = i - 1 }
+    column && $1 != "#" && $column > most { most = $column }
+    END { print "JPEG engine: " (column ? "at most " most + 0 " % busy" : "not reported") }' "$out/dmon.txt"
+  report "$out/hardware/suite.md"
+}
+
+launches() {
+  dataset
+  step launches 55 "$python" benchmarks/gpu_suite.py "$data" --out "$out/launches" --parts launches \
+    --minutes 0.75 ${toy:+--toy}
+  report "$out/launches/suite.md"
+}
+
+report() { [ ! -f "$1" ] || cat "$1"; }
+
+gpu_tests() {  # only the files that have some are collected: importing all tests takes a minute
+  local files
+  mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests)
+  step tests 100 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
+    ${toy:+--collect-only} "${files[@]}"
 }
 
 parity() {
@@ -110,31 +147,37 @@ parity() {
     --samples "$([ -n "$toy" ] && echo 8 || echo 64)" --device "$device"
 }
 
-# Two processes that take each other for another machine, or NCCL would refuse to share a GPU; then one, for comparison.
+# Two processes that take each other for another machine, or NCCL would refuse to share a GPU.
+two_ranks() {  # NAME SECONDS OPTIONS...
+  local name=$1 limit=$2 rank
+  shift 2
+  export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-29517} WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
+  RANK=1 NCCL_HOSTID=second timeout -k 15 $((limit * ${LIMITS:-1})) "$python" train/pretrain.py "$@" \
+    --run-dir "$out/$name" >"$out/$name-second.log" 2>&1 &
+  rank=$!
+  RANK=0 NCCL_HOSTID=first step "$name" "$limit" "$python" train/pretrain.py "$@" --run-dir "$out/$name"
+  wait "$rank" || { failed=1; tail -n 5 "$out/$name-second.log"; }
+  unset MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+}
+
+# Two ranks, one for comparison, and two whose step is compiled: the losses are to be alike.
 ranks() {
   dataset
   local options=(--data "$data" --global-batch 32 --max-steps 4 --log-every 1 --knn-every 0 --epochs 100 --device "$device")
   if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1)
   else options+=(--backbone resnet18 --image-size 96 --precision fp32); fi
-  rm -rf "$out/one-rank" "$out/two-ranks"
-  export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-29517} WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
-  local rank
-  RANK=1 NCCL_HOSTID=second timeout -k 15 80 "$python" train/pretrain.py "${options[@]}" \
-    --run-dir "$out/two-ranks" >"$out/ranks-second.log" 2>&1 &
-  rank=$!
-  RANK=0 NCCL_HOSTID=first step ranks 80 "$python" train/pretrain.py "${options[@]}" \
-    --run-dir "$out/two-ranks"
-  wait "$rank" || { failed=1; tail -n 5 "$out/ranks-second.log"; }
-  unset MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
-  step one-rank 50 "$python" train/pretrain.py "${options[@]}" --run-dir "$out/one-rank"
-  echo "the same steps by two ranks and by one:"
-  cut -c1-100 "$out/two-ranks/metrics.jsonl" "$out/one-rank/metrics.jsonl"
+  rm -rf "$out/one-rank" "$out/two-ranks" "$out/two-ranks-compiled"
+  two_ranks two-ranks 45 "${options[@]}"
+  step one-rank 30 "$python" train/pretrain.py "${options[@]}" --run-dir "$out/one-rank"
+  two_ranks two-ranks-compiled 55 "${options[@]}" --compile
+  echo "the same steps by two ranks, by one, and by two whose step is compiled:"
+  cut -c1-100 "$out/two-ranks/metrics.jsonl" "$out/one-rank/metrics.jsonl" "$out/two-ranks-compiled/metrics.jsonl"
 }
 
 suite() {
   [ -n "$data" ] || usage
-  lines=150 step suite 560 "$python" benchmarks/gpu_suite.py "$data" --out "$out/suite" ${toy:+--toy --parts decode}
-  cat "$out/suite/suite.md"
+  lines=150 step suite 575 "$python" benchmarks/gpu_suite.py "$data" --out "$out/suite" ${toy:+--toy --parts decode}
+  report "$out/suite/suite.md"
 }
 
 train() {
@@ -165,8 +208,11 @@ device=cuda
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 case $stage in
-  check) smoke; gpu_tests; parity; ranks ;;
+  check) machine; smoke; hardware; gpu_tests; launches; ranks ;;  # what matters most first; ten minutes at most
+  machine) machine ;;
   smoke) smoke ;;
+  hardware) hardware ;;
+  launches) launches ;;
   tests) gpu_tests ;;
   parity) parity ;;
   ranks) ranks ;;
@@ -175,6 +221,6 @@ case $stage in
   data) make_data ;;
   *) usage ;;
 esac
-tar cf "$out.tar" --exclude='*.pt' --exclude=images --exclude=dataset --exclude=synthetic -C "$(dirname "$out")" "$(basename "$out")"
+tar cf "$out.tar" --exclude='*.pt' --exclude='*.safetensors' --exclude=images --exclude=dataset --exclude=synthetic -C "$(dirname "$out")" "$(basename "$out")"
 echo "all results: $out.tar"
 exit "$failed"

@@ -257,7 +257,7 @@ class ViewParams:
 def draw_views(
     recipe: ViewRecipe,
     seed: int,
-    epoch: int | NDArray[np.int64],
+    epoch: NDArray[np.int64] | int,
     ids: NDArray[np.int64],
     sizes: Int32[np.ndarray, "n 2"],
 ) -> ViewParams:
@@ -323,7 +323,7 @@ def _per_view(recipe: ViewRecipe, name: str) -> Float64[np.ndarray, "*views_and_
 
 
 def _draw_extra(
-    recipe: ViewRecipe, seed: int, epoch: int | NDArray[np.int64], ids: NDArray[np.int64]
+    recipe: ViewRecipe, seed: int, epoch: NDArray[np.int64] | int, ids: NDArray[np.int64]
 ) -> Float64[np.ndarray, "n views augmentations draws"]:
     count = len(dataclasses.fields(recipe.extra)) if recipe.extra.active() else 0
     bits = _bits(seed, epoch, ids, len(recipe.per_view), EXTRA_STREAM, count * DRAWS // 4)
@@ -331,7 +331,7 @@ def _draw_extra(
 
 
 def _bits(
-    seed: int, epoch: int | NDArray[np.int64], ids: NDArray[np.int64], views: int, stream: int, blocks: int
+    seed: int, epoch: NDArray[np.int64] | int, ids: NDArray[np.int64], views: int, stream: int, blocks: int
 ) -> UInt32[np.ndarray, "n views draws"]:
     """The random words of each view of each sample, ``blocks`` times four of them."""
     counters = np.empty((len(ids), views, blocks, 4), dtype=np.uint32)
@@ -342,7 +342,7 @@ def _bits(
     return philox4x32(counters, seed_key(seed)).reshape(len(ids), views, blocks * 4)
 
 
-def _between(uniform: NDArray[np.float64], low: float | NDArray, high: float | NDArray) -> NDArray[np.float64]:
+def _between(uniform: NDArray[np.float64], low: NDArray | float, high: NDArray | float) -> NDArray[np.float64]:
     return low + (high - low) * uniform
 
 

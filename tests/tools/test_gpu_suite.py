@@ -70,6 +70,53 @@ def test_all_parts_fit_into_the_suites_time() -> None:
     assert 60 * gpu_suite.Config.minutes + gpu_suite.GRACE_S <= int(limit[1]) < 600
 
 
+def test_the_checks_come_in_order_and_fit_into_ten_minutes(tmp_path: Path) -> None:
+    """With a Python that does nothing: what the script runs, and how long it lets it."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "TOY": "1"}
+    for slower in (1, 2):
+        out = tmp_path / f"out-{slower}"
+        command = ["bash", str(SESSION), "check", str(out)]
+        subprocess.run(
+            command, capture_output=True, check=False, env={**environment, "LIMITS": str(slower)}, timeout=120
+        )
+        lines = re.findall(r"== ([\w-]+): done, \d+ of (\d+) s", (out / "session.txt").read_text())
+        assert [name for name, _ in lines if name != "synthetic"] == [
+            *("machine", "smoke", "hardware", "tests", "launches", "two-ranks", "one-rank", "two-ranks-compiled"),
+        ]
+        limits = {name: int(limit) for name, limit in lines}
+        assert sum(limits.values()) <= 590 * slower
+        assert limits["machine"] + limits["smoke"] == 240 * slower  # a cold start
+
+
+def test_the_hosts_share_of_a_step_is_measured(photo_dataset_path: Path, tmp_path: Path) -> None:
+    with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
+        gpu_parts.EVERY_PART["launches"].work(suite)
+        assert suite.failures == []
+    part = json.loads((tmp_path / "part-trial.json").read_text())
+    assert list(part) == ["batch 4, fp32, eager", "batch 2, fp32, eager"]
+    for step in part.values():
+        assert step["launches"] > 500  # operations of forward, backward and optimizer
+        assert 0 < step["host_ms"] <= step["step_ms"]
+        assert step["kernels_ms"] > 0
+    text = markdown({"toy": True, "machine": {}, "failures": {}, "parts": {"launches": part}})
+    assert "| | launches | host_ms | step_ms | kernels_ms |" in text
+
+
+def test_whole_runs_are_compared_with_a_graph_and_without(photo_dataset_path: Path, tmp_path: Path) -> None:
+    with toy_suite(photo_dataset_path, tmp_path, 300) as suite:
+        gpu_parts.PARTS["cuda-graph"].work(suite)
+        assert suite.failures == []
+    part = json.loads((tmp_path / "part-trial.json").read_text())
+    assert list(part) == ["batch 2, --no-cuda-graph", "batch 2, --cuda-graph"]
+    assert all(run["img_per_s"] > 0 and run["host_bound"] == 0 for run in part.values())
+    part["batch 2, --cuda-graph"] = {"failed": "RuntimeError: no"}
+    text = markdown({"toy": True, "machine": {}, "failures": {}, "parts": {"cuda-graph": part}})
+    assert "| batch 2, --cuda-graph | failed: RuntimeError: no |  |  |" in text
+
+
 def test_the_roofline_counts_the_steps_bytes_and_flops(photo_dataset_path: Path, tmp_path: Path) -> None:
     with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
         gpu_parts.PARTS["roofline"].work(suite)
