@@ -29,6 +29,7 @@ from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.files import check_writable, disk_errors, write_json
 from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location, Url
+from pipeline.dataset.dataset import where_tars_lie
 from pipeline.dataset.remote_cache import CacheConfig
 
 CLASSES_SHOWN = 5  # smallest and largest classes listed in the report
@@ -88,6 +89,14 @@ def _inspect(command: Command) -> Inspection:
                 shards_at=place if on_ray else None,
             )
             return replace(found, path=place)
+    if (tars_at := where_tars_lie(place)) is not None:
+        if command.repair or command.engine.engine == "ray":
+            raise UserError(
+                f"{place} is the index of tars at {tars_at}, which are copied here for the check: leave out --engine "
+                "ray; instead of --repair make the index again (siamstream shard --index-only --overwrite)"
+            )
+        with local_copy(tars_at, command.cache, quiet=command.quiet, index=place) as folder:
+            return replace(inspect_dataset(folder, command.options, quiet=command.quiet), path=place)
     if command.repair:
         _repair(place, command)
     return inspect_dataset(place, command.options, quiet=command.quiet, engine=command.engine)

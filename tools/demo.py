@@ -20,9 +20,8 @@ import tyro
 
 from model.methods.registry import method_config
 from pipeline.common.errors import UserError, exit_on_user_error
-from pipeline.common.locations import LocalPath, PathText
+from pipeline.common.locations import WDS, LocalPath, PathText
 from pipeline.dataset.dataset import ShardSet
-from pipeline.sources.readers import WDS
 from tools.common.own_commands import after_python
 from tools.reproduction.method_flags import method_flags, view_flags
 

@@ -24,6 +24,7 @@ from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.loader import open_views
 from pipeline.loader.timing import Stalls
 from pipeline.sampling.sampler import BatchSampler
+from pipeline.sharding.index_cache import make_indexes
 from train.config.recipes import config_of, parse_config, printed
 from train.config.run_config import PretrainConfig
 from train.distributed.collectives import print0
@@ -66,6 +67,7 @@ def pretrain(data: str | Path | Sequence[str], run_dir: str | Path, **flags: Any
 
 def train_here(config: PretrainConfig) -> bool:
     """Train in this process and those that torchrun started with it. Returns False if a signal stopped the run."""
+    make_indexes(config.data, config.loader.cache)  # before there are ranks, whose waits are limited
     with (
         exit_once(),
         stop_signals() as stop,

@@ -29,7 +29,7 @@ from pipeline.checking.remote_copy import fetch, local_copy
 from pipeline.common.engine import EngineConfig, ray_engine
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, open_regular, read_regular
-from pipeline.common.locations import Url
+from pipeline.common.locations import WDS, Url
 from pipeline.common.system import cores, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.dataset.format import (
@@ -49,7 +49,6 @@ from pipeline.dataset.remote_files import RemoteFolder
 from pipeline.dataset.shard_store import LocalShards
 from pipeline.sharding.decode_service import Decoders, DecodeService
 from pipeline.sharding.workers import worker_decoders
-from pipeline.sources.readers import WDS
 
 GROUPS_LISTED = 1000  # groups of equal images listed in a report; all are counted
 KEYS_AT_ONCE = 1 << 25  # images per pass of the search for duplicates: 256 MB of keys

@@ -17,6 +17,7 @@ from pipeline.checking.check_dataset import read_entries
 from pipeline.checking.check_shard import Findings, recorded_options
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, real_folder
+from pipeline.common.locations import WDS
 from pipeline.common.locks import exclusive_lock
 from pipeline.dataset.format import (
     DATASET_FILE,
@@ -36,7 +37,6 @@ from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.workers import build_missing
 from pipeline.sharding.write_shard import key_stem
 from pipeline.sources.image_file import Verify
-from pipeline.sources.readers import WDS
 
 UNKNOWN_SOURCE = "(unknown: repaired from its tars)"
 UNKNOWN_SEED = -1  # make_shards takes no negative seed

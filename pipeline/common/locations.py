@@ -14,6 +14,7 @@ import tyro
 from pipeline.common.errors import UserError
 from pipeline.common.secrets import conceal, reveal
 
+WDS = "wds:"  # prefix of WebDataset tars of others, which stay where they are and are read through an index
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _LIKE_A_URL = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+(?:::|:\s*/)")
 
@@ -57,6 +58,14 @@ class Url:
         return Url(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
 
 
+class TarPattern(Url):
+    """WebDataset tars of others behind a URL, written wds:s3://BUCKET/{000..146}.tar; ``secret`` is without wds:."""
+
+    def __str__(self) -> str:
+        """As on the command line, without secrets."""
+        return f"{WDS}{super().__str__()}"
+
+
 def is_url(text: str) -> bool:
     """Whether ``text`` is written like a URL, as s3://BUCKET/FOLDER."""
     return _SCHEME.match(text) is not None
@@ -66,7 +75,7 @@ def location(text: str) -> Path | Url:
     """The folder or URL that ``text`` names. Raises UserError for a URL without a host or bucket."""
     _check_no_nul(text)
     if _SCHEME.match(text) is None:
-        if text.startswith("wds:") and not Path(text).exists():
+        if text.startswith(WDS) and not Path(text).exists():
             raise UserError(
                 f"{text}: tars of others are read through an index, which is made once: siamstream shard '{text}' OUT "
                 "--index-only; then give OUT in their place"
@@ -78,6 +87,16 @@ def location(text: str) -> Path | Url:
     if not urlsplit(text).netloc:
         raise UserError(f"{shown} names no host or bucket: write it as s3://BUCKET/FOLDER or https://HOST/FOLDER")
     return Url(text)
+
+
+def location_or_tars(text: str) -> Path | Url:
+    """As ``location``; wds:URL gives a TarPattern, of which pipeline/sharding/index_cache.py makes a dataset."""
+    pattern = text.removeprefix(WDS)
+    if pattern == text or not is_url(pattern):
+        return location(text)
+    url = location(pattern)
+    assert isinstance(url, Url)
+    return TarPattern(url.secret)
 
 
 def _check_no_nul(text: str) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import tyro
 
 from pipeline.common.errors import UserError
-from pipeline.common.locations import Url, expanded, location
+from pipeline.common.locations import WDS, Url, expanded, is_url, location_or_tars
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>[^?]*)(?P<query>\?.*)?", re.DOTALL)
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # their URLs have no port
@@ -53,12 +53,13 @@ def weighted_place(word: str) -> WeightedPlace:
     Of a URL the weight stands behind the path, before a query; the port of a host is none. A folder whose whole name
     is ``word`` is that folder.
     """
-    url = _URL.fullmatch(word)
+    scheme = WDS if word.startswith(WDS) and is_url(word.removeprefix(WDS)) else ""
+    url = _URL.fullmatch(word.removeprefix(scheme))
     place, colon, weight = (word if url is None else url["rest"]).rpartition(":")
     if not colon or not _is_weight(word, place, weight, url):
-        return WeightedPlace(location(word), 1.0)
-    whole = place if url is None else f"{url['scheme']}://{place}{url['query'] or ''}"
-    return WeightedPlace(location(whole), _parse_weight(whole, weight))
+        return WeightedPlace(location_or_tars(word), 1.0)
+    whole = place if url is None else f"{scheme}{url['scheme']}://{place}{url['query'] or ''}"
+    return WeightedPlace(location_or_tars(whole), _parse_weight(whole, weight))
 
 
 def _is_weight(word: str, place: str, weight: str, url: re.Match[str] | None) -> bool:
@@ -83,8 +84,8 @@ def _parse_weight(place: str, text: str) -> float:
         weight = math.nan
     if not 0 < weight < math.inf:
         raise UserError(
-            f"--data {location(place)}:{text}: the weight behind the colon is a number above 0, the passes over the "
-            "dataset in an epoch: 1 for each sample once, 0.3 for 30 % of them, 2 for each twice"
+            f"--data {location_or_tars(place)}:{text}: the weight behind the colon is a number above 0, the passes "
+            "over the dataset in an epoch: 1 for each sample once, 0.3 for 30 % of them, 2 for each twice"
         )
     return weight
 

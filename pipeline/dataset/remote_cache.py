@@ -39,6 +39,7 @@ _BUSY_POLL_S = 0.05  # while another process or thread fetches the same file
 WRONG_ATTEMPTS = 3  # whole downloads with another checksum before the source counts as wrong
 
 
+_ROOM_LOCK = "room.lock"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[0-9a-f]{64}-(\d+)\.part")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -114,7 +115,7 @@ class ShardCache:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(mode=0o777 if config.cache_shared else 0o700, exist_ok=True)
             _check_owner(self.folder, config.cache_shared)
-            with self._room_locked():
+            with self.locked(_ROOM_LOCK):
                 pass
         except OSError as error:
             raise UserError(
@@ -183,7 +184,7 @@ class ShardCache:
     def _claim(self, file: RemoteFile, needed: IsNeeded) -> int | _Claim:
         """The handle of NAME.part, locked and with room reserved for all of it, or why that is impossible."""
         path = self.folder / f"{file.sha256}-{file.bytes}.part"
-        with self._room_locked():
+        with self.locked(_ROOM_LOCK):
             part = _open_regular(path, os.O_RDWR | os.O_CREAT)
             outcome = None
             if not _try_lock(part):
@@ -221,7 +222,7 @@ class ShardCache:
         )
 
     def _put_in_place(self, part: int, path: Path, file: RemoteFile) -> None:
-        with self._room_locked():  # a process that measures the folder sees one of both names
+        with self.locked(_ROOM_LOCK):  # a process that measures the folder sees one of both names
             path.rename(self._path(file))
         fcntl.flock(part, fcntl.LOCK_UN)
 
@@ -267,8 +268,9 @@ class ShardCache:
         return disk_errors(doing, f"{doing} failed", f"check the disk or name another folder, {again}")
 
     @contextmanager
-    def _room_locked(self) -> Iterator[None]:
-        handle = _open_regular(self.folder / "room.lock", os.O_RDWR | os.O_CREAT)
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold lock file ``name`` of the folder; waits while another process or thread holds it."""
+        handle = _open_regular(self.folder / name, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

@@ -140,12 +140,16 @@ class RemoteFolder:
 
     def size(self, name: str) -> int:
         """The bytes of file ``name``. Raises UserError as ``read``, and if the server does not say."""
+        return self.status(name)[0]
 
-        def ask() -> int:
-            size = self._fs.info(self._fs._strip_protocol(self.url.file(name).secret)).get("size")
-            if not isinstance(size, int):
+    def status(self, name: str) -> tuple[int, int]:
+        """(bytes, version as of ``version_of``) of file ``name``. Raises UserError as ``size``."""
+
+        def ask() -> tuple[int, int]:
+            info = self._fs.info(self._fs._strip_protocol(self.url.file(name).secret))
+            if not isinstance(size := info.get("size"), int):
                 raise UserError(f"the server of {self.url} does not say how large {name} is, which fetching it needs")
-            return size
+            return size, version_of(info.get("ETag") or info.get("etag"))
 
         return self._with_retries(name, ask, threading.Event())
 

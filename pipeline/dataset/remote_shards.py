@@ -136,7 +136,7 @@ class RemoteShards:
                     f"{self._remote.url} is an index of tars that lie elsewhere ({entry['name']}): "
                     "put the tars into its folder and make the index there"
                 )
-            if not _lies_below(entry["name"]):
+            if not lies_below(entry["name"]):
                 raise UserError(f"{name} is damaged: it names the shard {entry['name']!r} outside of its folder")
 
     def _open_samples(self, info: dict[str, Any]) -> tuple[Path, np.ndarray]:
@@ -374,7 +374,7 @@ class ShardPrefetcher:
         self._shards.renew_leases(window)
 
 
-def _lies_below(name: str) -> bool:
+def lies_below(name: str) -> bool:
     """Whether a shard's name is that of a file in the folder or below it, however a server reads it."""
     return "\0" not in name and not {"", ".", ".."} & set(name.replace("\\", "/").split("/"))
 

@@ -21,14 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from pipeline.common.engine import EngineConfig
 from pipeline.common.errors import UserError
 from pipeline.common.files import atomic_file, disk_errors
-from pipeline.common.locations import Url, is_url, location
+from pipeline.common.locations import WDS, Url, is_url, location
 from pipeline.common.secrets import conceal, reveal
 from pipeline.common.system import dali_installed
 from pipeline.dataset.format import (
@@ -54,14 +53,14 @@ from pipeline.sharding.index_tars import (
     refuse_wds_options,
 )
 from pipeline.sharding.options import ShardingOptions
-from pipeline.sharding.remote_tars import RemoteIndexJob, is_remote, open_remote_tars
+from pipeline.sharding.remote_tars import RemoteIndexJob, is_remote, open_remote_tars, refuse_globs
 from pipeline.sharding.restore import lost_shards, restore_shards
 from pipeline.sharding.workers import build_missing
 from pipeline.sharding.write_shard import Job, WriteJob
 from pipeline.sources.labels import dataset_classes
 from pipeline.sources.listing import Listing
 from pipeline.sources.open_source import open_source, source_title
-from pipeline.sources.readers import SPOOL_FILE, WDS, ContainerReader, Reader
+from pipeline.sources.readers import SPOOL_FILE, ContainerReader, Reader
 from pipeline.sources.remote_path import RemotePath, SourcePath
 
 HELD_OUT_SUFFIX = "-val"  # behind OUT: the dataset that --hold-out makes beside it
@@ -449,10 +448,7 @@ def _index_job(pattern: str, out: Path, options: ShardingOptions) -> tuple[Index
     if not is_remote(pattern):
         tars = open_tars(pattern)
         return IndexJob(out, tars, options), [tar.stat().st_size for tar in tars]
-    if re.search(r"[*\[]", urlsplit(reveal(pattern)).path):
-        raise UserError(
-            f"wds:{conceal(pattern)}: * and [ are not looked up behind a URL; write numbers as {{000..146}}"
-        )
+    refuse_globs(pattern)
     job = open_remote_tars(expand_braces(pattern), out, options)
     return job, job.sizes
 

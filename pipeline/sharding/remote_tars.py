@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url, location
+from pipeline.common.secrets import conceal, reveal
 from pipeline.dataset.format import PARTIAL_DIR, Shard
 from pipeline.dataset.remote_cache import CacheConfig
 from pipeline.dataset.remote_files import RemoteFolder
@@ -30,6 +31,14 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 def is_remote(pattern: str) -> bool:
     """Whether the PATTERN of wds:PATTERN names tars behind a URL."""
     return _URL.match(pattern) is not None
+
+
+def refuse_globs(pattern: str) -> None:
+    """Raise UserError for a PATTERN behind a URL that would have to be looked up."""
+    if re.search(r"[*\[]", urlsplit(reveal(pattern)).path):
+        raise UserError(
+            f"wds:{conceal(pattern)}: * and [ are not looked up behind a URL; write numbers as {{000..146}}"
+        )
 
 
 def split_urls(texts: list[str]) -> tuple[Url, list[str]]:

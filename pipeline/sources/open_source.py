@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.locations import Url, expanded, is_url, location
+from pipeline.common.locations import WDS, Url, expanded, is_url, location
 from pipeline.common.secrets import conceal, reveal
 from pipeline.dataset.format import DATASET_FILE
 from pipeline.sources.file_kinds import describe_unknown
@@ -28,7 +28,7 @@ from pipeline.sources.labels import adopt_classes, dataset_classes, label_by_fil
 from pipeline.sources.listing import NO_IMAGE_NAME, Listing, ListingBuilder, Rejected, no_labels, plain_name, suffix
 from pipeline.sources.parquet import ParquetColumns, open_parquet
 from pipeline.sources.parquet_layout import choose_files, is_parquet, parquet_files
-from pipeline.sources.readers import WDS, ContainerReader, FolderReader, RemoteFolderReader, Source, list_folder
+from pipeline.sources.readers import ContainerReader, FolderReader, RemoteFolderReader, Source, list_folder
 from pipeline.sources.remote_listing import entries, list_remote_folder
 from pipeline.sources.remote_path import RemotePath, SourcePath, known, open_file
 from pipeline.sources.synthetic import open_synthetic

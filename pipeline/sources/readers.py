@@ -22,7 +22,6 @@ from pipeline.sources.remote_path import FileStatus, Handle, RemoteFile, RemoteP
 
 _MOST_OPEN = 256  # files of a ContainerReader; Linux usually allows a process 1024
 SPOOL_FILE = "spool.json"  # says of what the spool is a copy
-WDS = "wds:"  # prefix of a SOURCE of WebDataset tars, which pipeline/sharding/index_tars.py indexes in place
 
 
 class Reader(Protocol):

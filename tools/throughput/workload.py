@@ -23,6 +23,7 @@ from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_data, open_dataset
 from pipeline.sampling.order import OrderConfig
 from pipeline.sampling.views import ViewRecipe
+from pipeline.sharding.index_cache import with_indexes
 from tools.common.fake_imagenet import dataset_folder
 from tools.throughput.report import Setting
 from tools.throughput.stages import Bench, StageName
@@ -111,7 +112,7 @@ class ProfileConfig:
 def open_workload(config: ProfileConfig) -> Iterator[Dataset]:
     """The dataset of --data, or a synthetic one."""
     if str(config.data) != SYNTHETIC:
-        yield open_data(config.data, config.loader)
+        yield open_data(with_indexes(config.data, config.loader.cache), config.loader)
         return
     with dataset_folder(config.synthetic_dir, config.synthetic_samples) as folder:
         dataset = open_dataset(folder, config.loader)

@@ -23,6 +23,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.mixture import Mixture
 from pipeline.loader.loader import check_cache, open_data, order_of
+from pipeline.sharding.index_cache import with_indexes
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan, make_plan
 from train.distributed.collectives import Mark, on_all_ranks
@@ -67,7 +68,7 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     check_compiler(dist.device)
     config.trackers.check_installed()
     dist.status.work("opening the dataset")
-    dataset = open_data(config.data, config.loader)
+    dataset = open_data(with_indexes(config.data, config.loader.cache), config.loader)
     order_of(dataset, config.order, config.seed, config.global_batch)  # raises for one that the dataset cannot have
     check_cache(dataset, config.order, config.loader, config.global_batch, dist)
     plan = make_plan(config, dataset.epoch_samples, dist.world_size, memory_bytes(dist))
