@@ -342,6 +342,35 @@ def test_both_backends_find_the_same_bad_samples(kind: str, request: pytest.Fixt
 
 
 @needs_dali
+@pytest.mark.parametrize(
+    ("device", "times"),
+    [
+        pytest.param("cpu", 2, id="cpu"),
+        pytest.param(
+            "cuda",
+            25,  # with several such batches each
+            id="cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+            ],
+        ),
+    ],
+)
+def test_batches_with_replaced_images_are_the_same_every_time(device: str, times: int, undecodable: ShardSet) -> None:
+    """They differ if memory is taken back while kernels read it. A GPU's decoder refuses the same images as PIL."""
+    on_cpu, found = Reports(), Reports()
+    expected = load(undecodable, settings("torchvision"), on_bad_sample=on_cpu.append)
+    process = World.alone(torch.device(device))
+    first = load(undecodable, settings("dali"), process=process, on_bad_sample=found.append)
+    assert found.ids == on_cpu.ids == sorted(BAD)
+    for ours, reference_views in zip(first, expected, strict=True):
+        np.testing.assert_array_equal(ours.sources, reference_views.sources)
+    for _ in range(times - 1):
+        assert_same(load(undecodable, settings("dali"), process=process, on_bad_sample=found.append), first)
+
+
+@needs_dali
 def test_headers_are_parsed_by_the_threads_that_read_not_by_the_one_that_feeds_dali(
     photo_dataset_path: Path, photo_dataset: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
