@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.sources.remote_path import remote_folder
+
 BUCKET = "images"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "AKIAWELLKNOWNTOALL", "AWS_SECRET_ACCESS_KEY": "hush-hush-secret-of-s3"}
 
@@ -184,6 +186,7 @@ def free_port() -> int:
 def s3_server(folder: Path, prefix: str = "photos", address: str = "127.0.0.1") -> Iterator[int]:
     """Moto's S3 server with the files of ``folder`` under s3://BUCKET/``prefix``; gives its port at ``address``."""
     server_module = pytest.importorskip("moto.server")
+    remote_folder.cache_clear()  # of an earlier server under the same URL, whose port the environment held
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer(address, 0, verbose=False)
     server.start()
