@@ -34,9 +34,9 @@ from pipeline.common.locations import LocalPath, Location, PathText
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
-from tools.embed import EmbedConfig, embed
+from tools.embed import EmbedConfig, embed, sample_names
 from tools.embedding.search import near_duplicates, nearest
-from tools.embedding.store import RECORD, UNFINISHED, Embeddings
+from tools.embedding.store import RECORD, UNFINISHED, Embeddings, escaped
 from train.distributed.process_group import distributed
 from train.evaluation.encoder import Preprocess, decode_file
 from train.evaluation.features import EncoderConfig, open_frozen
@@ -98,10 +98,29 @@ def main() -> None:
         draw_duplicates(config, dataset, embeddings)
 
 
+def check_queries(config: NeighboursConfig, dataset: ShardSet) -> None:
+    """Raise UserError for a --query that is no image of the dataset and no file, before anything is embedded."""
+    words = [query for query in config.query if not query.isdecimal()]
+    names = frozenset(map(escaped, sample_names(dataset, np.arange(len(dataset))))) if words else frozenset()
+    for query in config.query:
+        if query.isdecimal():
+            require("--query", query, int(query) < len(dataset), f"samples are numbered 0 .. {len(dataset) - 1}")
+        elif query not in names:
+            decode_file(_file_of(query))
+
+
+def _file_of(query: str) -> Path:
+    path = Path(query).expanduser()
+    if not path.is_file():
+        raise UserError(f"--query {query}: no file, no name of the dataset (names.txt lists them) and no number")
+    return path
+
+
 def open_embeddings(config: NeighboursConfig, dataset: ShardSet) -> Embeddings:
     """The embeddings of ``dataset``, made now if an encoder was named. Raises UserError if they are of another one."""
     folder = Path(config.source)
     if not (folder / RECORD).exists() and not (folder / UNFINISHED).exists():
+        check_queries(config, dataset)
         folder = config.out.with_name(f"{config.out.stem}-embeddings")
         wanted = EmbedConfig(config.source, config.data, folder, device=config.device, loader=config.loader)
         with distributed(config.device) as dist:
@@ -159,10 +178,7 @@ def _find_query(
         if sample in embeddings.bad:
             raise UserError(f"--query {query}: this image could not be read when the dataset was embedded")
         return sample, None, np.asarray(embeddings.vectors[sample], np.float32)
-    path = Path(query).expanduser()
-    if not path.is_file():
-        raise UserError(f"--query {query}: no file, no name of the dataset (names.txt lists them) and no number")
-    return (None, *_embed_file(config, path, embeddings))
+    return (None, *_embed_file(config, _file_of(query), embeddings))
 
 
 def _embed_file(config: NeighboursConfig, path: Path, embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:

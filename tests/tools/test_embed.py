@@ -312,6 +312,28 @@ def test_mistakes_of_neighbours(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [("99", "numbered 0 .. 47"), ("no-such", "no file, no name of"), ("text.jpg", "cannot be read as an image")],
+)
+def test_a_wrong_query_is_refused_before_anything_is_embedded(
+    photo_dataset_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    query: str,
+    message: str,
+) -> None:
+    (tmp_path / "text.jpg").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(neighbours, "embed", lambda *_: pytest.fail("the dataset is embedded"))
+    recorded = ShardSet.open(photo_dataset_path).names
+    assert recorded is not None
+    arguments = [ENCODER, str(photo_dataset_path), "grid.png", "--query", "47", "--query", recorded[3]]
+    assert call(monkeypatch, neighbours, *arguments, "--query", query) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_embeddings_of_another_dataset_are_refused(
     embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
