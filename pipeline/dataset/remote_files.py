@@ -18,11 +18,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotYetError
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, TypeVar
-
-import aiohttp
-import fsspec
-from fsspec.asyn import AsyncFileSystem
 
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url
@@ -81,6 +78,9 @@ class RemoteFolder:
 
     def __init__(self, url: Url, retry_minutes: float) -> None:
         """Raises UserError if the file system behind the URL's scheme is unknown or not installed."""
+        import fsspec  # with aiohttp 0.2 s and more, which what stays on this machine does not need
+        from fsspec.asyn import AsyncFileSystem
+
         self.url = url
         self._arrived, self._lock = 0, threading.Lock()  # requests that were answered well
         self._retry_s = 60.0 * retry_minutes
@@ -88,10 +88,11 @@ class RemoteFolder:
         options: dict[str, Any] = {"encoded": True, "client_kwargs": {"trust_env": True}} if http else {}
         if url.scheme in ("gs", "gcs"):  # gcsfs reads whole bodies: at most so much of them
             options = {
-                "session_kwargs": {"response_class": _BoundedResponse, "headers": {"Accept-Encoding": "identity"}}
+                "session_kwargs": {"response_class": _bounded_response(), "headers": {"Accept-Encoding": "identity"}}
             }
         try:
             self._fs = fsspec.filesystem(url.scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+            self._is_async = isinstance(self._fs, AsyncFileSystem)
         except ImportError as error:
             extra = _EXTRAS.get(url.scheme)
             remedy = (
@@ -237,7 +238,7 @@ class RemoteFolder:
     ) -> bytes:
         """One request. At most ``limit`` bytes of its answer are held, whatever the server sends."""
         path = self._fs._strip_protocol(url.secret)
-        if isinstance(self._fs, AsyncFileSystem) and self._fs.loop is not None:
+        if self._is_async and self._fs.loop is not None:
             coroutine = asyncio.wait_for(_bounded(self._fs, path, span, limit, version), PIECE_TIMEOUT_S)
             data = _result(asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop), cancelled)
         else:
@@ -253,7 +254,7 @@ class RemoteFolder:
 
 
 async def _bounded(
-    fs: AsyncFileSystem, path: str, span: tuple[int, int] | None, limit: int, version: int = UNKNOWN_VERSION
+    fs: Any, path: str, span: tuple[int, int] | None, limit: int, version: int = UNKNOWN_VERSION
 ) -> bytes:
     """The bytes of a file, or of a range of it, of which at most ``limit`` + 1 are read."""
     kinds = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
@@ -284,19 +285,24 @@ async def _bounded(
     return await fs._cat_file(path, start=start, end=end)
 
 
-class _BoundedResponse(aiohttp.ClientResponse):
-    """An answer of which ``read`` gives at most ``_most_bytes`` + 1, and nothing of a compressed one."""
+@cache
+def _bounded_response() -> type[Any]:
+    """A class of answers of which ``read`` gives at most ``_most_bytes`` + 1, and nothing of a compressed one."""
+    import aiohttp
 
-    async def read(self) -> bytes:
-        """The body, or the beginning of one that is too long."""
-        if self._body is None:
-            if self.headers.get("Content-Encoding", "identity") != "identity":
-                raise _EncodedError(self.headers["Content-Encoding"])
-            limit = _most_bytes.get()
-            self._body = await _collect(self.content, limit)
-            if len(self._body) > limit:
-                self.close()
-        return self._body
+    class _BoundedResponse(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            """The body, or the beginning of one that is too long."""
+            if self._body is None:
+                if self.headers.get("Content-Encoding", "identity") != "identity":
+                    raise _EncodedError(self.headers["Content-Encoding"])
+                limit = _most_bytes.get()
+                self._body = await _collect(self.content, limit)
+                if len(self._body) > limit:
+                    self.close()
+            return self._body
+
+    return _BoundedResponse
 
 
 def _check_length(length: int | None, ranged: bool, span: tuple[int, int] | None, limit: int) -> None:

@@ -10,8 +10,6 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from fsspec.asyn import sync
-
 from pipeline.common.system import progress
 from pipeline.dataset.out_folder import ahead
 from pipeline.dataset.remote_files import RemoteFolder, version_of
@@ -159,6 +157,8 @@ def _split(remote: RemoteFolder, inner: str, prefix: str) -> list[tuple[str, str
 
 def _pages(remote: RemoteFolder, inner: str, below: str, delimiter: str) -> Iterator[tuple[list[str], list[Entry]]]:
     """(prefixes, objects) of each page, relative to ``inner``; with a delimiter, only those directly in ``below``."""
+    from fsspec.asyn import sync
+
     bucket, key, _ = remote.fs.split_path(remote.path(inner))
     root = f"{key.rstrip('/')}/" if key else ""
     page: dict[str, Any] = {"Bucket": bucket, "Prefix": root + below, "Delimiter": delimiter, **remote.fs.req_kw}
