@@ -266,7 +266,7 @@ def test_a_session_that_makes_no_sense_is_refused(arguments: list[str], tmp_path
 
 
 def test_a_session_without_data_draws_its_own(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable, "TOY": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable, "TOY": "1", "LIMITS": "2"}
     command = ["bash", str(SESSION), "smoke", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
