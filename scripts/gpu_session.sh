@@ -137,7 +137,7 @@ report() { [ ! -f "$1" ] || cat "$1"; }
 gpu_tests() {  # only the files that have some are collected: importing all tests takes a minute
   local files
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests)
-  step tests 100 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
+  step tests 90 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
     ${toy:+--collect-only} "${files[@]}"
 }
 
@@ -167,9 +167,9 @@ ranks() {
   if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1)
   else options+=(--backbone resnet18 --image-size 96 --precision fp32); fi
   rm -rf "$out/one-rank" "$out/two-ranks" "$out/two-ranks-compiled"
-  two_ranks two-ranks 45 "${options[@]}"
+  two_ranks two-ranks 40 "${options[@]}"
   step one-rank 30 "$python" train/pretrain.py "${options[@]}" --run-dir "$out/one-rank"
-  two_ranks two-ranks-compiled 55 "${options[@]}" --compile
+  two_ranks two-ranks-compiled 70 "${options[@]}" --compile
   echo "the same steps by two ranks, by one, and by two whose step is compiled:"
   cut -c1-100 "$out/two-ranks/metrics.jsonl" "$out/one-rank/metrics.jsonl" "$out/two-ranks-compiled/metrics.jsonl"
 }
