@@ -42,11 +42,13 @@ ONNX = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=2.10"]  # mlflow itself brings the server along
 S3, GCS, HF = ["s3fs>=2024.6"], ["gcsfs>=2024.6"], ["huggingface_hub"]
 RAY = ["ray>=2.9"]  # --engine ray
+TIFF = ["tifffile>=2024.1"]  # several bands
 TEST = [
     *PARQUET,
     *S3,
     *RAY,
     *ONNX,
+    *TIFF,
     *WANDB,
     *MLFLOW,
     "transformers>=4.40",  # reads what export writes for it
@@ -111,6 +113,7 @@ setup(
         "onnx": ONNX,
         "faiss": FAISS,
         "umap": UMAP,
+        "tiff": TIFF,
         "wandb": WANDB,
         "mlflow": MLFLOW,
         "s3": S3,

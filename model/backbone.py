@@ -88,16 +88,17 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 
-def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
+def build_backbone(name: str, stem: Stem = "default", channels: int = 3) -> tuple[nn.Module, int]:
     """Build a randomly initialised backbone.
 
     Args:
         name: a key of ``BACKBONES``, ``timm:NAME``, ``torchvision:NAME`` or ``MODULE:FUNCTION``.
         stem: ``imagenet`` 7x7 stride 2 and a max-pool; ``cifar`` 3x3 stride 1 without it (Chen & He 2020, appendix D);
             ``small`` 3x3 stride 2 without it, a quarter of the CIFAR stem's cost; ``default`` the backbone's own.
+        channels: of the images, for which the first convolution is made.
 
     Returns:
-        The module, mapping float images ``[n, 3, h, w]`` to pooled features ``[n, d]``, and ``d``.
+        The module, mapping float images ``[n, channels, h, w]`` to pooled features ``[n, d]``, and ``d``.
 
     Raises:
         UserError: as ``check_backbone``.
@@ -108,7 +109,29 @@ def build_backbone(name: str, stem: Stem = "default") -> tuple[nn.Module, int]:
     backbone = entry.build()
     if isinstance(backbone, ResNet):
         _set_stem(backbone, chosen)
+    take_channels(backbone, channels, name)
     return backbone, entry.features
+
+
+def take_channels(module: nn.Module, channels: int, name: str) -> None:
+    """Let backbones among ``module`` and below, which take RGB, take images of ``channels``: new weights in place.
+
+    They are drawn normally with the standard deviation of those that they replace. For 3 channels nothing is done.
+    Raises UserError for a backbone, ``name``, whose first convolution is not of 3 channels.
+    """
+    if channels == 3:
+        return
+    stems = [one for one in module.modules() if isinstance(one, nn.Conv2d) and one.in_channels == 3 and one.groups == 1]
+    if not stems:
+        raise UserError(
+            f"--backbone {name} has no first convolution of 3 channels, which could be made one of {channels}: take "
+            f"one of {', '.join(BACKBONES)}"
+        )
+    for conv in stems:
+        shape = (conv.out_channels, channels, *conv.kernel_size)
+        weight = torch.randn(shape, device=conv.weight.device) * conv.weight.detach().std()
+        conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        conv.in_channels = channels
 
 
 def find_backbone(name: str, flag: str = "--backbone ") -> Backbone:

@@ -288,7 +288,7 @@ def sequential_of(state: dict[str, Tensor]) -> torch.nn.Sequential:
 @torch.no_grad()
 def _width(encoder: FrozenEncoder, head: torch.nn.Module, dist: DistContext) -> int:
     side = encoder.recipe.image_size
-    return int(head(encoder.backbone(torch.zeros(1, 3, side, side, device=dist.device))).shape[1])
+    return int(head(encoder.backbone(torch.zeros(1, encoder.recipe.channels, side, side, device=dist.device))).shape[1])
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ def main() -> None:
     weights = read_weights(config.checkpoint, config.backbone, config.stem)
     if weights.stem == "default" and config.format in ("detectron2", "official"):
         raise UserError(f"--format {config.format} has names for ResNets only, and this is {weights.backbone}")
+    if weights.channels != 3 and config.format not in ("safetensors", "onnx"):
+        raise UserError(
+            f"--format {config.format}: its readers take images of 3 channels, and this encoder takes "
+            f"{weights.channels}: take --format safetensors or onnx"
+        )
     layers = transformers_layers(weights.backbone, weights.stem) if config.format == "transformers" else {}
     if find_backbone(weights.backbone).library == "timm" and config.format == "torchvision":
         raise UserError(f"--format torchvision: {weights.backbone} has timm's layers: take --format timm")
@@ -128,11 +133,11 @@ def write_onnx(out: Path, weights: LoadedEncoder) -> None:
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'siamstream[onnx]'")
     import onnxruntime
 
-    module, _ = build_backbone(weights.backbone, weights.stem)
+    module, _ = build_backbone(weights.backbone, weights.stem, weights.channels)
     load_backbone(module, weights)
     module.eval()
     size = (weights.pixels or InputSpec()).image_size
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, weights.channels, size, size, generator=torch.Generator().manual_seed(0))
     batch = torch.export.Dim("n", min=1)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         file = Path(folder) / out.name
@@ -157,13 +162,14 @@ def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
     """How to load the file in the other program, and the pixels that the encoder expects."""
     pixels = weights.pixels or InputSpec()
     name = weights.backbone
-    ours_alone = not hasattr(torchvision.models, name) or weights.stem != "imagenet"
+    ours_alone = not hasattr(torchvision.models, name) or weights.stem != "imagenet" or weights.channels != 3
+    channels = "" if weights.channels == 3 else f", {weights.channels}"
     build = f"m = torchvision.models.{name}(); m.fc = nn.Identity()"
-    if find_backbone(name).library == "timm":
+    if find_backbone(name).library == "timm" and weights.channels == 3:
         ours_alone, name = False, name.removeprefix("timm:")
         build = f'm = timm.create_model("{name}", num_classes=0)'
     elif ours_alone:
-        build = f'm, _ = model.backbone.build_backbone("{name}", "{weights.stem}")'
+        build = f'm, _ = model.backbone.build_backbone("{name}", "{weights.stem}"{channels})'
     match layout:
         case "detectron2" | "official" if ours_alone:
             how = f"with {layout}'s code, once it builds the same layers"

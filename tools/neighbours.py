@@ -31,7 +31,7 @@ from pipeline.common.errors import UserError, check_at_least_1, check_seed, exit
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath, Location, PathText
-from pipeline.dataset.dataset import BadSampleError, ShardSet
+from pipeline.dataset.dataset import BadSampleError, ShardSet, require_rgb
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
 from tools.embed import EmbedConfig, embed, sample_names
@@ -91,6 +91,7 @@ def main() -> None:
     config = tyro.cli(NeighboursConfig, description=__doc__)
     check_writable("OUT", config.out)
     dataset = open_dataset(config.data, config.loader)
+    require_rgb(dataset, "a grid of neighbours")
     embeddings = open_embeddings(config, dataset)
     if config.duplicates is None:
         draw_neighbours(config, dataset, embeddings)

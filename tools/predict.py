@@ -27,7 +27,7 @@ from torch import Tensor
 from pipeline.backends.reference import centre_crop, decode, normalise
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.locations import InputPath
-from pipeline.sampling.views import ViewRecipe, centre_crops
+from pipeline.sampling.views import centre_crops
 from pipeline.sources.listing import IMAGE_SUFFIXES
 from tools.embedding.store import escaped
 from train.evaluation.classifier import LoadedClassifier, load_classifier
@@ -102,12 +102,14 @@ def list_files(named: tuple[Path, ...]) -> Iterator[Path]:
             raise UserError(f"{path} is not there: name image files or folders of them")
 
 
-def read_view(path: Path, classifier: LoadedClassifier) -> Float[Tensor, "3 s s"] | None:
+def read_view(path: Path, classifier: LoadedClassifier) -> Float[Tensor, "c s s"] | None:
     """The evaluation view of an image; None, after a line on stderr, if it cannot be read."""
     pixels = classifier.pixels
-    recipe = ViewRecipe(image_size=pixels.image_size, mean=pixels.mean, std=pixels.std)
+    recipe = pixels.recipe
     try:
         image = decode(path.read_bytes())
+        if len(image) != recipe.channels:
+            raise ValueError(f"{len(image)} channels, and the classifier takes {recipe.channels}")
     except (OSError, ValueError, SyntaxError) as error:
         print(f"{escaped(str(path))}: {error}", file=sys.stderr)
         return None

@@ -31,7 +31,7 @@ from pipeline.common.errors import UserError, check_seed, exit_on_user_error, re
 from pipeline.common.files import disk_errors
 from pipeline.common.flags import group
 from pipeline.common.locations import InputPath, LocalPath, Location
-from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.dataset import ShardSet, require_rgb
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import ViewBatch, open_views
 from pipeline.sampling.sampler import BatchSampler, World
@@ -97,6 +97,7 @@ def main() -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
     names = backends_of(config)
+    require_rgb(dataset, "a preview of views")
     batches = {name: first_views(dataset, config, name) for name in names}
     first = batches[names[0]]
     params = draw_views(config.views, config.seed, config.epoch, first.ids, dataset.sizes(first.sources))

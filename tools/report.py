@@ -228,6 +228,8 @@ def _images(config: ReportConfig, run: RunRecord, number: int, prefix: str) -> l
         dataset = open_dataset(config.data or data_of(run), config.loader)
     except UserError as error:
         return [section(f"{prefix}Images", paragraph(f"Left out, as the dataset is not there: {error}"))]
+    if dataset.channels != 3:
+        return [section(f"{prefix}Images", paragraph(f"Left out, as they have {dataset.channels} channels."))]
     sections = [section(f"{prefix}Views", *_views(config, run, dataset))]
     sections.append(section(f"{prefix}Bad samples", _bad_samples(run)))
     chosen = np.sort(epoch_order(len(dataset), 0, 0, np.arange(min(config.samples, len(dataset)))))

@@ -357,7 +357,7 @@ def train_step(run: Finetuning, batch: ViewBatch) -> Tensor:
     return loss.detach()
 
 
-def mixed(x: Float[Tensor, "n 3 s s"], alpha: float, seed: int, step: int) -> tuple[Float[Tensor, "n 3 s s"], float]:
+def mixed(x: Float[Tensor, "n c s s"], alpha: float, seed: int, step: int) -> tuple[Float[Tensor, "n c s s"], float]:
     """Images mixed with those in reverse order, and the share of the first; a pure function of seed and step."""
     if alpha == 0:
         return x, 1.0

@@ -276,7 +276,7 @@ def batches(work: ProbeSetup, first_epoch: int) -> Iterator[Iterator[Batch]]:
 
 
 @torch.no_grad()
-def frozen_pass(work: ProbeSetup, x: Float[Tensor, "n 3 s s"], sources: Int64[np.ndarray, " n"]) -> Batch:
+def frozen_pass(work: ProbeSetup, x: Float[Tensor, "n c s s"], sources: Int64[np.ndarray, " n"]) -> Batch:
     """Features of some images, and the labels of those that are seen: a bad image stands with its substitute's."""
     with work.source.autocast():
         features = work.encoder.backbone(x)

@@ -175,7 +175,7 @@ class SimSiam(Method):
         loss = simsiam_loss(out.p1, out.p2, target1, target2, self.config.similarity, self.config.symmetric)
         return MethodOutput(loss, out.z1.detach(), {"z_std": mean_z_std([out.z1, out.z2])}, memory)
 
-    def predict(self, x1: Float[Tensor, "n 3 h w"], x2: Float[Tensor, "n 3 h w"]) -> SimSiamOutput:
+    def predict(self, x1: Float[Tensor, "n c h w"], x2: Float[Tensor, "n c h w"]) -> SimSiamOutput:
         """Both views through encoder and predictor. BN takes its statistics of each view alone (official code)."""
         z1, z2 = encode(self._encoder(), [x1, x2])
         p1, p2 = encode(self.predictor, [z1, z2])

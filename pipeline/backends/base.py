@@ -59,7 +59,9 @@ class Batch:
 class ViewBatch:
     """The views of some samples of one step: one rank's part of one micro-batch."""
 
-    views: list[Float[Tensor, "_ 3 _ _"]]  # [n 3 s s] each, in the recipe's order; normalised, channels-last in memory
+    views: list[
+        Float[Tensor, "_ _ _ _"]
+    ]  # [n c s s] each, c = 3, in the recipe's order; normalised, channels-last in memory
     ids: Int64[np.ndarray, " n"]  # the samples that the order asked for
     sources: Int64[np.ndarray, " n"]  # the samples whose images these are: ids, except where one was bad
     epoch: int
@@ -68,15 +70,15 @@ class ViewBatch:
     pair: int = 0  # as in BatchIds
 
     @classmethod
-    def of(cls, batch: Batch, views: list[Float[Tensor, "_ 3 _ _"]]) -> ViewBatch:
+    def of(cls, batch: Batch, views: list[Float[Tensor, "_ _ _ _"]]) -> ViewBatch:
         return cls(views, batch.ids, batch.sources, batch.epoch, batch.step, pair=batch.pair)
 
     @property
-    def x1(self) -> Float[Tensor, "n 3 s s"]:
+    def x1(self) -> Float[Tensor, "n c s s"]:
         return self.views[0]
 
     @property
-    def x2(self) -> Float[Tensor, "n 3 s s"]:
+    def x2(self) -> Float[Tensor, "n c s s"]:
         return self.views[1]
 
 

@@ -1,7 +1,7 @@
 """The views through PIL and torchvision: slow and plain, the oracle that the fast back ends are tested against.
 
 The torchvision back end, for machines without DALI, is made of these functions. Each takes and returns one
-image: uint8 ``[3, h, w]``, RGB.
+image: uint8 ``[3, h, w]``, RGB; or of a dataset of --channels, float32 ``[c, h, w]`` of 0 .. 1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from pipeline.common.arrays import is_array, read_array
 from pipeline.common.png import without_text
 from pipeline.sampling.augmentations import augment, augment_bytes
 from pipeline.sampling.views import (
@@ -29,8 +30,8 @@ from pipeline.sampling.views import (
     ViewRecipe,
 )
 
-DecodedImage = UInt8[Tensor, "3 h w"]
-Square = UInt8[Tensor, "3 s s"]
+DecodedImage = UInt8[Tensor, "3 h w"] | Float32[Tensor, "c h w"]
+Square = UInt8[Tensor, "3 s s"] | Float32[Tensor, "c s s"]
 # PIL stops at 179 million pixels with an error of a class of its own. Images too large were refused when sharded; the
 # limit here is for bytes that came into a shard in another way.
 Image.MAX_IMAGE_PIXELS = None
@@ -40,8 +41,13 @@ MAX_PIXELS = 1 << 28  # 1 GB decoded
 def decode(encoded: bytes) -> DecodedImage:
     """Decode an encoded image as PIL does; EXIF orientation is ignored, 16 bits are scaled to 8.
 
-    Raises OSError, ValueError or SyntaxError, as PIL does, when the bytes are no whole image.
+    The arrays of a dataset of --channels become float32, scaled to 0 .. 1 by the range of their type. Raises OSError,
+    ValueError or SyntaxError, as PIL does, when the bytes are no whole image.
     """
+    if is_array(encoded):
+        values = read_array(encoded)
+        scaled = values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
+        return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()
     with Image.open(io.BytesIO(without_text(encoded))) as file:
         image: Image.Image = file
         if image.width * image.height > MAX_PIXELS:
@@ -84,6 +90,8 @@ def check_inside(image: DecodedImage, bottom: int, right: int) -> None:
 
 def change_bytes(image: Square, params: ViewParams, sample: int, view: int, recipe: ViewRecipe) -> Square:
     """What goes beyond the paper's recipe and acts on bytes: it comes before the colours."""
+    if image.is_floating_point():  # of a dataset of --channels, whose recipe has none of them
+        return image
     return augment_bytes(image[None].clone(), params.extra[sample : sample + 1, view], recipe.extra)[0]
 
 
@@ -129,13 +137,13 @@ def transform(image: DecodedImage, params: ViewParams, sample: int, view: int, r
     return blur_and_flip(colour(changed, params, sample, view), params, sample, view, recipe)
 
 
-def normalise(image: DecodedImage, recipe: ViewRecipe) -> Float32[Tensor, "3 h w"]:
+def normalise(image: DecodedImage, recipe: ViewRecipe) -> Float32[Tensor, "c h w"]:
     """Bytes to float32: scaled to 0 .. 1, less the mean, by the standard deviation."""
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(recipe.mean), list(recipe.std))
 
 
 def finish(
     image: DecodedImage, params: ViewParams, sample: int, view: int, recipe: ViewRecipe
-) -> Float32[Tensor, "3 h w"]:
+) -> Float32[Tensor, "c h w"]:
     """What follows ``transform``: normalise, and apply what goes beyond the paper's recipe."""
     return augment(normalise(image, recipe)[None], params.extra[sample : sample + 1, view], recipe.extra)[0]

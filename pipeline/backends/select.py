@@ -20,8 +20,15 @@ from pipeline.common.system import dali_installed
 BackendName = Literal["dali", "torchvision"]
 
 
-def choose_backend(requested: Literal["auto", "dali", "torchvision"]) -> tuple[BackendName, str]:
-    """The back end that will run, and why. Raises UserError if the one asked for is not installed."""
+def choose_backend(requested: Literal["auto", "dali", "torchvision"], channels: int = 3) -> tuple[BackendName, str]:
+    """The back end that will run, and why. ``channels``: of the images.
+
+    Raises UserError if the one asked for is not installed, or does not take such images.
+    """
+    if channels != 3 and requested == "dali":
+        raise UserError(f"--backend dali takes images of 3 channels, and these have {channels}: --backend torchvision")
+    if channels != 3 and requested == "auto":
+        return "torchvision", f"the images have {channels} channels"
     installed = dali_installed()
     match requested:
         case "torchvision":
@@ -61,9 +68,9 @@ def check_compiler(device: torch.device) -> None:
     )
 
 
-def open_backend(requested: Literal["auto", "dali", "torchvision"]) -> Backend:
+def open_backend(requested: Literal["auto", "dali", "torchvision"], channels: int = 3) -> Backend:
     """The back end that will run. Raises UserError as ``choose_backend``."""
-    name, _ = choose_backend(requested)
+    name, _ = choose_backend(requested, channels)
     match name:
         case "dali":
             from pipeline.backends.dali_backend import DaliBackend

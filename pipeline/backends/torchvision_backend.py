@@ -42,9 +42,11 @@ class TorchvisionViews(Iterator[ViewBatch]):
         ]
         return ViewBatch.of(batch, views)
 
-    def _views(self, batch: Batch, sample: int) -> list[Float32[Tensor, "3 _ _"]]:
+    def _views(self, batch: Batch, sample: int) -> list[Float32[Tensor, "_ _ _"]]:
         image = decode(batch.encoded[sample].tobytes())
         recipe = self._recipe
+        if len(image) != recipe.channels:
+            raise ValueError(f"the image has {len(image)} channels, not {recipe.channels}")
         match batch.windows:
             case ViewParams() as params:
                 views = range(params.views)

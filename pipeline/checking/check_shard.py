@@ -19,6 +19,7 @@ from pipeline.sharding.decode_service import Decoders
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.prepare_image import find_fault
 from pipeline.sharding.write_shard import key_stem
+from pipeline.sources.channels import inspect_channels
 from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Rejected
 from pipeline.sources.tar_members import Member
@@ -117,7 +118,8 @@ class Records:
     def rules(self) -> SampleRules:
         """How the image and the label of a sample were chosen."""
         recipe, options = self.dataset.info["recipe"], self.options
-        rules = SampleRules.of(options.labels, options.wds_image_ext, options.wds_label_key)
+        image_ext = options.wds_image_ext if self.dataset.channels == 3 else "npy"
+        rules = SampleRules.of(options.labels, image_ext, options.wds_label_key)
         return replace(rules, plainest="wds_image_ext" in recipe)  # earlier versions took the first image
 
     @cached_property
@@ -259,8 +261,11 @@ def _check_image(records: Records, sample_id: int, decode: Decode, in_tar: Findi
     dataset = records.dataset
     try:
         data = dataset.read(sample_id)
-        image = inspect_image(data, "header" if decode == "none" else "full", records.options.max_pixels)
-        fault = find_fault(data, image, "full" if decode == "full" else "header", records.decoders)
+        if dataset.channels != 3:
+            image, fault = inspect_channels(data, dataset.channels, records.options.max_pixels), None
+        else:
+            image = inspect_image(data, "header" if decode == "none" else "full", records.options.max_pixels)
+            fault = find_fault(data, image, "full" if decode == "full" else "header", records.decoders)
     except BadSampleError as error:
         in_tar.add("has images that are not what was written", f"row {sample_id} ({error.key}): {error.reason}")
         return

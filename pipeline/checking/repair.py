@@ -67,6 +67,11 @@ def repair_dataset(path: Path, workers: int, *, quiet: bool = False, in_process:
     Raises UserError if that is impossible: no tars, a damaged tar, a tar that is not the recorded one, a full disk.
     """
     info = _readable_record(path)
+    if info is not None and "pixels" in info:
+        raise UserError(
+            f"{path} has images of {info['pixels']['channels']} channels, which --repair does not make records of: run "
+            "the make_shards command of it again, which writes lost shards, or say --overwrite there"
+        )
     job = _lost_job(path, workers) if info is None else _known_job(path, info, workers)
     partial = path / PARTIAL_DIR
     with disk_errors(f"repairing {path}", f"{path} cannot be repaired", "remove what is no file of a dataset"):

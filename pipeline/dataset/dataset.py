@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pipeline.common.errors import UserError
 from pipeline.common.files import read_regular
 from pipeline.common.locations import Url, location
 from pipeline.common.text import printable
@@ -117,6 +118,11 @@ class ShardSet:
 
     def __repr__(self) -> str:
         return f"ShardSet({str(self.path)!r}, {self.num_samples} samples in {len(self.shards)} shards)"
+
+    @property
+    def channels(self) -> int:
+        """Of each image; other than 3 if it was made with --channels."""
+        return self.info.get("pixels", {}).get("channels", 3)
 
     @property
     def parts(self) -> tuple[ShardSet, ...]:
@@ -306,6 +312,12 @@ def where_tars_lie(folder: Path) -> Url | None:
     url = location(info["tars_at"])
     assert isinstance(url, Url), "parse_dataset_file has looked at it"
     return url
+
+
+def require_rgb(dataset: ShardSet, what: str) -> None:
+    """Raise UserError, which begins with ``what``, for a dataset of --channels."""
+    if dataset.channels != 3:
+        raise UserError(f"{what} takes images of 3 channels, and those of {dataset.path} have {dataset.channels}")
 
 
 def share_cache(datasets: Sequence[ShardSet]) -> None:

@@ -1,7 +1,7 @@
 """The format of a dataset on disk: dataset.json and the rows of samples.npy, read and compared with each other.
 
 DIR/dataset.json       written last: a folder without it is not a dataset
-DIR/shard-000000.tar   plain WebDataset: KEY.cls (if labelled) and KEY.jpg (or png, webp, bmp, tiff, ppm)
+DIR/shard-000000.tar   plain WebDataset: KEY.cls (if labelled), KEY.jpg (png, webp, bmp, tiff, ppm; npy of --channels)
 DIR/shard-000000.idx   DALI's wds2idx v1.2 index of that tar
 DIR/samples.npy        SAMPLE_DTYPE[num_samples]; the sample id is the row
 DIR/names.bin, .npy    the path of each sample in the source: names.py; datasets of earlier versions have none
@@ -118,11 +118,21 @@ def parse_dataset_file(data: bytes, name: str) -> dict[str, Any]:
         raise damaged
     if not re.match(r"[a-z][a-z0-9+.-]*://[^/]", str(info.get("tars_at", "s3://bucket"))):
         raise damaged
+    if "pixels" in info and not _are_pixels(info["pixels"]):
+        raise damaged
     if not all(isinstance(name, str) for name in info["classes"]):
         raise damaged
     if not all(_is_file_name(shard["index"]) for shard in info["shards"]):  # a repair writes there
         raise damaged
     return info
+
+
+def _are_pixels(pixels: Any) -> bool:
+    if not _has_types(pixels, {"channels": int, "mean": list, "std": list}):
+        return False
+    values = [*pixels["mean"], *pixels["std"]]
+    lengths = {pixels["channels"], len(pixels["mean"]), len(pixels["std"])}
+    return len(lengths) == 1 and bool(values) and all(isinstance(value, float) for value in values)
 
 
 def check_counts(info: dict[str, Any], name: str) -> None:

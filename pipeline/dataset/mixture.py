@@ -24,7 +24,7 @@ from jaxtyping import Int64
 from numpy.typing import ArrayLike
 
 from pipeline.common.errors import UserError
-from pipeline.dataset.dataset import BadSampleError, ShardSet, share_cache
+from pipeline.dataset.dataset import BadSampleError, ShardSet, require_rgb, share_cache
 from pipeline.dataset.shard_store import PrefetchPlan
 
 
@@ -41,6 +41,8 @@ class Mixture:
         self.parts, self.weights = tuple(parts), tuple(weights)
         self.path = ", ".join(f"{part.path}:{weight:g}" for part, weight in zip(parts, weights, strict=True))
         self.names = _short_names(self.parts)
+        for part in self.parts:
+            require_rgb(part, "a mixture of several --data")
         _check_different(self.parts)
         self.samples_per_epoch = tuple(
             _samples_per_epoch(part, weight) for part, weight in zip(parts, weights, strict=True)
@@ -53,6 +55,8 @@ class Mixture:
     def __len__(self) -> int:
         """Number of samples in all datasets."""
         return self.num_samples
+
+    channels = 3  # of each image
 
     @property
     def epoch_samples(self) -> int:

@@ -173,7 +173,7 @@ def open_images(
     batch: int,
     dtype: torch.dtype = torch.float32,
     on_bad_sample: Callable[[BadSampleError], None] = print_bad_sample,
-) -> Iterator[Iterator[tuple[Float[Tensor, "b 3 s s"], Int64[np.ndarray, " b"]]]]:
+) -> Iterator[Iterator[tuple[Float[Tensor, "b c s s"], Int64[np.ndarray, " b"]]]]:
     """The evaluation view of samples ``ids``, all of them and in that order: (x, ids). The last batch is smaller."""
 
     def parts() -> Iterator[Int64[np.ndarray, "_"]]:  # noqa: F821

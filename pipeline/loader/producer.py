@@ -17,6 +17,7 @@ from PIL import UnidentifiedImageError
 from pipeline.backends.base import BackendContext, Batch, UndecodableBatchError, ViewBatch
 from pipeline.backends.reference import decode
 from pipeline.backends.select import check_compiler, open_backend
+from pipeline.common.errors import UserError
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.mixture import Dataset
 from pipeline.dataset.shard_store import PrefetchPlan
@@ -50,10 +51,16 @@ def produce(
 ) -> Iterator[Iterator[ViewBatch]]:
     """The views of ``batches``, made ahead by a thread, each with the time waited for it; shards fetched by ``plan``.
 
-    Leaving the context ends the threads.
+    Leaving the context ends the threads. Raises UserError for images of other channels than the recipe's.
     """
     config, world = context.config, context.world
     device = world.device
+    if context.dataset.channels != context.recipe.channels:
+        raise UserError(
+            f"{context.dataset.path} has images of {context.dataset.channels} channels, and they are read for an "
+            f"encoder of {context.recipe.channels} channels: take a dataset, or an encoder, of the same number "
+            "(make_shards --channels)"
+        )
     threads = config.threads or share_of_cores(world.local_world_size)
     with (
         ThreadPoolExecutor(threads, "read") as readers,
@@ -98,7 +105,7 @@ class ViewMaker:
         self._assembler = assembler
         self._read_ahead = config.read_ahead
         check_compiler(context.device)
-        self._backend = open_backend(config.backend)
+        self._backend = open_backend(config.backend, context.recipe.channels)
         assembler.check_headers(self._backend.header_check())
         self._context = context
 

@@ -25,7 +25,7 @@ from pipeline.common.errors import require
 from pipeline.common.flags import own_flags
 
 DRAWS = 8  # uniform numbers that each augmentation gets for a view; the first decides whether it is applied
-Finished = Float[Tensor, "n 3 s s"]  # normalised, so that 0 is the mean colour
+Finished = Float[Tensor, "n c s s"]  # normalised, so that 0 is the mean colour
 Squares = UInt8[Tensor, "n 3 s s"]  # 0 .. 255 RGB, after crop and resize
 Uniforms = Float64[np.ndarray, "n 7"]
 

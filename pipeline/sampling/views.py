@@ -48,6 +48,8 @@ TOP, LEFT, FLIP, JITTER, ORDER = range(20, 25)
 FACTORS = slice(25, 29)
 GRAY, BLUR, SIGMA, SOLARIZE = range(29, 33)
 PHILOX_BLOCKS = 9  # of four numbers each
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB, of 1
+COLOUR_PROBS = ("jitter_prob", "gray_prob", "solarize_prob")  # of what changes colours
 Interpolation = Literal["bilinear", "bicubic"]
 
 
@@ -165,10 +167,10 @@ class ViewRecipe:
     solarize_prob: float = 0.0
     # Smallest byte that solarizing inverts, 0 (all) to 256 (none).
     solarize_threshold: int = 128
-    # Mean of each channel, of 1, that is subtracted [ImageNet].
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    # Standard deviation of each channel, of 1, that is divided by [ImageNet].
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # Mean of each channel, of 1, that is subtracted [ImageNet; of a dataset of --channels its own].
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    # Standard deviation of each channel, of 1, that is divided by [ImageNet; of a dataset of --channels its own].
+    std: tuple[float, ...] = IMAGENET_STD
     # Further groups of views, each in quotes, such as 'count=6 image-size=96 crop-scale=0.05,0.14'; what a group does
     # not name is as in the first. SwAV's multi-crop (Caron et al. 2020), BYOL's unlike views (Grill et al. 2020).
     more_views: Annotated[tuple[ViewGroup, ...], _GROUPS] = ()
@@ -194,8 +196,16 @@ class ViewRecipe:
         require("--blur-radius", self.blur_radius, self.blur_radius >= 1, "the window reaches at least 1 px")
         threshold = self.solarize_threshold
         require("--solarize-threshold", threshold, 0 <= threshold <= 256, "it lies in 0 (all) .. 256 (none)")
-        require("--mean", self.mean, all(map(math.isfinite, self.mean)), "it takes three numbers")
+        require(
+            "--mean", self.mean, bool(self.mean) and all(map(math.isfinite, self.mean)), "it takes a number a channel"
+        )
+        require("--std", self.std, len(self.std) == len(self.mean), "it takes as many numbers as --mean")
         require("--std", self.std, all(0 < std < math.inf for std in self.std), "a standard deviation is above 0")
+        if self.channels != 3 and (colour := self._colour_flag()):
+            raise UserError(
+                f"{colour} is of images of 3 channels, and --mean has {self.channels} numbers: take {colour} 0, or "
+                "leave --mean and --std out, which a dataset of other channels brings itself"
+            )
         for group in self.more_views:
             require(f"--more-views '{group}': count", group.count, group.count >= 1, "a group has at least 1 view")
             try:
@@ -205,6 +215,27 @@ class ViewRecipe:
         total = self.count + sum(group.count for group in self.more_views)
         rule = f"the draws tell at most {MAX_VIEWS} views of an image apart: take fewer --views or smaller groups"
         require("views of each image:", total, total <= MAX_VIEWS, rule)
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.mean)
+
+    def of_channels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ViewRecipe:
+        """This recipe for images of other channels than 3: crops, flips and blur, nothing that is of colours."""
+        off: dict[str, Any] = dict.fromkeys(COLOUR_PROBS, 0.0)
+        groups = tuple(dataclasses.replace(group, **_named_in(off, group)) for group in self.more_views)
+        bytewise: dict[str, Any] = {
+            name: dataclasses.replace(one, prob=0.0) for name, (_, one) in self.extra.active().items() if one.on_bytes
+        }
+        extra = dataclasses.replace(self.extra, **bytewise)
+        return dataclasses.replace(self, mean=mean, std=std, more_views=groups, extra=extra, **off)
+
+    def _colour_flag(self) -> str | None:
+        """The flag of what is of colours and switched on in this group; None if nothing is."""
+        on = [f"--{name.replace('_', '-')}" for name in COLOUR_PROBS if getattr(self, name) > 0]
+        on += [one.flag("prob") for _, one in self.extra.active().values() if one.on_bytes]
+        return on[0] if on else None
 
     @cached_property
     def per_view(self) -> tuple[ViewRecipe, ...]:
@@ -316,6 +347,11 @@ def centre_crops(image_size: int, sizes: Int32[np.ndarray, "n 2"]) -> CentreCrop
         start=(corner * scale).astype(np.float32),
         end=((corner + image_size) * scale).astype(np.float32),
     )
+
+
+def _named_in(values: dict[str, Any], group: ViewGroup) -> dict[str, Any]:
+    """Those of ``values`` whose field the group sets, and does not take from the first group."""
+    return {name: value for name, value in values.items() if name in group.changes}
 
 
 def _per_view(recipe: ViewRecipe, name: str) -> Float64[np.ndarray, "*views_and_pair"]:

@@ -24,6 +24,7 @@ from pipeline.dataset.format import (
 from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, join_names, write_name_starts
 from pipeline.dataset.out_folder import OutFolder, write_json
 from pipeline.sharding.write_shard import Job
+from pipeline.sources.channels import ChannelSums
 from pipeline.sources.class_names import check_class_number, mixed_classes, number_words
 
 Names = Literal["from the shards", "as they are", "none"]
@@ -70,6 +71,7 @@ def complete(job: Job, about: dict[str, Any], names: Names = "from the shards") 
         "labels_from": about.get("labels_from") if labels.highest >= 0 else None,
         "notes": about.get("notes", []),
         **({"tars_at": about["tars_at"]} if "tars_at" in about else {}),
+        **_pixels(present),
         "samples_sha256": samples_sha256,
         **({} if recorded_names is None else {"names": recorded_names}),
         "shards": shards,
@@ -80,6 +82,16 @@ def complete(job: Job, about: dict[str, Any], names: Names = "from the shards") 
     write_json(job.store, DATASET_FILE, info)
     job.store.remove_partial()
     return info
+
+
+def _pixels(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """``pixels`` of dataset.json for images of --channels; nothing for others."""
+    sums = [ChannelSums(**record["sums"]) for record in records if "sums" in record]
+    if not sums:
+        return {}
+    for one in sums[1:]:
+        sums[0].add(one)
+    return {"pixels": sums[0].about()}
 
 
 def _write_list(out: OutFolder, name: str, entries: list[list[str]]) -> None:

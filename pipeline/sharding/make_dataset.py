@@ -370,6 +370,8 @@ def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
             f"lie: SOURCE {WDS}PATTERN"
         )
     if source.startswith(WDS):
+        if options.channels is not None:
+            raise UserError(f"--channels {options.channels} takes a folder of images, not {WDS} tars")
         if not isinstance(out, Path):
             raise UserError(
                 f"OUT {out}: the index of {WDS} tars is written to a folder of this machine; name one, then copy its "
@@ -408,6 +410,7 @@ def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
             classes_from=options.classes_from,
             seed=options.seed,
             quiet=call.how.quiet,
+            channels=options.channels is not None,
         )
         about.update(fingerprint=found.listing.fingerprint(), classes=list(found.listing.classes))
         about["rejected"] = [[r.name, r.reason] for r in found.listing.rejected]

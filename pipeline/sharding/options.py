@@ -17,6 +17,7 @@ from pipeline.common.locations import InputPath, PathText
 from pipeline.sources.image_file import Verify
 from pipeline.sources.sixteen_bit import SixteenBitRule
 
+MAX_CHANNELS = 1024  # hyperspectral cameras have a few hundred
 _SCHEDULING = ("workers", "part", "overwrite", "index_only")  # all other options decide the bytes
 
 
@@ -46,6 +47,10 @@ class ShardingOptions:
     reencode: bool = False
     """Store images that back ends do not decode alike as PNGs of the pixels that PIL decodes, instead of refusing
     them. reencoded.jsonl lists them."""
+    channels: int | None = None
+    """Take images of this many channels, other than 3, from a folder: .npy of uint8 or uint16, TIFF with several bands
+    (pip install 'siamstream[tiff]'); for 1 also gray PNG, TIFF, JPEG. All values are kept, 16 bits too unless
+    --sixteen-bit maps them to 8; mean and std are measured. Default: colour and gray images, as 8-bit RGB."""
     max_pixels: int = 100_000_000
     """Images with more pixels (height x width) are refused before they are decoded."""
     shorter_side: int | None = None
@@ -114,6 +119,22 @@ class ShardingOptions:
             if self.part is not None:
                 raise UserError("--part does not go with --hold-out, which compares all images: leave one of them out")
 
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        channels = self.channels
+        if channels is None:
+            return
+        rule = f"it is 1 to {MAX_CHANNELS} but not 3, which make_shards takes without the flag"
+        require("--channels", channels, 1 <= channels <= MAX_CHANNELS and channels != 3, rule)
+        others = {
+            "--shorter-side": self.shorter_side is not None,
+            "--hold-out": self.hold_out is not None,
+            "--reencode": self.reencode,
+        }
+        if named := [flag for flag, is_set in others.items() if is_set]:
+            raise UserError(f"{named[0]} does not go with --channels {channels}: leave one of them out")
+
     def _check_window(self) -> None:
         window = self.sixteen_bit_window
         if (self.sixteen_bit == "window") != (window is not None):
@@ -152,6 +173,8 @@ class ShardingOptions:
             values["jpeg_quality"] = None
         if self.shuffle == "draws":
             del values["shuffle"]  # as datasets had it before there was the option
+        if self.channels is None:
+            del values["channels"]  # likewise
         if self.hold_out is None:
             del values["hold_out"], values["side"]  # as datasets had it before there was the option
         return values

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.sharding.decode_service import Decoders
 from pipeline.sharding.options import ShardingOptions
+from pipeline.sources.channels import ChannelSums, read_channels, stored_channels
 from pipeline.sources.image_file import (
     BadImageError,
     ImageInfo,
@@ -31,10 +34,13 @@ class PreparedImage:
     height: int  # pixels
     width: int  # pixels
     change: str | None  # how and why it was re-encoded without --shorter-side, for reencoded.jsonl
+    sums: ChannelSums | None = None  # of --channels
 
 
 def prepare_image(data: bytes, options: ShardingOptions, decoders: Decoders | None) -> PreparedImage:
     """The image to write for encoded bytes of the source. Raises BadImageError with the reason."""
+    if options.channels is not None:
+        return _prepare_channels(data, options, options.channels)
     original, change = data, None
     image = inspect_image(data, options.verify, options.max_pixels, variants=True)
     if image.deep:
@@ -50,6 +56,16 @@ def prepare_image(data: bytes, options: ShardingOptions, decoders: Decoders | No
     if data is not original:
         image = inspect_image(data, "none", options.max_pixels)
     return PreparedImage(data, image.extension, image.height, image.width, change)
+
+
+def _prepare_channels(data: bytes, options: ShardingOptions, channels: int) -> PreparedImage:
+    values = read_channels(data, channels, options.max_pixels)
+    deep = values.dtype == np.uint16
+    stored, values = stored_channels(values, options.sixteen_bit, options.sixteen_bit_window)
+    changed = deep and values.dtype == np.uint8
+    change = f"8 bits of more, {options.sixteen_bit_text()}" if changed else None
+    height, width, _ = values.shape
+    return PreparedImage(stored, "npy", height, width, change, ChannelSums.of(values))
 
 
 def inspect_in_place(data: bytes, options: ShardingOptions, decoders: Decoders | None) -> ImageInfo:

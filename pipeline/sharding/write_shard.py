@@ -32,6 +32,7 @@ from pipeline.sampling.order import sharding_order
 from pipeline.sharding.decode_service import Decoders, OwnDecoders
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.prepare_image import PreparedImage, prepare_image
+from pipeline.sources.channels import ChannelSums
 from pipeline.sources.image_file import BadImageError
 from pipeline.sources.listing import UNKNOWN_LENGTH, Listing, Rejected, rows_of
 from pipeline.sources.readers import Reader
@@ -52,6 +53,7 @@ class ShardParts:
     numbered: str = ""  # a sample whose class is a number, for people
     names: list[str] = field(default_factory=list)  # of each row: the image's path in the source
     reencoded: list[Rejected] = field(default_factory=list)  # images that were re-encoded, and why
+    sums: ChannelSums | None = None  # of --channels
 
 
 class Job(ABC):
@@ -153,7 +155,8 @@ class Job(ABC):
         lists = {"rejected": parts.rejected, "reencoded": parts.reencoded}
         named = {kind: [[entry.name, entry.reason] for entry in entries] for kind, entries in lists.items()}
         words = {"words": list(parts.words), "numbered": parts.numbered} if parts.words or parts.numbered else {}
-        write_json(self.store, f"{stem}.json", {"shard": asdict(shard), **named, **words})
+        sums = {} if parts.sums is None else {"sums": asdict(parts.sums)}
+        write_json(self.store, f"{stem}.json", {"shard": asdict(shard), **named, **words, **sums})
 
 
 _DONE = f"{PARTIAL_DIR}/done"
@@ -292,6 +295,10 @@ class WriteJob(Job):
         parts.rows.append((0, offset, len(image.data), label, image.height, image.width, zlib.crc32(image.data)))
         parts.samples.append(components)
         parts.names.append(name)
+        if image.sums is not None and parts.sums is not None:
+            parts.sums.add(image.sums)
+        else:
+            parts.sums = image.sums
         if image.change is not None:
             parts.reencoded.append(Rejected(name, image.change))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt8, UInt16
 from PIL import Image
 from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import TiffImageFile
@@ -128,6 +128,23 @@ def eight_bit_image(data: bytes, max_pixels: int, rule: SixteenBitRule, window: 
         raise BadImageError(str(error)) from None
     except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
         raise BadImageError(_reason(error, "cannot be decoded")) from None
+
+
+def gray_values(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "h w"] | UInt16[np.ndarray, "h w"]:
+    """The values of a gray image of 8 or 16 bits, unchanged. Raises BadImageError for one with colours."""
+    image, _ = _open(data, max_pixels)
+    if is_deep(image, data):
+        try:
+            values = read_deep(data).values
+        except Exception as error:  # noqa: BLE001 a decoder may raise anything on hostile bytes
+            raise BadImageError(_reason(error, "cannot be decoded")) from None
+    elif image.mode in ("L", "1"):
+        values = np.asarray(_decode(image).convert("L"))
+    else:
+        raise BadImageError(f"{image.mode} pixels, not those of one channel")
+    if values.ndim != 2:
+        raise BadImageError(f"{values.shape[2]} channels, not one")
+    return values
 
 
 def gray_thumbnail(data: bytes, width: int, height: int, max_pixels: int) -> UInt8[np.ndarray, "h w"]:

@@ -143,9 +143,9 @@ class ListingBuilder:
     Its columns grow on the disk. Where names come in order, as those of folders and buckets do, memory stays flat.
     """
 
-    def __init__(self, source: str) -> None:
-        """``source``: as the user wrote it, for messages."""
-        self.source = source
+    def __init__(self, source: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> None:
+        """``source``: as the user wrote it, for messages; ``suffixes``: those of images."""
+        self.source, self._suffixes = source, suffixes
         self.rejected: list[Rejected] = []
         self._names, self._ends = Column(np.uint8), Column(np.int64)  # each name ends at a byte of all names
         self._offsets, self._lengths = Column(np.int64), Column(np.int64)
@@ -158,7 +158,7 @@ class ListingBuilder:
 
     def add(self, name: str, offset: int, length: int, label: int | None = None, version: int | None = None) -> None:
         """Add one entry; a name without an image's extension goes to ``rejected``."""
-        if suffix(name) not in IMAGE_SUFFIXES:
+        if suffix(name) not in self._suffixes:
             self.reject(name, NO_IMAGE_NAME)
             return
         if _SYSTEM_FOLDERS.search(name):

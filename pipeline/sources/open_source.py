@@ -24,6 +24,7 @@ from pipeline.common.locations import WDS, Url, expanded, is_url, location
 from pipeline.common.secrets import conceal, reveal
 from pipeline.dataset.format import DATASET_FILE
 from pipeline.sources.file_kinds import describe_unknown
+from pipeline.sources.image_file import IMAGE_SUFFIXES
 from pipeline.sources.labels import adopt_classes, dataset_classes, label_by_file, label_by_folder
 from pipeline.sources.listing import NO_IMAGE_NAME, Listing, ListingBuilder, Rejected, no_labels, plain_name, suffix
 from pipeline.sources.parquet import ParquetColumns, open_parquet
@@ -68,14 +69,22 @@ def open_source(
     classes_from: Path | None = None,
     seed: int = 0,
     quiet: bool = True,
+    channels: bool = False,
 ) -> Source:
-    """List the images of SOURCE with their labels.
+    """List the images of SOURCE with their labels. ``channels``: of a folder, with .npy files among them.
 
     ``spool`` is a folder for the temporary copy of a source without random access. ``subtree``, ``labels``,
     ``classes_from`` and ``seed`` are the options of make_shards.py with these names; only synthetic images use
     ``seed``. Raises UserError if SOURCE is missing, damaged, empty, or of no known kind.
     """
     source = expanded(source)
+    if channels:
+        top = Path(source) / subtree
+        if not top.is_dir():
+            raise UserError(f"--channels takes a folder of images as SOURCE, and {conceal(str(top))} is none")
+        builder = list_folder(top, quiet, IMAGE_SUFFIXES | {"npy"})
+        found = Source(builder.build(), FolderReader(top))
+        return _with_labels(found, source, labels, label_column, classes_from)
     kind, _, rest = source.partition(":")
     if kind in KINDS:
         opened = KINDS[kind](rest, subtree, seed)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_json
 from pipeline.common.system import progress
+from pipeline.sources.image_file import IMAGE_SUFFIXES
 from pipeline.sources.listing import SYSTEM_FOLDER, Listing, ListingBuilder, is_system_folder
 from pipeline.sources.remote_path import FileStatus, Handle, RemoteFile, RemotePath, SourcePath, pread
 
@@ -116,9 +117,11 @@ class ContainerReader:
         return {"paths": self.paths, "starts": self.starts}
 
 
-def list_folder(top: Path, quiet: bool) -> ListingBuilder:
-    """All files below a folder. Hidden files are skipped; a link to a folder above is not followed."""
-    builder = ListingBuilder(str(top))
+def list_folder(top: Path, quiet: bool, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> ListingBuilder:
+    """All files below a folder; ``suffixes``: those of images. Hidden files are skipped; a link to a folder above is
+    not followed.
+    """
+    builder = ListingBuilder(str(top), suffixes)
     try:
         with progress(quiet, unit=" files", desc=f"listing {top}") as bar:
             for path, length in _walk(top, "", (), builder):

@@ -17,7 +17,7 @@ from pipeline.common.flags import group
 from pipeline.common.locations import LocalPath
 from pipeline.common.mixed_data import MixedData
 from pipeline.common.system import share_of_cores
-from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.dataset import ShardSet, require_rgb
 from pipeline.dataset.mixture import Dataset
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_data, open_dataset
@@ -112,7 +112,10 @@ class ProfileConfig:
 def open_workload(config: ProfileConfig) -> Iterator[Dataset]:
     """The dataset of --data, or a synthetic one."""
     if str(config.data) != SYNTHETIC:
-        yield open_data(with_indexes(config.data, config.loader.cache), config.loader)
+        data = open_data(with_indexes(config.data, config.loader.cache), config.loader)
+        for part in data.parts:
+            require_rgb(part, "the profiler")
+        yield data
         return
     with dataset_folder(config.synthetic_dir, config.synthetic_samples) as folder:
         dataset = open_dataset(folder, config.loader)

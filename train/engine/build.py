@@ -9,20 +9,23 @@ import inspect
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.backbone import find_backbone, has_imagenet_stem
+from model.backbone import find_backbone, has_imagenet_stem, take_channels
 from model.methods.base import Method
 from model.sync_batchnorm import prepare_batch_norm
 from pipeline.backends.select import check_compiler, choose_backend
 from pipeline.common.errors import UserError
 from pipeline.common.system import share_of_cores
-from pipeline.dataset.mixture import Mixture
+from pipeline.dataset.dataset import ShardSet
+from pipeline.dataset.mixture import Dataset, Mixture
 from pipeline.loader.loader import check_cache, open_data, order_of
+from pipeline.sampling.views import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.sharding.index_cache import with_indexes
 from train.config.run_config import PretrainConfig
 from train.config.run_plan import RunPlan, make_plan
@@ -64,11 +67,12 @@ def prepare(config: PretrainConfig, dist: DistContext) -> Run:
 def _build(config: PretrainConfig, dist: DistContext) -> Run:
     """The part of one rank, without DDP. Raises UserError. Contains no collective."""
     precision = choose_precision(config.precision, dist.device)
-    backend, reason = choose_backend(config.loader.backend)
     check_compiler(dist.device)
     config.trackers.check_installed()
     dist.status.work("opening the dataset")
     dataset = open_data(with_indexes(config.data, config.loader.cache), config.loader)
+    config = with_pixels_of(dataset, config)
+    backend, reason = choose_backend(config.loader.backend, dataset.channels)
     order_of(dataset, config.order, config.seed, config.global_batch)  # raises for one that the dataset cannot have
     check_cache(dataset, config.order, config.loader, config.global_batch, dist)
     plan = make_plan(config, dataset.epoch_samples, dist.world_size, memory_bytes(dist))
@@ -109,11 +113,32 @@ def _build(config: PretrainConfig, dist: DistContext) -> Run:
     )
 
 
+def with_pixels_of(dataset: Dataset, config: PretrainConfig) -> PretrainConfig:
+    """The configuration with mean and std of a dataset of --channels, and without what is of colours.
+
+    Raises UserError for a --mean of another number of channels.
+    """
+    views, channels = config.views, dataset.channels
+    if channels == views.channels:
+        return config
+    if channels == 3 or (views.mean, views.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        raise UserError(
+            f"--mean {' '.join(map(str, views.mean))}: the images of {dataset.path} have {channels} channels: give as "
+            "many numbers, or leave --mean and --std out"
+        )
+    assert isinstance(dataset, ShardSet)
+    pixels = dataset.info["pixels"]
+    return replace(config, views=views.of_channels(tuple(pixels["mean"]), tuple(pixels["std"])))
+
+
 def build_model(config: PretrainConfig, dist: DistContext) -> tuple[Method, StartWeights]:
     """The method on its device, the same on all ranks, and where its weights are from. Raises UserError."""
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model = config.model.build()
+    if config.views.channels != 3:
+        take_channels(model, config.views.channels, config.model.backbone)
+        model.copy_student()
     weights = start_weights(config, model)
     _prepare_batch_norm(model, config, dist)
     return model.to(device=dist.device, memory_format=torch.channels_last), weights  # type: ignore[call-overload]
@@ -143,6 +168,11 @@ def start_weights(config: PretrainConfig, model: Method) -> StartWeights:
     name, stem = config.model.backbone, config.model.stem
     stem = find_backbone(name).default_stem if stem == "default" else stem
     weights = read_weights(config.init, name, stem)
+    if weights.channels != config.views.channels:
+        raise UserError(
+            f"--init {config.init} takes images of {weights.channels} channels, and those of --data have "
+            f"{config.views.channels}: leave --init out, or name an encoder of as many"
+        )
     origin = initialise(model, weights)
     model.copy_student()
     return StartWeights(origin, weights.identity)
@@ -211,6 +241,8 @@ def describe(run: Run) -> Iterator[str]:
         yield from describe_mixture(run.dataset)
     yield f"  method       {config.method}{_coupling(run)}"
     yield f"  model        {config.model.backbone}, {weights:.1f} M weights, views of {side} px"
+    if config.views.channels != 3:
+        yield f"  pixels       {config.views.channels} channels: crops, flips and blur alone, no colour operations"
     yield f"  weights      {run.origins.weights}"
     yield f"  optimizer    {run.origins.optimizer}"
     yield f"  loader       {run.origins.loader}"

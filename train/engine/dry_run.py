@@ -81,7 +81,11 @@ def _memory(run: Run) -> str:
     kept = {side: _kept(run, side) for side in set(sides)}
     activations = run.plan.micro_batch * sum(kept[side] for side in sides)
     value = torch.empty((), dtype=run.precision.view_dtype).element_size()
-    ahead = run.plan.micro_batch * sum(3 * side**2 * value for side in sides) * (run.config.loader.prefetch + 1)
+    ahead = (
+        run.plan.micro_batch
+        * sum(run.config.views.channels * side**2 * value for side in sides)
+        * (run.config.loader.prefetch + 1)
+    )
     whole = weights + gradients + state + activations + ahead
     where = "GPU memory" if run.dist.device.type == "cuda" else "memory (the same numbers hold for a GPU)"
     return (
@@ -102,7 +106,8 @@ def _kept(run: Run, side: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.randn(PROBE_IMAGES, 3, side, side, device=run.dist.device, dtype=run.precision.view_dtype)
+    channels = run.config.views.channels
+    images = torch.randn(PROBE_IMAGES, channels, side, side, device=run.dist.device, dtype=run.precision.view_dtype)
     images = images.to(memory_format=torch.channels_last)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), run.precision.autocast():
         out = run.model.backbone(images)  # alive until all is counted: freed memory would be counted once

@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n classes"]:
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
         """The head is computed in float32."""
         features = self.backbone(x)
         with torch.autocast(features.device.type, enabled=False):
@@ -66,7 +66,7 @@ def save_classifier(
         "label_names": list(classes),
         "pretrained_cfg": {
             "num_classes": len(classes),
-            "input_size": [3, pixels.image_size, pixels.image_size],
+            "input_size": [len(pixels.mean), pixels.image_size, pixels.image_size],
             "fixed_input_size": False,
             "interpolation": "bilinear",
             "crop_pct": 0.875,
@@ -107,7 +107,7 @@ def load_classifier(folder: Path) -> LoadedClassifier:
         state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         pixels = InputSpec(ours["views"]["image_size"], tuple(ours["views"]["mean"]), tuple(ours["views"]["std"]))
         classes = tuple(about["label_names"])
-        backbone, width = build_backbone(ours["backbone"], ours["stem"])
+        backbone, width = build_backbone(ours["backbone"], ours["stem"], len(pixels.mean))
         model = Classifier(backbone, width, len(classes), seed=0)
         head = {key: state.pop(f"{ours['head']}.{key}") for key in ("weight", "bias")}
         model.backbone.load_state_dict(state)

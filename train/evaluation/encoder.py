@@ -39,12 +39,17 @@ class Preprocess:
 
     recipe: ViewRecipe  # its image_size (px), mean and std count
 
-    def __call__(self, image: Image.Image | str | Path) -> Float32[Tensor, "3 s s"]:
+    def __call__(self, image: Image.Image | str | Path) -> Float32[Tensor, "c s s"]:
         """The centre of an image, resized and normalised, float32. EXIF orientation is ignored, as in training.
 
         Raises UserError if a file cannot be read as an image.
         """
         pixels = decode_file(Path(image)) if isinstance(image, str | Path) else _pixels(image)
+        if len(pixels) != self.recipe.channels:
+            raise UserError(
+                f"the image has {len(pixels)} channels, and the encoder takes {self.recipe.channels}: give a .npy file "
+                "as make_shards --channels takes them"
+            )
         crops = centre_crops(self.recipe.image_size, np.array([pixels.shape[1:]], np.int32))
         return reference.normalise(reference.centre_crop(pixels, crops, 0, self.recipe.image_size), self.recipe)
 

@@ -64,7 +64,7 @@ class FrozenEncoder:
     @property
     def recipe(self) -> ViewRecipe:
         """The size and normalisation of images that it expects, otherwise untouched."""
-        return ViewRecipe(image_size=self.pixels.image_size, mean=self.pixels.mean, std=self.pixels.std)
+        return self.pixels.recipe
 
 
 def open_frozen(config: EncoderConfig, device: torch.device) -> FrozenEncoder:

@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from model.backbone import BACKBONES, Stem, build_backbone, check_backbone, find
 from model.methods.base import Method
 from pipeline.common.errors import UserError
 from pipeline.dataset.format import file_sha256
+from pipeline.sampling.views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from train.storage.checkpoints import HASH_DIGITS, is_damaged, newest_checkpoint
 from train.storage.encoder_formats import EncoderState, State, recognise
 from train.storage.encoder_layouts import summary
@@ -39,8 +40,16 @@ class InputSpec:
     """What an encoder was trained to see."""
 
     image_size: int = 224  # px
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = IMAGENET_MEAN  # a number a channel
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def recipe(self) -> ViewRecipe:
+        """The recipe of the evaluation view."""
+        recipe = ViewRecipe(image_size=self.image_size)
+        if len(self.mean) != 3:
+            return recipe.of_channels(self.mean, self.std)
+        return replace(recipe, mean=self.mean, std=self.std)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,11 @@ class LoadedEncoder:
     pixels: InputSpec | None  # None: the file does not say
     identity: str  # changes with the weights
     stem_is_guess: bool = False  # the file does not say, and the weights fit two kinds of first layers
+
+    @property
+    def channels(self) -> int:
+        """Of the images that it takes."""
+        return _channels(self.pixels)
 
     def describe(self) -> str:
         heads = [name for name in ("projector", "predictor") if getattr(self.parts, name)]
@@ -117,7 +131,7 @@ def open_encoder(
     """
     if not checkpoint.startswith(UNTRAINED):
         weights = read_weights(Path(checkpoint), backbone, stem)
-        module, width = build_backbone(weights.backbone, weights.stem)
+        module, width = build_backbone(weights.backbone, weights.stem, weights.channels)
         load_backbone(module, weights)
     else:
         name = checkpoint.removeprefix(UNTRAINED)
@@ -276,12 +290,18 @@ def _pixels(views: Any) -> InputSpec | None:
         return None
     mean: Any = views.get("mean")
     std: Any = views.get("std")
-    return InputSpec(views["image_size"], tuple(mean), tuple(std)) if _is_colour(mean) and _is_colour(std) else None
+    if not _is_colour(mean) or not _is_colour(std) or len(mean) != len(std):
+        return None
+    return InputSpec(views["image_size"], tuple(mean), tuple(std))
+
+
+def _channels(pixels: InputSpec | None) -> int:
+    return 3 if pixels is None else len(pixels.mean)
 
 
 def _is_colour(value: Any) -> bool:
-    is_triple = isinstance(value, (list, tuple)) and len(value) == 3
-    return is_triple and all(isinstance(channel, (int, float)) for channel in value)
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(isinstance(channel, (int, float)) for channel in value)
 
 
 def _as_asked(known: str, known_stem: Stem | None, backbone: str | None, stem: Stem | None) -> tuple[str, Stem]:
@@ -327,7 +347,7 @@ def _check_finite(parts: EncoderState, path: Path) -> None:
 
 
 def _check_shapes(state: State, backbone: str, stem: Stem, source: str, about: FileMetadata) -> None:
-    difference = _difference(state, _shapes(backbone, stem))
+    difference = _difference(state, _shapes(backbone, stem, _channels(about.pixels)))
     if difference is None:
         return
     fitting = [
@@ -358,9 +378,9 @@ def _common(state: State, expected: dict[str, torch.Size]) -> int:
 
 
 @lru_cache
-def _shapes(backbone: str, stem: Stem) -> dict[str, torch.Size]:
+def _shapes(backbone: str, stem: Stem, channels: int = 3) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        module, _ = build_backbone(backbone, stem)
+        module, _ = build_backbone(backbone, stem, channels)
     return {key: value.shape for key, value in module.state_dict().items()}
 
 

@@ -89,7 +89,7 @@ def write_timm_folder(folder: Path, weights: Path, architecture: str, pixels: In
         "num_classes": 0,
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, size, size],
+            "input_size": [len(pixels.mean), size, size],
             "fixed_input_size": False,
             "interpolation": "bilinear",  # as evaluation resizes; antialiased
             "crop_pct": 1.0 if size <= SMALL_VIEW else 0.875,
