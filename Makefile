@@ -23,7 +23,7 @@ help:  ## this list
 	@echo "make demo                  shards, pretraining, kNN, preview and plot on synthetic images -> demo/"
 	@echo "make demo IMAGES=SOURCE    the same on your images: a folder, a tar, parquet files"
 	@echo "make test                  every test but the long ones of make test-faults"
-	@echo "make test-faults           runs killed at many points, restarted by torchrun, on bad data (minutes)"
+	@echo "make test-faults           runs killed at many points, restarted by torchrun, on bad data (half an hour)"
 	@echo "make test-wheel            the wheel and the editable install in an empty environment (minutes)"
 	@echo "make lint                  ruff, mypy and import-linter"
 	@echo "make format                let ruff lay out the code"
