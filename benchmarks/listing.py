@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.locations import LocalPath
 from pipeline.sampling.order import sharding_order
 from pipeline.sources.labels import label_by_folder
 from pipeline.sources.listing import Listing, ListingBuilder, rows_of
@@ -42,9 +43,9 @@ class Config:
 
     names: tuple[float, ...] = (1e6, 1e7, 1e8)
     """Numbers of names."""
-    place: Path | None = None
+    place: LocalPath | None = None
     """Folder for the listing (default: the system's temporary folder)."""
-    json: Path | None = None
+    json: LocalPath | None = None
     """Write the results to this JSON file."""
 
 

@@ -24,7 +24,7 @@ PATHS_AMONG_WORDS = {"source", "checkpoint", "images", "labels", "against"}
 NO_PATHS = {
     *("backbone", "method", "k", "parts", "cache_size", "checkpoint_every", "hang_timeout", "lr_sweep"),
     *("subtree", "test_subtree", "label_column", "image_column", "wds_image_ext", "wds_label_key", "split", "part"),
-    *("table", "query", "log", "log_project"),
+    *("table", "query", "log", "log_project", "ray_address"),
 }
 
 
