@@ -31,7 +31,7 @@ from train import pretrain
 from train.config.recipes import parse_config
 from train.distributed.process_group import DistContext
 from train.distributed.stop_signals import EXIT_PREEMPTED
-from train.engine import loop as loop_module
+from train.engine import step as step_module
 from train.engine.build import prepare
 from train.engine.run import LOCK_FILE
 from train.monitoring.reporter import Reporter, StepResult
@@ -356,7 +356,7 @@ def test_accumulation_is_the_mean_over_its_passes(photo_dataset_path: Path, tmp_
     twin = copy.deepcopy(run.model)
     torch.manual_seed(3)
     passes = [(torch.randn(6, 3, 16, 16), torch.randn(6, 3, 16, 16)) for _ in range(2)]
-    result = loop_module.train_step(run, iter([views(*pair) for pair in passes]))
+    result = step_module.train_step(run, iter([views(*pair) for pair in passes]))
     loss = sum(simsiam_loss(*twin(*pair)) for pair in passes) / 2
     loss.backward()
     assert result.loss.item() == pytest.approx(loss.item(), abs=1e-6)
@@ -374,9 +374,9 @@ def test_gradients_travel_once_a_step_also_when_compiled(tmp_path: Path) -> None
         ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
         for parallel in (ddp, torch.compile(ddp, backend="eager")):
             run: Any = SimpleNamespace(parallel=parallel)
-            with loop_module.no_sync(run, last=False):
+            with step_module.no_sync(run, last=False):
                 assert not ddp.require_backward_grad_sync
-            with loop_module.no_sync(run, last=True):
+            with step_module.no_sync(run, last=True):
                 assert ddp.require_backward_grad_sync
     finally:
         td.destroy_process_group()
