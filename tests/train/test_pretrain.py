@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -373,10 +372,9 @@ def test_gradients_travel_once_a_step_also_when_compiled(tmp_path: Path) -> None
     try:
         ddp = DistributedDataParallel(torch.nn.Linear(2, 2))
         for parallel in (ddp, torch.compile(ddp, backend="eager")):
-            run: Any = SimpleNamespace(parallel=parallel)
-            with step_module.no_sync(run, last=False):
+            with step_module.no_sync(parallel, last=False):
                 assert not ddp.require_backward_grad_sync
-            with step_module.no_sync(run, last=True):
+            with step_module.no_sync(parallel, last=True):
                 assert ddp.require_backward_grad_sync
     finally:
         td.destroy_process_group()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.methods.base import MethodOutput, StepInfo
@@ -100,7 +100,7 @@ def _forward_and_backward(run: Run, passes: Iterable[Pass], info: StepInfo) -> P
         if run.memory is not None:
             assert ids is not None
             info = info._replace(memory=run.memory.read(ids))
-        with no_sync(run, last=number == count - 1):
+        with no_sync(run.parallel, last=number == count - 1):
             with run.precision.autocast():
                 out: MethodOutput = run.parallel(views, info)
             run.precision.scaler.scale(out.loss / count).backward()
@@ -147,9 +147,9 @@ def _replay(run: Run, passes: list[Pass], progress: GpuProgress) -> PassMeans:
     return graph.results
 
 
-def no_sync(run: Run, last: bool) -> AbstractContextManager[object]:
+def no_sync(parallel: nn.Module, last: bool) -> AbstractContextManager[object]:
     """Average gradients over the ranks once a step, with the last micro-batch."""
-    called = getattr(run.parallel, "_orig_mod", run.parallel)  # torch.compile wraps it
+    called = getattr(parallel, "_orig_mod", parallel)  # torch.compile wraps it
     if isinstance(called, DistributedDataParallel) and not last:
         return called.no_sync()
     return nullcontext()
