@@ -188,13 +188,15 @@ def how_to_load(out: Path, layout: FormatName, weights: LoadedEncoder) -> str:
         case "transformers":
             how = f'transformers.AutoModel.from_pretrained("{out}")(pixel_values).pooler_output.flatten(1)'
         case "onnx":
-            how = f'onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})  # float32 [n, 3, s, s]'
+            shape = f"float32 [n, {len(pixels.mean)}, s, s]"
+            how = f'onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})  # {shape}'
         case "safetensors":
             how = f'{build}; m.load_state_dict(safetensors.torch.load_file("{out}"))'
         case unreachable:
             assert_never(unreachable)
     size = f"{pixels.image_size} px" if weights.pixels else "unknown size"
-    lines = [f"load it: {how}", f"images: RGB, trained at {size}, mean {pixels.mean}, std {pixels.std}"]
+    kind = "RGB" if len(pixels.mean) == 3 else f"{len(pixels.mean)} channels"
+    lines = [f"load it: {how}", f"images: {kind}, trained at {size}, mean {pixels.mean}, std {pixels.std}"]
     if ours_alone:
         lines.append(
             f"note: {name} with the {weights.stem} stem exists here only (model/backbone.py); "
