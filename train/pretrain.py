@@ -11,6 +11,9 @@ with --resume; 70 no rank has gone on for --hang-timeout; 1 anything else.
 
 from __future__ import annotations
 
+import train.early_signals
+import train.openmp  # noqa: F401  # before torch
+
 # isort: split
 import sys
 from collections.abc import Sequence

@@ -157,3 +157,23 @@ def test_the_plan_says_when_the_disk_cannot_hold_the_checkpoints(
     assert whole > 10 * checkpoint - 10
     assert free == pytest.approx(3 * mb, abs=1)  # with the room of the checkpoint that is there
     assert out.index("plan for") < said.start()
+
+
+@pytest.mark.parametrize("script", ["pretrain", "linear", "knn", "finetune"])
+def test_what_must_come_before_torch_does(script: str) -> None:
+    """OpenMP's policy is read once, when torch is imported; the signals of the trainer's first seconds come then."""
+    code = (
+        "import importlib, os, sys\n"
+        "class AtTorch:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('OMP_WAIT_POLICY'), 'train.early_signals' in sys.modules)\n"
+        "            sys.exit()\n"
+        "sys.meta_path.insert(0, AtTorch())\n"
+        f"importlib.import_module('train.{script}')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["PASSIVE", str(script == "pretrain")]
