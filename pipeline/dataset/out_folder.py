@@ -23,10 +23,12 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -351,13 +353,10 @@ def ahead(work: Callable[[Any], Any], names: Iterable[Any]) -> Iterator[Any]:
     """``work(name)`` of each in order, REQUESTS_AT_ONCE at a time, of which few results are kept."""
     todo = iter(names)
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        running = [pool.submit(work, name) for name, _ in zip(todo, range(2 * REQUESTS_AT_ONCE), strict=False)]
-        at = 0
-        while at < len(running):
-            result = running[at].result()
-            running[at] = None  # type: ignore[call-overload]  # so that its result can be freed
-            at += 1
-            running += [pool.submit(work, name) for name in [next(todo, None)] if name is not None]
+        running = deque(pool.submit(work, name) for name in islice(todo, 2 * REQUESTS_AT_ONCE))
+        while running:
+            result = running.popleft().result()
+            running.extend(pool.submit(work, name) for name in islice(todo, 1))
             yield result
 
 

@@ -202,6 +202,15 @@ def s3_server(folder: Path, prefix: str = "photos", address: str = "127.0.0.1") 
         server.stop()
 
 
+@contextlib.contextmanager
+def s3_here(folder: Path, prefix: str = "photos") -> Iterator[Any]:
+    """As ``s3_server``, with this process led to it by its environment; gives a client."""
+    with s3_server(folder, prefix) as port, pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment(port).items():
+            patch.setenv(name, value)
+        yield s3_client(port)
+
+
 def s3_client(port: int, address: str = "127.0.0.1") -> Any:
     """Boto's client of an S3 server of a test."""
     boto3 = pytest.importorskip("boto3")

@@ -18,7 +18,7 @@ from pipeline.checking.check_dataset import inspect_dataset
 from pipeline.checking.check_shard import CheckOptions
 from pipeline.common.engine import EngineConfig, ray_engine
 from tests.helpers.clusters import Squares, ray_cluster
-from tests.helpers.servers import BUCKET, s3_client, s3_environment, s3_server
+from tests.helpers.servers import BUCKET, s3_here
 from tests.helpers.toy_runs import call
 from tools import check_shards
 from tools import embed as embed_module
@@ -29,10 +29,8 @@ RAY = ("--engine", "ray")
 
 @pytest.fixture(scope="module")
 def bucket(photo_dataset_path: Path) -> Iterator[Any]:
-    with s3_server(photo_dataset_path) as port, pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_environment(port).items():
-            patch.setenv(name, value)
-        yield s3_client(port)
+    with s3_here(photo_dataset_path) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pipeline.common.mixed_data import WeightedPlace, mixed_data
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
 from tests.helpers.photos import write_foreign_tars
-from tests.helpers.servers import nginx, s3_environment, s3_server
+from tests.helpers.servers import nginx, s3_here
 from tests.helpers.toy_runs import call
 from tests.train.test_pretrain import CPU, losses, run_here, torchrun
 from tools import check_shards
@@ -68,9 +68,7 @@ def test_one_rank_makes_the_index(served: Path, tmp_path: Path) -> None:
 def test_tars_in_a_bucket_are_trained_on_and_checked(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with s3_server(served, prefix="theirs") as port:
-        for name, value in s3_environment(port).items():
-            monkeypatch.setenv(name, value)
+    with s3_here(served, prefix="theirs"):
         data = f"wds:s3://images/theirs/{NAME}"
         assert run_here(monkeypatch, flags(data, tmp_path, "run", "--max-steps", "2")) == 0
         (index,) = indexes(tmp_path)

@@ -214,7 +214,7 @@ class HangWatch:
                     self._leave(f"{words}; the rendezvous' store does not answer: {error}", True)
 
     def look(self) -> None:
-        """Leave a note, hear of signals, and judge. Once every interval."""
+        """Leave a note, look for signals, and judge. Once every interval."""
         self._beat += 1
         self._board.post(self._dist.rank, self._own_note())
         self._pass_on_signals()

@@ -1,4 +1,4 @@
-"""Read files of torch.save that nobody vouches for: no code, no more memory than the file has bytes, one kind of error.
+"""Read untrusted files of torch.save: no code, no more memory than the file has bytes, one kind of error.
 
 state = read_torch_file(path)
 """

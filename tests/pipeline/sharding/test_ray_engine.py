@@ -22,17 +22,15 @@ from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.readers import Source
 from tests.helpers.clusters import DeadlyReader, SlowReader, ray_cluster
 from tests.helpers.photos import write_photo_folder
-from tests.helpers.servers import BUCKET, s3_client, s3_environment, s3_server
+from tests.helpers.servers import BUCKET, s3_here
 
 RAY = EngineConfig("ray")
 
 
 @pytest.fixture(scope="module")
 def bucket(photo_folder: Path) -> Iterator[Any]:
-    with s3_server(photo_folder) as port, pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_environment(port).items():
-            patch.setenv(name, value)
-        yield s3_client(port)
+    with s3_here(photo_folder) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

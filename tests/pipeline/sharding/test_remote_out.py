@@ -21,7 +21,7 @@ from pipeline.dataset.out_folder import PART, RemoteOut
 from pipeline.sharding.make_dataset import Summary, make_dataset
 from pipeline.sharding.options import ShardingOptions
 from tests.helpers.photos import image_bytes
-from tests.helpers.servers import BUCKET, S3_KEYS, nginx, s3_client, s3_environment, s3_server
+from tests.helpers.servers import BUCKET, S3_KEYS, nginx, s3_here
 
 PER_SHARD = 10
 
@@ -29,10 +29,8 @@ PER_SHARD = 10
 @pytest.fixture(scope="module")
 def s3(photo_folder: Path) -> Iterator[Any]:
     """A client of a bucket with the photos under photos/, to which this process is led."""
-    with s3_server(photo_folder) as port, pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_environment(port).items():
-            patch.setenv(name, value)
-        yield s3_client(port)
+    with s3_here(photo_folder) as client:
+        yield client
 
 
 @pytest.fixture

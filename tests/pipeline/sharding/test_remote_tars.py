@@ -20,7 +20,7 @@ from pipeline.sharding.make_dataset import Summary, make_dataset
 from pipeline.sharding.options import ShardingOptions
 from pipeline.sharding.remote_tars import split_urls
 from tests.helpers.photos import image_bytes, write_foreign_tars
-from tests.helpers.servers import nginx, s3_environment, s3_server
+from tests.helpers.servers import nginx, s3_here
 
 PATTERN = "set/set-{000000..000001}.tar"
 KEPT = [number for number in range(12) if number != 7]
@@ -115,10 +115,8 @@ def test_the_folder_of_the_index_is_the_dataset(served: Path, tmp_path: Path) ->
     assert not ShardSet.open(out).is_remote
 
 
-def test_an_index_of_tars_in_a_bucket(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with s3_server(served / "set", prefix="theirs") as port:
-        for name, value in s3_environment(port).items():
-            monkeypatch.setenv(name, value)
+def test_an_index_of_tars_in_a_bucket(served: Path, tmp_path: Path) -> None:
+    with s3_here(served / "set", prefix="theirs"):
         index("s3://images/theirs/set-{000000..000001}.tar", tmp_path / "out", index_only=True)
         dataset = ShardSet.open(tmp_path / "out", cache=CacheConfig(cache_dir=tmp_path / "cache", cache_size="1GB"))
         assert [dataset.read(n) for n in range(11)] == [image_bytes(n) for n in KEPT]

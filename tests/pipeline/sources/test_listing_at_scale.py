@@ -19,7 +19,7 @@ from pipeline.sharding.options import ShardingOptions
 from pipeline.sources.labels import label_by_folder
 from pipeline.sources.listing import Listing, ListingBuilder
 from pipeline.sources.readers import list_folder
-from tests.helpers.servers import BUCKET, s3_client, s3_environment, s3_server
+from tests.helpers.servers import BUCKET, s3_here
 
 PART = st.sampled_from(["a", "a-b", "a.b", "b", "B", "ä", "a b", "zz"])
 NAMES = st.lists(st.builds(lambda parts: "/".join(parts) + ".jpg", st.lists(PART, min_size=1, max_size=3)), max_size=40)
@@ -75,9 +75,7 @@ def test_the_prefixes_of_a_bucket_side_by_side(tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * len(name))
     here = list_folder(tmp_path, quiet=True).build()
-    with s3_server(tmp_path, "many") as port:
-        for name, value in s3_environment(port).items():
-            monkeypatch.setenv(name, value)
+    with s3_here(tmp_path, "many") as client:
         folder = remote_listing.RemotePath("", remote_listing.RemotePath.of(_url("many")).url)
         remote = remote_listing.remote_folder(folder.root)
         assert {part for part in remote_listing.s3_parts(remote, "") if isinstance(part, str)} == {"b/d/e/"}
@@ -90,7 +88,7 @@ def test_the_prefixes_of_a_bucket_side_by_side(tmp_path: Path, monkeypatch: pyte
         builder = remote_listing.list_remote_folder(folder, quiet=True)
         assert builder._in_order
         there = builder.build()
-        assert s3_client(port).list_objects_v2(Bucket=BUCKET, Prefix="many/")["KeyCount"] == len(names)
+        assert client.list_objects_v2(Bucket=BUCKET, Prefix="many/")["KeyCount"] == len(names)
     assert as_lists(there) == as_lists(here)
     assert there.versions is not None
     assert (there.versions != 0).all()
