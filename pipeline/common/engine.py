@@ -1,4 +1,4 @@
-"""Where independent tasks run: ``Engine`` is the seam, --engine chooses; Ray's side of it is here.
+"""Where independent tasks run: --engine chooses, and Ray's side of it is here.
 
     with ray_engine(EngineConfig("ray")) as engine:
         for item, result in engine.run(work, items): ...
@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pipeline.common.errors import UserError, require
 from pipeline.common.flags import own_flags
@@ -32,7 +32,6 @@ ANSWER_S = 60.0  # for Ray there
 _POLL_S = 0.2
 _ADDRESS = "auto"
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -54,16 +53,6 @@ class EngineConfig:
         address = self.ray_address or _ADDRESS
         plain = address in ("auto", "local") or (":" in address and address.rpartition(":")[2].isdecimal())
         require("--ray-address", address, plain, "must be auto, local or HOST:PORT of the head, as in 10.0.0.1:6379")
-
-
-class Engine(Protocol):
-    """Runs independent tasks."""
-
-    def run(self, work: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[tuple[Any, Result]]:
-        """``work`` of each item, and its result, as they end. Raises what ``work`` raises.
-
-        ``items`` are taken as they are needed; few are under way at a time.
-        """
 
 
 @dataclass(frozen=True)
@@ -98,9 +87,10 @@ class RayEngine:
         self._tasks: Counter[str] = Counter()
 
     def run(self, work: Callable[[Any], Result], items: Iterable[Any]) -> Iterator[tuple[Any, Result]]:
-        """As ``Engine``. ``work`` is a function of a module; items and results are pickled, and small.
+        """``work`` of each item, and its result, as they end. ``items`` are taken as they are needed, few at a time.
 
-        Raises UserError for a user's mistake on any node, and for an item with which MOST_DEATHS workers died.
+        ``work`` is a function of a module; items and results are pickled, and small. Raises what ``work`` raises,
+        UserError for a user's mistake on any node, and for an item with which MOST_DEATHS workers died.
         """
         remote = self._ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(_on_node)
         yield from self._run(lambda item: remote.remote(work, item), items, self._slots, force=True)

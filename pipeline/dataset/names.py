@@ -106,15 +106,6 @@ def _starts_header(samples: int) -> bytes:
     return header.getvalue()
 
 
-def write_names(folder: Path, parts: Iterable[bytes], samples: int, workshop: Path) -> dict[str, Any]:
-    """Write both files for encoded names that come in ``parts``; returns ``names`` of dataset.json."""
-    with (
-        atomic_file(folder / NAMES_FILE, workshop) as text,
-        atomic_file(folder / NAME_STARTS_FILE, workshop) as starts,
-    ):
-        return join_names(text, starts, parts, samples)
-
-
 def write_name_starts(folder: Path, samples: int, workshop: Path) -> dict[str, Any]:
     """Write names.npy for names.bin; returns ``names`` of dataset.json. Raises ValueError for another count."""
     with atomic_file(folder / NAME_STARTS_FILE, workshop) as starts:

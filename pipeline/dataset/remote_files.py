@@ -135,10 +135,6 @@ class RemoteFolder:
         """
         return self._read_with_retries(name, (start, start + length), length, cancelled, version)
 
-    def read_all(self, name: str, limit: int, version: int = UNKNOWN_VERSION) -> bytes:
-        """A whole file of at most ``limit`` bytes, in one request. Raises as ``read``, and for a longer one."""
-        return self._read_with_retries(name, None, limit, threading.Event(), version)
-
     def size(self, name: str) -> int:
         """The bytes of file ``name``. Raises UserError as ``read``, and if the server does not say."""
         return self.status(name)[0]

@@ -1,7 +1,8 @@
 """A run's configuration in a JSON or YAML file, as config.json in a run folder holds it: read back as dataclasses.
 
     base = recipe_of("demo")
-    config = read_config(Path("runs/a/config.json"), base)      # what the file does not name is as in base
+    values = read_settings(Path("runs/a/config.json"))
+    config = config_from(values, base, "runs/a/config.json")      # what the file does not name is as in base
 
 The result is a default for the parser, so that flags override it: train/config/recipes.py.
 """
@@ -87,11 +88,6 @@ def read_settings(path: Path, source: str | None = None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{source} holds no object with settings: name the config.json of a run, or one like it")
     return values
-
-
-def read_config(path: Path, base: PretrainConfig) -> PretrainConfig:
-    """``base`` with the settings of a file in their places. Raises UserError for what is no setting, or no value."""
-    return config_from(read_settings(path), base, str(path))
 
 
 def config_from(values: dict[str, Any], base: PretrainConfig, source: str) -> PretrainConfig:

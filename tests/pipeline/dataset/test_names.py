@@ -19,7 +19,9 @@ from pipeline.checking.repair import repair_dataset
 from pipeline.common.errors import UserError
 from pipeline.dataset import names as names_module
 from pipeline.dataset.dataset import ShardSet
-from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, encode_names, open_names, read_names, write_names
+from pipeline.dataset.format import PARTIAL_DIR
+from pipeline.dataset.names import NAME_STARTS_FILE, NAMES_FILE, encode_names, join_names, open_names, read_names
+from pipeline.dataset.out_folder import LocalOut
 from pipeline.sharding.make_dataset import make_dataset
 from pipeline.sharding.options import ShardingOptions
 from tests.helpers.photos import image_bytes, write_foreign_tars
@@ -174,9 +176,11 @@ def test_any_names_come_back(names: list[str], tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("names")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(names_module, "_PIECE", 7)  # names and their ends fall on any part of a piece
-        recorded = write_names(
-            folder, (encode_names(names[i : i + 4]) for i in range(0, len(names), 4)), len(names), folder
-        )
+        parts = (encode_names(names[i : i + 4]) for i in range(0, len(names), 4))
+        (folder / PARTIAL_DIR).mkdir()
+        out = LocalOut(folder)
+        with out.writer(NAMES_FILE) as text, out.writer(NAME_STARTS_FILE) as starts:
+            recorded = join_names(text, starts, parts, len(names))
         assert list(read_names(folder / NAMES_FILE)) == names
     opened = open_names(folder, {"names": recorded, "num_samples": len(names)})
     assert opened is not None

@@ -13,7 +13,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.locations import Url
 from pipeline.sampling.augmentations import Augmentations, Erasing
 from pipeline.sampling.views import ViewGroup
-from train.config.config_file import check_urls_are_whole, read_config
+from train.config.config_file import check_urls_are_whole, config_from, read_settings
 from train.config.method_recipes import METHOD_RECIPES
 from train.config.recipes import RECIPES
 from train.config.run_config import PretrainConfig
@@ -23,6 +23,10 @@ EVERY_RECIPE = {
     **{f"simsiam {name}": recipe for name, recipe in RECIPES.items()},
     **{f"{method} {name}": recipe for method, named in METHOD_RECIPES.items() for name, recipe in named.items()},
 }
+
+
+def read_config(path: Path, base: PretrainConfig) -> PretrainConfig:
+    return config_from(read_settings(path), base, str(path))
 
 
 def written(folder: Path, values: Any) -> Path:
