@@ -6,6 +6,9 @@
 On one machine flock decides, which the system releases when the process dies. Not every network file system carries
 flock to other machines, so the holder also touches its file every BEAT_S seconds. A process on another machine takes
 the lock over once the file has been silent for SILENT_BEATS of them, and the former holder finds its name gone.
+
+The file holds two lines for each holder, a title and JSON. Who holds it alone replaces what is there; who shares it
+appends, also the line that says that it has ended, since two of them may write at the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -33,7 +36,7 @@ from pipeline.common.text import printable
 BEAT_S = 5.0  # between two touches of the lock file
 SILENT_BEATS = 6  # without a touch, after which another machine's holder counts as dead
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
-_LARGEST = 1 << 16  # bytes of a lock file that are read
+_LARGEST = 1 << 16  # bytes of a lock file that are read, its last ones
 
 
 class FolderLock:
@@ -43,11 +46,17 @@ class FolderLock:
         """Write the holder's name into the flock'd ``file`` and begin to touch it. ``folder``: for messages."""
         self.file = file
         self._path, self._shared, self._folder = path, shared, folder
-        self._text = _describe_this_process(shared)
+        # Tells this holder from one of the same number, on a machine of the same name
+        self._id = secrets.token_hex(8)
+        self._text = _describe_this_process(shared, self._id)
         self._lost: str | None = None
         self._ended = threading.Event()
-        file.truncate(0)
-        file.write(self._text)
+        if shared:
+            dead = [holder.id for holder in _holders(_read(path)) if not holder.shared]
+            file.write(b"".join(map(_ended, dead)) + self._text)
+        else:
+            file.truncate(0)
+            file.write(self._text)
         file.flush()
         os.fsync(file.fileno())
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -64,10 +73,13 @@ class FolderLock:
             raise UserError(f"{self._lost}: this process stops, so that only one writes to {self._folder}")
 
     def release(self) -> None:
-        """End the beats, and empty the file, so that nobody waits for this process."""
+        """End the beats, and take the name out of the file, so that nobody waits for this process."""
         self._ended.set()
         self._thread.join()
-        if not self._shared and _read(self._path) == self._text:
+        if self._shared:
+            with suppress(OSError):  # as a full disk; the beats have ended, so nobody waits for long
+                self.file.write(_ended(self._id))
+        elif _read(self._path) == self._text:
             self.file.truncate(0)
 
     def _beat(self) -> None:
@@ -83,19 +95,20 @@ class FolderLock:
             if not there:
                 self._lost = f"{self._folder} or its {self._path.name} was deleted or moved meanwhile"
             elif not self._shared and found != self._text:
-                self._lost = f"{_title(found) or 'another process'} has taken over {self._path}"
+                self._lost = f"{_named(found)} has taken over {self._path}"
             if self._lost is not None:
                 return
 
 
 @dataclass(frozen=True)
 class _Holder:
-    """Who wrote a lock file."""
+    """One that a lock file names."""
 
     title: str
     machine: list[str]
     pid: int
     shared: bool
+    id: str
 
 
 @contextmanager
@@ -163,7 +176,7 @@ def _try_flock(file: IO[bytes], path: Path, shared: bool, folder: Path) -> bool:
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _held(_title(_read(path)), folder) from None
+        raise _held(_named(_read(path)), folder) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -176,30 +189,32 @@ def _try_flock(file: IO[bytes], path: Path, shared: bool, folder: Path) -> bool:
 
 
 def _held(title: str, folder: Path) -> UserError:
-    holder = title or "another process"  # it has not written its name yet
-    return UserError(f"{holder} is writing to {folder}: wait for it, or end it, then try again")
+    return UserError(f"{title} is writing to {folder}: wait for it, or end it, then try again")
 
 
 def _wait_for_silence(path: Path, shared: bool, flocked: bool, folder: Path) -> None:
     """Return when no process of another machine holds the lock; raise UserError as soon as one is seen to live."""
-    holder = _parse(_read(path))
-    if holder is None or (shared and holder.shared):
+    holders = _holders(_read(path))
+    if shared and all(holder.shared for holder in holders):
         return
-    if holder.machine == _machine() and (flocked or not _lives(holder.pid)):
+    here = _machine()
+    others = [holder for holder in holders if holder.machine != here or (not flocked and _lives(holder.pid))]
+    if not others:
         return
+    title = others[-1].title
     touched, now = _times(path)
     seen = time.monotonic()
     left_s = BEAT_S * SILENT_BEATS - (now - touched)
     if left_s > 0:
         print(
-            f"note: {holder.title} may still be writing to {folder}: waiting up to {left_s:.0f} s to see whether it is",
+            f"note: {title} may still be writing to {folder}: waiting up to {left_s:.0f} s to see whether it is",
             file=sys.stderr,
             flush=True,
         )
     while time.monotonic() - seen < left_s:
         time.sleep(min(0.2 * BEAT_S, left_s))
         if _times(path)[0] != touched:
-            raise _held(holder.title, folder)
+            raise _held(title, folder)
 
 
 def _times(path: Path) -> tuple[float, float]:
@@ -210,12 +225,15 @@ def _times(path: Path) -> tuple[float, float]:
         return touched, os.fstat(probe.fileno()).st_mtime
 
 
-def _describe_this_process(shared: bool) -> bytes:
+def _describe_this_process(shared: bool, id: str) -> bytes:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     title = f"{Path(sys.argv[0]).name} (process {os.getpid()} on {socket.gethostname()}, since {since})"
-    # The last entry tells this holder from one of the same number, on a machine of the same name
-    about = {"machine": _machine(), "pid": os.getpid(), "shared": shared, "id": secrets.token_hex(8)}
+    about = {"machine": _machine(), "pid": os.getpid(), "shared": shared, "id": id}
     return f"{title}\n{json.dumps(about)}\n".encode()
+
+
+def _ended(id: str) -> bytes:
+    return f"{json.dumps({'ended': id})}\n".encode()
 
 
 def _machine() -> list[str]:
@@ -238,19 +256,38 @@ def _read(path: Path) -> bytes:
     """What a lock file says now; nothing if it is gone."""
     try:
         with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LARGEST))
             return file.read(_LARGEST)
     except FileNotFoundError:
         return b""
 
 
-def _title(text: bytes) -> str:
-    return printable(text.partition(b"\n")[0].decode(errors="replace"))
+def _named(text: bytes) -> str:
+    """Who holds the lock by what its file says, the last of several."""
+    holders = _holders(text)
+    if holders:
+        return holders[-1].title
+    first = text.partition(b"\n")[0]  # of a version that had no beats
+    # Nothing, or that all have ended: the holder has not written its name yet
+    return "another process" if not first or first.startswith(b"{") else _title(first)
 
 
-def _parse(text: bytes) -> _Holder | None:
-    """The holder that a lock file names; None for an empty file, or one of a version that had no beats."""
-    try:
-        about = json.loads(text.partition(b"\n")[2])
-        return _Holder(_title(text), list(about["machine"]), int(about["pid"]), bool(about["shared"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+def _title(line: bytes) -> str:
+    return printable(line.decode(errors="replace"))
+
+
+def _holders(text: bytes) -> list[_Holder]:
+    """The holders that a lock file names and that have not ended; none for one of a version that had no beats."""
+    found: dict[str, _Holder] = {}
+    title = b""
+    for line in text.splitlines():
+        try:
+            about = json.loads(line)
+            if "ended" in about:
+                found.pop(str(about["ended"]), None)
+            else:
+                machine, pid, shared, id = (about[key] for key in ("machine", "pid", "shared", "id"))
+                found[str(id)] = _Holder(_title(title), list(machine), int(pid), bool(shared), str(id))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            title = line
+    return list(found.values())

@@ -184,7 +184,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def s3_server(folder: Path, prefix: str = "photos", address: str = "127.0.0.1") -> Iterator[int]:
-    """Moto's S3 server with the files of ``folder`` under s3://BUCKET/``prefix``; gives its port at ``address``."""
+    """Moto's S3 server with the files of ``folder`` under s3://BUCKET/``prefix``; gives its port at ``address``.
+
+    One at a time in a process: Moto keeps the objects of all servers in one place, which is emptied first.
+    """
     server_module = pytest.importorskip("moto.server")
     remote_folder.cache_clear()  # of an earlier server under the same URL, whose port the environment held
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -192,6 +195,7 @@ def s3_server(folder: Path, prefix: str = "photos", address: str = "127.0.0.1") 
     server.start()
     try:
         port = int(server.get_host_and_port()[1])
+        urllib.request.urlopen(f"http://{address}:{port}/moto-api/reset", data=b"", timeout=30).close()
         client = s3_client(port, address)
         client.create_bucket(Bucket=BUCKET)
         for path in sorted(folder.rglob("*")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -162,7 +163,40 @@ def test_parts_share_a_lock_and_keep_others_out(start: Callable[..., Holder], fl
     assert [part.says() for part in parts] == ["holds", "holds"]
     assert "is writing to" in start("gamma", flock).says()
     parts[1].end()
-    assert "is writing to" in start("gamma", flock).says()
+    for host in ("beta", "gamma"):  # also on the machine of the part that has ended
+        assert re.search(r"on alpha, .* is writing to", start(host, flock).says())
+    parts[0].end()
+    last = start("gamma", flock)
+    assert last.says() == "holds"
+    last.end()
+    assert last.process.stderr is not None
+    assert "may still be writing" not in last.process.stderr.read()
+
+
+def test_parts_that_start_at_the_same_time_are_all_known(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.touch()
+    with contextlib.ExitStack() as stack:
+        # All have opened and looked before the first writes its name
+        files = [stack.enter_context(locks._open_regular(path)) for _ in range(4)]
+        held = [locks.FolderLock(path, file, shared=True, folder=tmp_path) for file in files]
+        assert len(locks._holders(path.read_bytes())) == 4
+        for left, lock in enumerate(held, start=1):
+            lock.release()
+            assert len(locks._holders(path.read_bytes())) == 4 - left
+
+
+def test_a_part_takes_over_from_a_dead_process_that_was_alone(start: Callable[..., Holder], tmp_path: Path) -> None:
+    first = start("alpha", "local")
+    assert first.says() == "holds"
+    first.end(signal.SIGKILL)
+    parts = [start("beta", "local", shared=True)]
+    assert parts[0].says() == "holds"
+    parts.append(start("gamma", "local", shared=True))
+    assert parts[1].says() == "holds"
+    for part in parts:
+        part.end()
+    assert locks._holders((tmp_path / "run.lock").read_bytes()) == []
 
 
 @pytest.mark.parametrize("what", ["deleted", "moved", "made anew"])
