@@ -353,6 +353,23 @@ def test_knn_embed_and_finetune_work_on_them(data: Path, run: Path, tmp_path: Pa
     assert predicted.returncode == 1
 
 
+def test_linear_and_onnx_work_on_them(data: Path, run: Path, tmp_path: Path) -> None:
+    sets = ["--data", data, "--val-data", data]
+    linear = ours(
+        "linear", *sets, "--checkpoint", run, "--epochs", 1, "--run-dir", tmp_path / "linear", "--device", "cpu"
+    )
+    assert linear.returncode == 0, linear.stdout + linear.stderr
+    onnxruntime = pytest.importorskip("onnxruntime")
+    exported = ours("export", run, tmp_path / "encoder.onnx", "--format", "onnx")
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    encoder = load_encoder(run)
+    np.save(tmp_path / "one.npy", bands(7))
+    image = encoder.preprocess(tmp_path / "one.npy")[None]
+    session = onnxruntime.InferenceSession(str(tmp_path / "encoder.onnx"), providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+    np.testing.assert_allclose(found, encoder.module(image).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "words",
     [
