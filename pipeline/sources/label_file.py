@@ -33,6 +33,7 @@ _LABEL_WORD = re.compile(
 _CAPTION_WORD = re.compile(r"captions?|alttext|text|description|prompt|title|sentence|comment")
 _PREDICTION = "predictionstring"  # ImageNet's LOC_val_solution.csv: `n01440764 85 1 499 272`, the class and its box
 _CAPTION_LENGTH = 4  # words; classes that are mostly longer and mostly different are captions
+_FRACTION = re.compile(r"[-+]?\d*[.,]\d*[1-9]\d*(e[-+]?\d+)?", re.IGNORECASE)  # and not 1.0, which is a whole number
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark begins alike
@@ -142,7 +143,7 @@ def read_label_file(file: Path, images: ImageNames, column: str | None) -> FileL
     lines_of: dict[str, int] = {}
     for row in given_by.values():
         lines_of.setdefault(row.word, row.line)
-    table.check_captions([row.word for row in given_by.values()])
+    table.check_classes([row.word for row in given_by.values()])
     notes = []
     if unknown:
         notes.append(
@@ -162,7 +163,7 @@ def _in_order(table: _Table, images: ImageNames) -> FileLabels:
     words = [row.word for row in rows]
     if not table.column_is_given:
         _check_one_column(table.file, rows)
-    table.check_captions(words)
+    table.check_classes(words)
     lines: dict[str, int] = {}
     for row in rows:
         lines.setdefault(row.word, row.line)
@@ -190,6 +191,7 @@ def _check_one_column(file: Path, rows: list[_Row]) -> None:
 
 
 _IMAGE_NAME = re.compile(rf"\.({'|'.join(sorted(IMAGE_SUFFIXES))})\b", re.IGNORECASE)
+_JSON = re.compile(r'\s*(\{\s*"|\[\s*[\[{"])')  # an object, or an array of something
 _SEVERAL = re.compile(r"\S[\s:=,;|]+\S")
 
 
@@ -212,6 +214,8 @@ def _read_lines(file: Path) -> list[_Line]:
     lines = [_Line(n, line) for n, line in enumerate(re.split(r"\r\n|\r|\n", text), 1) if line.strip(" \t,;|")]
     if not lines:
         raise UserError(f"--labels {file} is empty: give lines of `name,class`, or one class per line")
+    if _JSON.match(text):
+        raise UserError(f"--labels {file} is JSON: write it as lines of `name,class`")
     return lines
 
 
@@ -251,15 +255,18 @@ class _Table:
                 raise _problem(self.file, line, f"the class {word!a} is not UTF-8: save the file as UTF-8")
             yield _Row(line, name, word)
 
-    def check_captions(self, words: list[str]) -> None:
-        """Raise UserError if the classes are sentences, nearly each of them another."""
-        long = [word for word in words if len(word.split()) >= _CAPTION_LENGTH]
-        different = len(set(words)) > len(words) / 2
-        if not self.column_is_given and len(words) > 1 and different and len(long) > len(words) / 2:
-            raise UserError(
-                f"{self.file} has {len(set(words)):,} classes for {len(words):,} images, most of them sentences such "
-                f"as {long[0][:80]!r}: these look like captions; name the column of the classes with --label-column"
-            )
+    def check_classes(self, words: list[str]) -> None:
+        """Raise UserError if the classes are sentences or fractional numbers, nearly each of them another."""
+        if self.column_is_given or len(words) < 2 or len(set(words)) <= len(words) / 2:
+            return
+        sentences = [word for word in words if len(word.split()) >= _CAPTION_LENGTH]
+        measured = [word for word in words if _FRACTION.fullmatch(word)]
+        for found, what, name in ((sentences, "sentences", "captions"), (measured, "fractions", "measurements")):
+            if len(found) > len(words) / 2:
+                raise UserError(
+                    f"{self.file} has {len(set(words)):,} classes for {len(words):,} images, most of them {what} such "
+                    f"as {found[0][:80]!r}: these look like {name}; name the column of the classes with --label-column"
+                )
 
     def _body(self) -> list[_Line]:
         return self._lines[1:] if self._header else self._lines

@@ -158,6 +158,10 @@ REFUSED = {
         "a.jpg,a dog on the beach\nb.jpg,two cats that sleep\nc.jpg,a red car in the rain\n",
         "most of them sentences",
     ),
+    "measurements": ("a.jpg,0.37\nb.jpg,-1.5e3\nc.jpg,12.0\n", "3 classes for 3 images, most of them fractions"),
+    "an object": ('{"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "cat"}', "labels.csv is JSON: write it as lines"),
+    "an array": ('[{"file_name": "a.jpg", "label": 1},\n{"file_name": "b.jpg", "label": 2}]', "labels.csv is JSON"),
+    "lines of objects": ('{"file_name": "a.jpg", "label": 1}\n{"file_name": "b.jpg", "label": 2}\n', "is JSON"),
     "two class columns": (
         "filename,label,class_name\na.jpg,0,cat\nb.jpg,1,dog\n",
         "columns label, class_name may all be",
