@@ -24,6 +24,7 @@ from pipeline.sources.class_names import check_class_number, number_words
 from pipeline.sources.file_kinds import is_other_image
 from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Listing, ListingBuilder
+from pipeline.sources.parquet_layout import absent_pieces
 from pipeline.sources.readers import ContainerReader, Source, check_room, mark_spooled, spool_state, spooled
 from pipeline.sources.remote_path import RemotePath, SourcePath, open_file
 
@@ -95,6 +96,7 @@ class _ParquetTable:
         self.image_column, image_note = self._choose_image(columns.image)
         self.label_column = self._choose_label(columns.label) if columns.labels else None
         self._notes = [image_note] if image_note else []
+        self._notes += [f"files of the source are missing: {pieces}" for pieces in absent_pieces(files)]
         for file, schema in zip(files[1:], self._schemas[1:], strict=True):
             self._compare(file, schema)
 

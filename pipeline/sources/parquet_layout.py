@@ -21,6 +21,7 @@ _KEYWORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _SHARDED = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-\w+)?")  # SPLIT-00000-of-00002, older ones with a hash behind
+_PIECE = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 _SEPARATORS = re.compile(r"[-._ 0-9]+")
 _MAGIC = b"PAR1"
 
@@ -66,6 +67,21 @@ def choose_files(
         chosen = files
     _check_configurations(path, chosen, subtree)
     return chosen
+
+
+def absent_pieces(files: Sequence[SourcePath]) -> list[str]:
+    """What is not among ``files`` of sets that are numbered NAME-00000-of-00003, as "00001 of NAME-...-of-00003"."""
+    sets: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        if (piece := _PIECE.match(str(file))) is not None:
+            sets.setdefault((piece[1], piece[3]), set()).add(int(piece[2]))
+    absent = []
+    for (name, total), numbers in sorted(sets.items()):
+        missing = [number for number in range(int(total)) if number not in numbers]
+        if missing:
+            shown = ", ".join(f"{number:05d}" for number in missing[:3]) + (", ..." if len(missing) > 3 else "")
+            absent.append(f"{shown} of {PurePosixPath(name).name}-...-of-{total}")
+    return absent
 
 
 def split_of(relative: Path | PurePosixPath) -> str | None:

@@ -42,18 +42,14 @@ def folder(*names: str) -> Callable[[Path], str]:
     return make
 
 
-def tar(*names: str, mode: str = "w", source: str = "SOURCE.tar") -> Callable[[Path], str]:
-    """A tar of members; of those that end in .tar the contents are two images."""
+def tar(*names: str, mode: str = "w", scheme: str = "") -> Callable[[Path], str]:
+    """A tar of members; of those that end in .tar the contents are two images. ``scheme``: "wds:" or nothing."""
 
     def make(root: Path) -> str:
         _write_tar(root / "SOURCE.tar", names, mode)
-        return source if ":" not in source else f"wds:{root / 'in.tar'}"
+        return f"{scheme}{root / 'SOURCE.tar'}"
 
-    def rooted(root: Path) -> str:
-        made = make(root)
-        return made if made.startswith("wds:") else str(root / made)
-
-    return rooted
+    return make
 
 
 def _write_tar(path: Path, names: tuple[str, ...], mode: str = "w") -> None:
@@ -214,6 +210,7 @@ TABLES: dict[str, list[Row]] = {
     "parquet": [
         ("`data/train-00000-of-00002.parquet` ..., column `label`",
          parquet(data__train_00000_of_00002=LABELLED, data__train_00001_of_00002=LABELLED), {}),
+        ("the same without the second file", parquet(data__train_00000_of_00002=LABELLED), {}),
         ("no label column", parquet(train_00000_of_00001={"image": IMAGES}), {}),
         ("`my-train.parquet my-test.parquet`", parquet(my_train=LABELLED, my_test=LABELLED), {}),
         ("the same, `--split test`", parquet(my_train=LABELLED, my_test=LABELLED), {"split": "test"}),
@@ -229,17 +226,17 @@ TABLES: dict[str, list[Row]] = {
         ("URLs instead of images", parquet(x={"url": ["https://x/1.jpg"]}), {}),
     ],
     "webdataset": [
-        ("`1.jpg 1.cls 2.jpg 2.cls`", tar("1.jpg", "1.cls", "2.jpg", "2.cls", source="wds:"), {}),
-        ("`1.jpg 2.jpg 2.cls 1.cls`", tar("1.jpg", "2.jpg", "2.cls", "1.cls", source="wds:"), {}),
-        ("`1.jpg 1.json`, `--wds-label-key kind`", tar("1.jpg", "1.json", source="wds:"), {"wds_label_key": "kind"}),
-        ("`1.depth.png 1.jpg`", tar("1.depth.png", "1.jpg", source="wds:"), {}),
+        ("`1.jpg 1.cls 2.jpg 2.cls`", tar("1.jpg", "1.cls", "2.jpg", "2.cls", scheme="wds:"), {}),
+        ("`1.jpg 2.jpg 2.cls 1.cls`", tar("1.jpg", "2.jpg", "2.cls", "1.cls", scheme="wds:"), {}),
+        ("`1.jpg 1.json`, `--wds-label-key kind`", tar("1.jpg", "1.json", scheme="wds:"), {"wds_label_key": "kind"}),
+        ("`1.depth.png 1.jpg`", tar("1.depth.png", "1.jpg", scheme="wds:"), {}),
         ("`1.left.jpg 1.right.jpg`, `--wds-image-ext right.jpg`",
-         tar("1.left.jpg", "1.right.jpg", source="wds:"), {"wds_image_ext": "right.jpg"}),
-        ("`img.v1.0.jpg img.v2.0.jpg`", tar("img.v1.0.jpg", "img.v2.0.jpg", source="wds:"), {}),
-        ("`1.jpg 2.txt`", tar("1.jpg", "2.txt", source="wds:"), {}),
-        ("`1.jpg 1.jpg`", tar("1.jpg", "1.jpg", source="wds:"), {}),
-        ("a tar with another behind it", twice(tar("x.jpg", source="wds:")), {}),
-        ("a tar compressed by gzip", tar("1.jpg", mode="w:gz", source="wds:"), {}),
+         tar("1.left.jpg", "1.right.jpg", scheme="wds:"), {"wds_image_ext": "right.jpg"}),
+        ("`img.v1.0.jpg img.v2.0.jpg`", tar("img.v1.0.jpg", "img.v2.0.jpg", scheme="wds:"), {}),
+        ("`1.jpg 2.txt`", tar("1.jpg", "2.txt", scheme="wds:"), {}),
+        ("`1.jpg 1.jpg`", tar("1.jpg", "1.jpg", scheme="wds:"), {}),
+        ("a tar with another behind it", twice(tar("x.jpg", scheme="wds:")), {}),
+        ("a tar compressed by gzip", tar("1.jpg", mode="w:gz", scheme="wds:"), {}),
     ],
 }  # fmt: skip
 
