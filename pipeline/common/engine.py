@@ -303,6 +303,11 @@ def _check_head(address: str) -> None:
             f"--ray-address {address}: no head of a Ray cluster answers there within {ANSWER_S:.0f} s: check the "
             "address that `ray start --head` printed"
         ) from None
+    if "InvalidAuthToken" in tried.stderr:  # the last line does not say it
+        raise UserError(
+            f"--ray-address {address}: the Ray cluster asks for its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            "or ~/.ray/auth_token as on its head"
+        )
     if tried.returncode:
         raise UserError(f"--ray-address {address}: Ray cannot be used there: {_last_line(tried.stderr)}")
 
