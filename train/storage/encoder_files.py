@@ -31,7 +31,7 @@ from train.storage.torch_files import read_torch_file
 UNTRAINED = "untrained:"
 CLASSIFIERS = ("fc", "head", "heads", "classifier", "head_dist")  # modules of libraries that hold one
 METADATA = "siamstream"  # key of our entry in a safetensors header, a checkpoint or a state_dict
-NESTED = 3  # dictionaries inside each other that are looked into
+NESTED = 5  # dictionaries inside each other that are looked into; VISSL has as many
 _COUNTER = "num_batches_tracked"  # of BN; files from before torch 0.4.1 have none, and it changes no output
 
 

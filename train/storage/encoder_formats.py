@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.common.errors import UserError
-from train.storage.encoder_layouts import State, find_resnets, torchvision_names
+from train.storage.encoder_layouts import State, find_resnets, torchvision_names, without_heads
 from train.storage.encoder_layouts import below as _below
 
 WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put these before every name
@@ -26,7 +26,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compil
 class EncoderState:
     """Weights under this project's names, whatever they were called in their file."""
 
-    backbone: State  # torchvision's keys, no classifier
+    backbone: State  # torchvision's keys, no heads
     projector: State = field(default_factory=dict)  # keys of model.heads.Projector; empty: the file has none
     predictor: State = field(default_factory=dict)  # keys of model.heads.Predictor; empty: the file has none
     layout: str = "siamstream"  # whose names the file had, for people
@@ -48,10 +48,10 @@ def recognise(flat: State) -> EncoderState | None:
     if "encoder.conv1.weight" in flat:
         encoder = _below(flat, "encoder.")
         return EncoderState(
-            _without_classifier(encoder), _projector(_below(encoder, "fc.")), _below(flat, "predictor."), "official"
+            without_heads(encoder), _projector(_below(encoder, "fc.")), _below(flat, "predictor."), "official"
         )
     if "conv1.weight" in flat:
-        return EncoderState(_without_classifier(flat), layout="torchvision")
+        return EncoderState(without_heads(flat), layout="torchvision")
     prefixes = find_resnets(flat)
     if len(prefixes) > 1:
         raise UserError(
@@ -109,10 +109,6 @@ def _last_linear(head: State) -> int | None:
     """The number of the last linear layer among the children of a head."""
     numbers = [int(key.split(".")[0]) for key, value in head.items() if key.endswith(".weight") and value.ndim == 2]
     return max(numbers, default=None)
-
-
-def _without_classifier(state: State) -> State:
-    return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
 
 def _under(prefix: str, state: State) -> State:

@@ -4,7 +4,7 @@ A ResNet is recognised by the names of its first and later layers below any pref
 not known here is read too. Three ways to name a ResNet's layers are known:
 
 - torchvision's, which timm, MoCo (``encoder_q.``), MoCo v3 (``base_encoder.``), BYOL, DINO (``teacher.backbone.``) and
-  solo-learn (``backbone.``) use: ``conv1``, ``bn1``, ``layer1.0.conv1``, ...
+  solo-learn (``backbone.``) use: ``conv1``, ``bn1``, ``layer1.0.conv1``, ...; heads may stand beside them, as SwAV's do
 - numbers, as in ``nn.Sequential(*resnet.children())``: lightly, some versions of BYOL
 - Hugging Face transformers': ``embedder.embedder.convolution``, ``encoder.stages.0.layers.0.layer.0.convolution``, ...
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 # Parts of a prefix that mark a copy of the trained encoder. DINO evaluates the teacher, the others the trained encoder.
 COPIES = re.compile(r"momentum|target|ema\b|encoder_k|key_encoder|student", re.IGNORECASE)
+# What others put beside a ResNet's layers: SwAV's projection_head and prototypes, a classifier, ...
+HEADS = re.compile(r"(fc|heads?|linear|mlp|classifier|(project|predict)(ion|or)?(_?(head|mlp))?|prototypes?)\.")
 FEW = 3  # names that a summary lists in full
 _HF_BLOCK = re.compile(
     r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(layer\.(\d+)|shortcut)\.(convolution|normalization)\.(.+)"
@@ -38,12 +40,17 @@ def find_resnets(flat: State) -> list[str]:
 def torchvision_names(state: State) -> State | None:
     """A ResNet's weights by torchvision's names, without a classifier; None if it is none of the three layouts."""
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
-        return {key: value for key, value in state.items() if not key.startswith(("fc.", "head."))}
+        return without_heads(state)
     if "0.weight" in state and "1.running_mean" in state:
         return _from_numbers(state)
     if "embedder.embedder.convolution.weight" in state:
         return _from_transformers(state)
     return None
+
+
+def without_heads(state: State) -> State:
+    """A ResNet's weights without a classifier and the heads of methods beside them."""
+    return {key: value for key, value in state.items() if not HEADS.match(key)}
 
 
 def to_transformers(backbone: State) -> State:

@@ -6,6 +6,7 @@ state = read_torch_file(path)
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,11 @@ def read_torch_file(path: Path, classes: Sequence[type] = ()) -> Any:
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # behind ten lines of advice to trust the file
+        found = f" ({named[1]})" if named is not None else ""
         raise UserError(
-            f"{path} is no checkpoint that can be read: it holds more than tensors and plain values, and code in files "
-            f"is never run; save its state_dict alone ({_first_line(error)})"
+            f"{path} is no checkpoint that can be read: it holds more than tensors and plain values{found}, and "
+            "code in files is never run; save its state_dict alone"
         ) from error
     except Exception as error:
         raise UserError(f"{path} is no checkpoint, or it is truncated or damaged: {_first_line(error)}") from error

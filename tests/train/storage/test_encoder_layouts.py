@@ -95,6 +95,17 @@ CHECKPOINTS: dict[str, Callable[[nn.Module, State], Any]] = {
         "classifier.1.weight": torch.randn(10, 512),
     },
     "vicreg": lambda _, s: {"epoch": 3, "model": under("module.backbone.", s)},
+    "swav": lambda _, s: under(
+        "module.", {**s, **under("projection_head.", HEAD), "prototypes.weight": torch.randn(30, 4)}
+    ),
+    "swav, several prototypes": lambda _, s: {
+        **s,
+        **under("projection_head.", HEAD),
+        **under("prototypes.prototypes0.", {"weight": torch.randn(30, 4)}),
+    },
+    "vissl": lambda _, s: {
+        "classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.", s), "heads": {}}}}
+    },
     "an unknown project": lambda _, s: {"net": {"trunk": under("visual.", s)}},
 }
 
