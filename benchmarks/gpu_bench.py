@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,8 @@ from train.engine.run import Run
 from train.optimization.optimizer import OptimConfig
 
 WARM_STEPS = 3  # algorithms are chosen, code is compiled
+NEEDS_GPU = "needs a GPU"
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Suite:
     watch: GpuMonitor
     results: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    longest_s: float = 0.0  # of the attempts so far
+    rates: dict[str, Any] = field(default_factory=dict)  # of the machine; empty: not looked at yet
 
     @staticmethod
     @contextmanager
@@ -103,11 +107,21 @@ class Suite:
         with atomic_file(self.out / f"part-{self.name}.json") as file:
             file.write(text.encode() + b"\n")
 
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Record what a CPU cannot measure."""
+        for name in names:
+            self.record(name, {"skipped": NEEDS_GPU})
+
     def attempt(self, name: str, work: Callable[[], Any], needs_s: float = 0.0) -> None:
-        """Record what ``work`` gives, or why it could not; only what is unexpected counts as a failure."""
+        """Record what ``work`` gives, or why it could not; only what is unexpected counts as a failure.
+
+        It is not begun where fewer than ``needs_s`` seconds are left, or fewer than the longest attempt took.
+        """
+        needs_s = max(needs_s, self.longest_s)
         if self.left_s < needs_s:
             self.record(name, {"skipped": f"{needs_s:.0f} s were not left"})
             return
+        start_s = time.perf_counter()
         try:
             self.record(name, work())
         except torch.OutOfMemoryError:
@@ -120,6 +134,7 @@ class Suite:
         gc.collect()
         if self.dist.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.longest_s = max(self.longest_s, time.perf_counter() - start_s)
 
     def set_up(
         self,
@@ -168,3 +183,18 @@ class Suite:
         first = runner.timed(advance, batch, FEWEST_BATCHES)
         count = max(FEWEST_BATCHES, round(self.size.trial_s / first.wall_s * FEWEST_BATCHES))
         return [runner.timed(advance, batch, count) for _ in range(self.size.repeats)]
+
+
+@contextmanager
+def number_format(precision: Precision) -> Iterator[None]:
+    """Products of float32 in TF32 or not, for as long as the context lasts."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

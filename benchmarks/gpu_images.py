@@ -31,9 +31,11 @@ def parity(suite: Suite) -> None:
         "without blur": (ViewRecipe(image_size=side, blur_prob=0.0), DaliConfig()),
         "crop and flip alone": (plain, DaliConfig()),
     }
+    by_decoder = {f"crop and flip alone, {name}": decoder for name, decoder in decoders().items()}
     if suite.dist.device.type == "cuda":
-        for name, decoder in decoders().items():
-            cases[f"crop and flip alone, {name}"] = (plain, decoder)
+        cases |= {name: (plain, decoder) for name, decoder in by_decoder.items()}
+    else:
+        suite.leave_out(by_decoder)
     for name, (recipe, decoder) in cases.items():
         suite.attempt(name, lambda recipe=recipe, decoder=decoder: _difference(suite, recipe, decoder))
 
@@ -76,9 +78,10 @@ def decoders() -> dict[str, DaliConfig]:
 
 def placements(suite: Suite) -> dict[str, LoaderConfig]:
     """Where images may be decoded."""
-    known = {"CPU": DaliConfig()}
-    if suite.dist.device.type == "cuda":
-        known = {**decoders(), "mixed, 4000 px set aside": DaliConfig(preallocate_side=4000)}
+    known = {**decoders(), "mixed, 4000 px set aside": DaliConfig(preallocate_side=4000)}
+    if suite.dist.device.type == "cpu":
+        suite.leave_out(name for name in known if name != "CPU")
+        known = {"CPU": DaliConfig()}
     return {name: LoaderConfig(dali=dali) for name, dali in known.items()}
 
 

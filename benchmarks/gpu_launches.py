@@ -13,21 +13,22 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from gpu_bench import WARM_STEPS, Suite
-from gpu_steps import Precision
+from gpu_bench import WARM_STEPS, Precision, Suite
+from gpu_roofline import few_of, known, step_limits
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from train.engine.loop import train_step
 
 STEPS = 3
+SHOWN = ("img_per_s", "host_bound", "data_wait")  # of metrics.jsonl
 PRETRAIN = Path(__file__).resolve().parents[1] / "train" / "pretrain.py"
 
 
 def launches(suite: Suite) -> None:
     """Kernels of a step, and the time of host and device, at a large batch and at one of many GPUs with 64 each."""
     large = suite.size.batches[0]
-    few = max(2, large // 4)
+    few = few_of(large)
     settings: list[tuple[int, Precision, bool]] = [(large, "bf16", False), (few, "bf16", False)]
     settings += [(large, "fp16", False), (few, "fp16", False), (few, "bf16", True), (large, "bf16", True)]
     if suite.dist.device.type != "cuda":
@@ -37,10 +38,11 @@ def launches(suite: Suite) -> None:
         suite.attempt(name, partial(_launches, suite, batch, precision, compiled), needs_s=15.0 if compiled else 0.0)
 
 
-def _launches(suite: Suite, batch: int, precision: Precision, compiled: bool) -> dict[str, float]:
+def _launches(suite: Suite, batch: int, precision: Precision, compiled: bool) -> dict[str, Any]:
     bench, run = suite.set_up(batch, precision=precision, compiled=compiled)  # type: ignore[arg-type]  # no tf32
     run.model.train()
-    views = cycle(bench.resident_views())
+    resident = bench.resident_views()
+    views = cycle(resident)
 
     def steps() -> tuple[float, float]:
         """Milliseconds of a step until the host has launched it, and until the device has made it."""
@@ -61,12 +63,13 @@ def _launches(suite: Suite, batch: int, precision: Precision, compiled: bool) ->
     device = DeviceType.CUDA if on_gpu else DeviceType.CPU  # a CPU's operations stand in for kernels
     kernels = [event for event in seen.events() if event.device_type == device]
     busy_ms = sum(event.device_time_total if on_gpu else event.self_cpu_time_total for event in kernels) / 1e3 / STEPS
-    return {"launches": len(kernels) / STEPS, "host_ms": host_ms, "step_ms": step_ms, "kernels_ms": busy_ms}
+    numbers = {"launches": len(kernels) / STEPS, "host_ms": host_ms, "step_ms": step_ms, "kernels_ms": busy_ms}
+    return {**numbers, "img_per_s": 1e3 * batch / step_ms, "roofline": step_limits(suite, run, resident)}
 
 
 def cuda_graph(suite: Suite) -> None:
     """Whole runs of pretrain.py with --cuda-graph and without, where the host counts most: at a small batch."""
-    few = max(2, suite.size.batches[0] // 4)
+    few = few_of(suite.size.batches[0])
     for flag in ("--no-cuda-graph", "--cuda-graph"):
         suite.attempt(f"batch {few}, {flag}", partial(_whole_run, suite, few, flag), needs_s=20.0)
 
@@ -85,4 +88,5 @@ def _whole_run(suite: Suite, batch: int, flag: str) -> dict[str, Any]:
             raise RuntimeError(f"exit code {ended.returncode}: {(ended.stderr or ended.stdout).strip()}")
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     later = [line for line in lines if line["step"] > steps // 2]  # a graph is captured before
-    return {name: statistics.median(line[name] for line in later) for name in ("img_per_s", "host_bound", "data_wait")}
+    numbers = {name: statistics.median(line[name] for line in later) for name in SHOWN}
+    return {**numbers, "roofline": known(suite, f"batch {batch}")}

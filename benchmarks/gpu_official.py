@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_bench import Suite
-from gpu_steps import make_contiguous, number_format, with_plain_sgd
+from gpu_bench import Suite, number_format
+from gpu_roofline import step_limits
+from gpu_steps import make_contiguous, with_plain_sgd
 from loader_vs_official import official_loader, write_folder
 
 from pipeline.common.system import share_of_cores
@@ -53,7 +54,8 @@ def _measure_official(suite: Suite) -> dict[str, Any]:
                 suite.note("official, end to end", _official_result(trials, batch))
     finally:
         shutil.rmtree(folder)
-    return _official_result(trials, batch)
+    limits = step_limits(suite, run, bench.resident_views())
+    return {**_official_result(trials, batch), "roofline": limits}
 
 
 def _official_result(trials: list[Trial], batch: int) -> dict[str, Any]:

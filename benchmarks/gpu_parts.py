@@ -10,7 +10,7 @@ from gpu_bench import Suite
 from gpu_images import decode, loader, parity
 from gpu_launches import cuda_graph, launches
 from gpu_official import official
-from gpu_roofline import roofline
+from gpu_roofline import roofline, step_limits
 from gpu_steps import compiled, model
 
 from tools.throughput.report import StageResult, as_json, describe, draw_stages, judge, table
@@ -33,6 +33,7 @@ def _stages(suite: Suite, compiled: bool) -> None:
     run.model.train()
     every: dict[str, Stage] = {str(name): stage for name, stage in make_stages(bench, run).items()}
     views = bench.resident_views()
+    suite.attempt("roofline", lambda: step_limits(suite, run, views))
     every["model"] = replace(every["model"], open=lambda: model_step(bench, run, views))
     upper = ("model", "end_to_end", "loader")  # first, in case there is no time for all
     stages = {name: every[name] for name in (upper if compiled else dict.fromkeys((*upper, *every)))}

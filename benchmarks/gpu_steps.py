@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from gpu_bench import Suite
+from gpu_bench import Precision, Suite, number_format
+from gpu_roofline import step_limits
 
 from pipeline.loader.loader import ViewBatch
 from tools.throughput.report import StageResult
@@ -17,8 +16,6 @@ from tools.throughput.stages import model_step
 from train.engine.run import Run
 from train.optimization.optimizer import torch_groups
 from train.optimization.precision import SkipNonFinite
-
-Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def _steps(suite: Suite, variants: list[Variant], needs_s: float) -> None:
     views = bench.resident_views()
     for variant in variants:
         if not on_gpu and (variant.precision in ("fp16", "tf32") or variant.optimizer == "apex"):
-            suite.record(str(variant), {"skipped": "needs a GPU"})
+            suite.leave_out([str(variant)])
             continue
         measure = partial(_measure_step, suite, variant, views)
         suite.attempt(str(variant), measure, needs_s if on_gpu else 0.0)
@@ -92,7 +89,8 @@ def _measure_step(suite: Suite, variant: Variant, views: list[ViewBatch]) -> dic
     with number_format(variant.precision), model_step(bench, run, seen) as advance:
         trials = suite.stretches(advance, bench.batch)
     memory = torch.cuda.max_memory_allocated() / 2**30 if suite.dist.device.type == "cuda" else None
-    return {**asdict(StageResult.of(trials)), "torch_memory_gib": memory}
+    limits = step_limits(suite, run, seen, variant.precision)
+    return {**asdict(StageResult.of(trials)), "torch_memory_gib": memory, "roofline": limits}
 
 
 def _cut(views: ViewBatch, variant: Variant, dtype: torch.dtype) -> ViewBatch:
@@ -122,18 +120,3 @@ def with_plain_sgd(run: Run, foreach: bool | None) -> Run:
         fused=False,
     )
     return replace(run, optimizer=sgd, guard=SkipNonFinite(run.model, sgd, run.dist.device))
-
-
-@contextmanager
-def number_format(precision: Precision) -> Iterator[None]:
-    """Products of float32 in TF32 or not, for as long as the context lasts."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

@@ -10,8 +10,8 @@
 # The stages of check, which are machine, smoke, hardware, tests, launches and ranks, can be asked for by name, and so can
 # parity (which the suite measures as well). DATASET is a folder of tools/make_shards.py; check draws synthetic images
 # without one. TOY=1 before the command does the same on a CPU, at toy size. LIMITS=2 doubles the time limits, for a slow
-# machine. PYTHON names the Python. Output goes to OUT as it comes, so a kill loses only what had not come; OUT.tar receives
-# all results but images and weights.
+# machine. PYTHON names the Python. Output goes to OUT as it comes, and after each step OUT.tar receives all results but
+# images and weights, so a kill loses only what had not come.
 # Exit code: 0 all went well, 1 something failed, 2 the command line is wrong.
 set -u
 cd "$(dirname "$0")/.."
@@ -76,7 +76,15 @@ step() {
   esac
   [ "$code" -eq 0 ] || failed=1
   echo "== $name: $outcome, $((SECONDS - start)) of $limit s" | tee -a "$out/session.txt"
+  pack
   return "$code"
+}
+
+# After each step, so that a kill from outside leaves a tar of what was done. A new one takes the place of the old whole.
+pack() {
+  tar cf "$out.tar.new" --exclude='*.pt' --exclude='*.safetensors' --exclude=images --exclude=dataset \
+    --exclude=synthetic -C "$(dirname "$out")" "$(basename "$out")"
+  [ $? -le 1 ] && mv "$out.tar.new" "$out.tar"  # 1: a file grew meanwhile
 }
 
 dataset() {  # the one that was given, or synthetic images
@@ -163,20 +171,20 @@ two_ranks() {  # NAME SECONDS OPTIONS...
 # Two ranks, one for comparison, and two whose step is compiled: the losses are to be alike.
 ranks() {
   dataset
-  local options=(--data "$data" --global-batch 32 --max-steps 4 --log-every 1 --knn-every 0 --epochs 100 --device "$device")
-  if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1)
+  local compiling=70 options=(--data "$data" --global-batch 32 --max-steps 4 --log-every 1 --knn-every 0 --epochs 100 --device "$device")
+  if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1) compiling=400  # C++, twice
   else options+=(--backbone resnet18 --image-size 96 --precision fp32); fi
   rm -rf "$out/one-rank" "$out/two-ranks" "$out/two-ranks-compiled"
   two_ranks two-ranks 40 "${options[@]}"
   step one-rank 30 "$python" train/pretrain.py "${options[@]}" --run-dir "$out/one-rank"
-  two_ranks two-ranks-compiled 70 "${options[@]}" --compile
+  two_ranks two-ranks-compiled "$compiling" "${options[@]}" --compile
   echo "the same steps by two ranks, by one, and by two whose step is compiled:"
   cut -c1-100 "$out/two-ranks/metrics.jsonl" "$out/one-rank/metrics.jsonl" "$out/two-ranks-compiled/metrics.jsonl"
 }
 
 suite() {
   [ -n "$data" ] || usage
-  lines=150 step suite 575 "$python" benchmarks/gpu_suite.py "$data" --out "$out/suite" ${toy:+--toy --parts decode}
+  lines=150 step suite 575 "$python" benchmarks/gpu_suite.py "$data" --out "$out/suite" ${toy:+--toy}
   report "$out/suite/suite.md"
 }
 
@@ -221,6 +229,6 @@ case $stage in
   data) make_data ;;
   *) usage ;;
 esac
-tar cf "$out.tar" --exclude='*.pt' --exclude='*.safetensors' --exclude=images --exclude=dataset --exclude=synthetic -C "$(dirname "$out")" "$(basename "$out")"
+pack
 echo "all results: $out.tar"
 exit "$failed"

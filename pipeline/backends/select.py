@@ -69,12 +69,17 @@ def check_compiler(device: torch.device) -> None:
 
 
 def open_backend(requested: Literal["auto", "dali", "torchvision"], channels: int = 3) -> Backend:
-    """The back end that will run. Raises UserError as ``choose_backend``."""
+    """The back end that will run. Raises UserError as ``choose_backend``, and for a DALI that cannot be imported."""
     name, _ = choose_backend(requested, channels)
     match name:
         case "dali":
-            from pipeline.backends.dali_backend import DaliBackend
-
+            try:
+                from pipeline.backends.dali_backend import DaliBackend
+            except (ImportError, OSError) as error:  # OSError: of a library that it loads
+                raise UserError(
+                    f"backend dali: NVIDIA DALI is installed, but it cannot be imported ({error}). Install it with all "
+                    "that it needs (pip install nvidia-dali-cuda130), or take --backend torchvision"
+                ) from error
             return DaliBackend()
         case "torchvision":
             return TorchvisionBackend()

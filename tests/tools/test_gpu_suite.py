@@ -6,8 +6,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -60,6 +62,18 @@ def test_every_part_measures_and_reports(
     for heading in ("Parity", "The stages, eager", "The official recipe", "limiter", "toy size"):
         assert heading in text
     assert "needs a GPU" in text  # Apex
+    steps = [parts["stages"], *parts["official"].values(), *(v for v in parts["model"].values() if "img_per_s" in v)]
+    assert all(step["roofline"]["most_img_per_s"] > 0 for step in steps)
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| [^|]* \| [\d.e+]+ \(", line)]
+    assert len(rows) >= 12  # a stage, a placement, the official recipe, or a variant of the step
+    for row in rows:  # the roofline beside each rate of a step, and nothing of a GPU's
+        stage = row[0].removeprefix("| ")
+        of_a_step = stage in ("model step alone", "end to end", "official, end to end") or stage.startswith("batch")
+        assert re.fullmatch(r"[\d,.e+]+, \d+%" if of_a_step else "no step", row[2]), row
+        assert row[4:6] == ["needs a GPU", "needs a GPU"]
+    assert "gpu_bound needs a GPU" in text
+    for name in ("mixed, hardware load 0.65", "mixed, 4000 px set aside", "crop and flip alone, CPU"):
+        assert f"| {name} | needs a GPU |" in text
 
 
 def test_all_parts_fit_into_the_suites_time() -> None:
@@ -71,11 +85,12 @@ def test_all_parts_fit_into_the_suites_time() -> None:
 
 
 def test_the_checks_come_in_order_and_fit_into_ten_minutes(tmp_path: Path) -> None:
-    """With a Python that does nothing: what the script runs, and how long it lets it."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 0\n")
-    python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "TOY": "1"}
+    """With a Python and an nvidia-smi that do nothing: what the script runs, and how long it lets it."""
+    for name in ("python", "nvidia-smi"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": path, "TOY": ""}
     for slower in (1, 2):
         out = tmp_path / f"out-{slower}"
         command = ["bash", str(SESSION), "check", str(out)]
@@ -91,6 +106,26 @@ def test_the_checks_come_in_order_and_fit_into_ten_minutes(tmp_path: Path) -> No
         assert limits["machine"] + limits["smoke"] == 240 * slower  # a cold start
 
 
+def test_a_session_that_is_killed_leaves_a_tar_of_the_steps_that_were_done(tmp_path: Path) -> None:
+    """With a Python that begins, and then hangs."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *one-rank*) touch {tmp_path}/begun; sleep 300;; esac\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "TOY": "1"}
+    command = ["bash", str(SESSION), "ranks", str(tmp_path / "out")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as session:
+        for _ in range(600):
+            if (tmp_path / "begun").exists():
+                break
+            time.sleep(0.1)
+        os.killpg(session.pid, signal.SIGKILL)
+    with tarfile.open(tmp_path / "out.tar") as tar:
+        assert {"out/session.txt", "out/two-ranks.log"} <= set(tar.getnames())
+        session_txt = tar.extractfile("out/session.txt")
+        assert session_txt is not None
+        assert b"two-ranks: done" in session_txt.read()
+
+
 def test_the_hosts_share_of_a_step_is_measured(photo_dataset_path: Path, tmp_path: Path) -> None:
     with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
         gpu_parts.EVERY_PART["launches"].work(suite)
@@ -103,6 +138,13 @@ def test_the_hosts_share_of_a_step_is_measured(photo_dataset_path: Path, tmp_pat
         assert step["kernels_ms"] > 0
     text = markdown({"toy": True, "machine": {}, "failures": {}, "parts": {"launches": part}})
     assert "| | launches | host_ms | step_ms | kernels_ms |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| batch 4"))
+    assert re.search(
+        r"eager \| needs a GPU \| needs a GPU \| [\d.]+ \| needs a GPU \| [\d.,]+ \| [\d.,]+, \d+% \|", row
+    )
+    real = markdown({"toy": False, "machine": {}, "failures": {}, "parts": {"launches": part}})
+    assert "needs a GPU" not in real
+    assert f"| {part['batch 4, fp32, eager']['launches']:,.4g} |" in real
 
 
 def test_whole_runs_are_compared_with_a_graph_and_without(photo_dataset_path: Path, tmp_path: Path) -> None:
@@ -112,6 +154,12 @@ def test_whole_runs_are_compared_with_a_graph_and_without(photo_dataset_path: Pa
     part = json.loads((tmp_path / "part-trial.json").read_text())
     assert list(part) == ["batch 2, --no-cuda-graph", "batch 2, --cuda-graph"]
     assert all(run["img_per_s"] > 0 and run["host_bound"] == 0 for run in part.values())
+    assert all(run["roofline"] is None for run in part.values())  # the part roofline did not run
+    limits = {"most_img_per_s": 2 * part["batch 2, --no-cuda-graph"]["img_per_s"]}
+    counted = {name: {**run, "roofline": limits} for name, run in part.items()}
+    text = markdown({"toy": True, "machine": {}, "failures": {}, "parts": {"cuda-graph": counted}})
+    assert re.search(r"\| batch 2, --no-cuda-graph \| [\d.,]+ \| needs a GPU \| \S+ \| [\d.,]+, 50% \|", text)
+    assert "| batch 2, --cuda-graph | needs a GPU |" in text  # a CPU's run made ordinary steps
     part["batch 2, --cuda-graph"] = {"failed": "RuntimeError: no"}
     text = markdown({"toy": True, "machine": {}, "failures": {}, "parts": {"cuda-graph": part}})
     assert "| batch 2, --cuda-graph | failed: RuntimeError: no |  |  |" in text
@@ -128,6 +176,25 @@ def test_the_roofline_counts_the_steps_bytes_and_flops(photo_dataset_path: Path,
     assert large["most_img_per_s"] == pytest.approx(8e3 / max(large["bytes_ms"], large["flops_ms"]))
     text = markdown({"toy": True, "machine": {}, "failures": {}, "parts": {"roofline": part}})
     assert "| batch 8 |" in text
+    assert "| batch 2 |" in text  # of the runs with a CUDA graph
+    assert re.search(r"matmul in TFLOP/s: bf16 [\d.e-]+, fp32 [\d.e-]+\.", text)
+    with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
+        assert gpu_roofline.known(suite, "batch 2") is None
+        (tmp_path / "part-trial.json").rename(tmp_path / "part-roofline.json")
+        assert gpu_roofline.known(suite, "batch 2") == part["batch 2"]
+        assert gpu_roofline.known(suite, "batch 3") is None
+
+
+def test_no_measurement_begins_that_would_not_end_in_time(photo_dataset_path: Path, tmp_path: Path) -> None:
+    """A part that is stopped counts as failed; one that leaves out its last measurements does not."""
+    with toy_suite(photo_dataset_path, tmp_path, 60) as suite:
+        suite.end_s = time.perf_counter() + 1.0
+        suite.attempt("first", lambda: time.sleep(0.6))
+        suite.attempt("second", lambda: time.sleep(0.6))
+    assert list(suite.results) == ["first", "second"]
+    assert suite.results["first"] is None
+    assert "were not left" in suite.results["second"]["skipped"]
+    assert suite.failures == []
 
 
 def test_bytes_are_inputs_and_outputs_but_of_views() -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.backends.base import BackendContext, Batch, DaliConfig, UndecodableBatchError
-from pipeline.backends.select import check_compiler, choose_backend
+from pipeline.backends.select import check_compiler, choose_backend, open_backend
 from pipeline.common.errors import UserError
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.bad_samples import BadSamples
@@ -44,6 +45,18 @@ def test_without_dali(monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...
     assert choose_backend("torchvision") == ("torchvision", "asked for")
     with pytest.raises(UserError, match=r"pip install nvidia-dali-cuda130.*--backend torchvision"):
         choose_backend("dali")
+
+
+@pytest.mark.parametrize("requested", ["auto", "dali"])
+def test_a_dali_that_cannot_be_imported_is_a_mistake_of_its_installation(
+    requested: Literal["auto", "dali"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after pip install --no-deps, or with a library that is missing."""
+    pretend_installed(monkeypatch, "nvidia", "nvidia.dali")
+    monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
+    monkeypatch.delitem(sys.modules, "pipeline.backends.dali_backend", raising=False)
+    with pytest.raises(UserError, match=r"cannot be imported \(.*nvidia.*pip install nvidia-dali-cuda130.*torchvision"):
+        open_backend(requested)
 
 
 @pytest.mark.parametrize(
