@@ -24,7 +24,8 @@ HEADINGS = {
 }
 RATES = """\
 Source images per second: median (slowest .. fastest trial). The roofline is the rate at which the step's bytes or its
-FLOPs, whichever takes longer, go at the measured speed of copies and matmuls; beside it the share that is reached."""
+FLOPs, whichever takes longer, go at the measured speed of copies and matmuls; beside it the share that is reached.
+Bytes are those of the eager step: a compiled one moves fewer, and may reach more than 100 %."""
 OF_A_STEP = ("model", "end_to_end")  # the stages in which the model makes steps
 # What a CPU stands in for, or does not have; the number that it gives is not shown.
 OF_A_GPU = ("launches", "host_ms", "kernels_ms", "host_bound")
