@@ -8,6 +8,7 @@ Only this module imports nvidia.dali.
 from __future__ import annotations
 
 import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,11 +110,7 @@ class DaliImages(Iterator[tuple[Batch, list[Tensor]]]):
         self, batches: Iterator[Batch], max_batch: int, threads: int, device: torch.device, config: DaliConfig
     ) -> None:
         """``batches`` is pulled ``config.prefetch`` ahead; all its batches hold views, or all hold centre crops."""
-        self._inputs = _Inputs(batches, self._encoded)
-        self._made: Any = None  # DALI's outputs for the next batch that it was given, or its error
-        self._device = device
-        self._config = config
-        self._pipeline = Pipeline(
+        self._pipeline = Pipeline(  # the first attribute goes first: it may still read the inputs, uncopied
             batch_size=max_batch,
             num_threads=threads,
             device_id=device.index or 0 if device.type == "cuda" else None,
@@ -121,6 +118,10 @@ class DaliImages(Iterator[tuple[Batch, list[Tensor]]]):
             prefetch_queue_depth=config.prefetch,
             exec_dynamic=True,
         )
+        self._inputs = _Inputs(batches, self._encoded)
+        self._made: Any = None  # DALI's outputs for the next batch that it was given, or its error
+        self._device = device
+        self._config = config
         with self._pipeline:
             self._pipeline.set_outputs(*self._graph())
         self._pipeline.build()
@@ -159,13 +160,27 @@ class DaliImages(Iterator[tuple[Batch, list[Tensor]]]):
             return error.with_traceback(None)
 
     def _graph(self) -> list[DataNode]:
-        inputs = self._inputs
-        return [self._decode(self._source(lambda: inputs.pull()[0]))]
+        pull = self._pull()
+        return [self._decode(self._source(lambda: pull()[0]))]
 
     def _tensors(self, outputs: Any) -> list[Tensor]:
         if self._device.type == "cuda":  # decoded for profiling only
             return []
         return [torch.from_dlpack(image) for image in outputs[0]]
+
+    def _pull(self) -> Callable[[], Any]:
+        """``_inputs.pull``, without a reference to the inputs.
+
+        DALI keeps what it calls in reference cycles of its own, and with it would keep the loader and its images.
+        """
+        pull = weakref.WeakMethod(self._inputs.pull)
+
+        def call() -> Any:
+            method = pull()
+            assert method is not None  # DALI calls only while ``_run`` runs
+            return method()
+
+        return call
 
     def _source(self, pull: Callable[[], Any], **options: Any) -> Any:
         """DALI's way to ask for inputs.
@@ -225,7 +240,7 @@ class DaliSquares(DaliImages):
 
     def _view_squares(self, views: int) -> list[DataNode]:
         """Cut, then resize: nothing outside the window may bleed in."""
-        encoded, *windows = self._source(self._inputs.pull, num_outputs=1 + 2 * views)
+        encoded, *windows = self._source(self._pull(), num_outputs=1 + 2 * views)
         return self._cut(self._decode(encoded), windows)
 
     def _cut(self, images: DataNode, windows: list[DataNode]) -> list[DataNode]:
@@ -236,7 +251,7 @@ class DaliSquares(DaliImages):
 
     def _centre_squares(self) -> list[DataNode]:
         """Resize as if the whole image were resized, but compute its centre alone."""
-        encoded, start, end = self._source(self._inputs.pull, num_outputs=3)
+        encoded, start, end = self._source(self._pull(), num_outputs=3)
         return [_resize(self._decode(encoded), self._recipe.image_size, roi_start=start, roi_end=end)]
 
 
@@ -247,12 +262,12 @@ class DaliCrops(DaliSquares):
 
     def _graph(self) -> list[DataNode]:
         """Images may be on the GPU, windows never are, so each has a source of its own."""
-        inputs = self._inputs
+        pull_both = self._pull()
         waiting: tuple[deque, deque] = (deque(), deque())
 
         def pull(half: int) -> Any:
             if not waiting[half]:
-                images, *windows = inputs.pull()
+                images, *windows = pull_both()
                 waiting[0].append(images)
                 waiting[1].append(windows)
             return waiting[half].popleft()

@@ -7,6 +7,7 @@ on disk, so every rank and every resumed run replaces alike.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import sys
@@ -67,6 +68,9 @@ class BadSamples:
 
     def add(self, error: BadSampleError) -> None:
         """Add a sample. Raises UserError with the list when there are too many, or when the disk is full."""
+        # A copy has no traceback. Its frames refer to the loader, to this object in it, and to images: in such a cycle
+        # the loader would stay until a full collection, which is as good as never due.
+        error = copy.copy(error)
         with self._lock:
             if error.sample_id in self._found:
                 return

@@ -125,27 +125,30 @@ class ViewMaker:
         return self._backend.views(self._context, batches)
 
     def _recover(self, error: UndecodableBatchError) -> ViewBatch:
+        batch, reason = error.batch, error.reason
         while True:
-            self._find_bad(error)
-            batch = self._assembler.replace_bad(error.batch)
+            self._find_bad(batch, reason)
+            batch = self._assembler.replace_bad(batch)
             try:
                 return next(self._make(iter([batch])))
             except UndecodableBatchError as again:
-                error = again
+                # Not kept: its frames refer to this one, and in such a cycle the loader and its images would stay until
+                # a full collection, which is as good as never due.
+                batch, reason = again.batch, again.reason
 
-    def _find_bad(self, error: UndecodableBatchError) -> None:
+    def _find_bad(self, batch: Batch, reason: str) -> None:
         """Note the images that PIL cannot decode; if it can decode them all, those the back end cannot decode alone.
 
         Raises RuntimeError when every image can be decoded alone: then no image is the cause.
         """
-        for faults in (self._pil_faults(error.batch), self._backend_faults(error.batch)):
+        for faults in (self._pil_faults(batch), self._backend_faults(batch)):
             found = False
             for sample, fault in faults:
                 found = True
-                self._assembler.note_bad(int(error.batch.sources[sample]), fault)
+                self._assembler.note_bad(int(batch.sources[sample]), fault)
             if found:
                 return
-        raise RuntimeError(f"a batch of images, each of them good, could not be decoded: {error.reason}") from error
+        raise RuntimeError(f"a batch of images, each of them good, could not be decoded: {reason}")
 
     def _pil_faults(self, batch: Batch) -> Iterator[tuple[int, str]]:
         """(sample, fault) of the images that PIL cannot decode."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import threading
@@ -20,8 +21,10 @@ from pipeline.common.errors import UserError
 from pipeline.common.system import share_of_cores
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader import loader as loader_module
+from pipeline.loader.bad_samples import BadSamples
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import ViewBatch, open_crops, open_images, open_views
+from pipeline.loader.read_batches import Assembler
 from pipeline.sampling.augmentations import Augmentations, Erasing, VerticalFlip
 from pipeline.sampling.sampler import BatchSampler, World, batch_ids
 from pipeline.sampling.views import ViewGroup, ViewRecipe, centre_crops, draw_views
@@ -392,6 +395,36 @@ def test_headers_are_parsed_by_the_threads_that_read_not_by_the_one_that_feeds_d
     assert reports.ids == sorted(BAD)
     assert len(parsed) >= 2 * 2 * 48  # of both loaders, in two epochs
     assert {name.partition("_")[0] for name in parsed} == {"read"}
+
+
+@both_backends
+@pytest.mark.parametrize("kind", ["photo_dataset", "changed", "undecodable"])
+@pytest.mark.parametrize("taken", [1, None])
+def test_a_loader_goes_when_it_is_left(
+    kind: str, taken: int | None, backend: str, request: pytest.FixtureRequest
+) -> None:
+    """One in a cycle of references, with its threads and images, stays until a full collection: as good as for ever."""
+
+    def use(dataset: ShardSet) -> None:
+        load(dataset, settings(backend), taken, on_bad_sample=Reports().append)
+        with open_images(
+            dataset, RECIPE, settings(backend), ALONE, ids=np.arange(48), batch=12, on_bad_sample=Reports().append
+        ) as batches:
+            assert len(list(itertools.islice(batches, taken))) == (taken or 4)
+
+    def living() -> int:
+        kinds = (Assembler, BadSamples, BadSampleError, ThreadPoolExecutor)
+        return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+    dataset = request.getfixturevalue(kind)
+    gc.collect()
+    gc.disable()
+    try:
+        before = living()
+        use(dataset)
+        assert living() == before
+    finally:
+        gc.enable()
 
 
 @both_backends
