@@ -3,8 +3,9 @@
 Trains a tiny model on synthetic images for as many steps as an ImageNet run takes in hours (12,000 an hour at 1,700
 images/s and a batch of 512), with checkpoints, kNN and bad samples. The run is stopped by SIGTERM in the middle and
 resumed. At regular steps its memory, open files, threads and the disk use of its checkpoints are read from outside.
-Exit code 1 if one of them grows: if, in either session, its median over the last quarter of the steps exceeds that
-over the second quarter by more than the allowance.
+The first quarter of either session is its warm-up. Exit code 1 if one of them grows: if its median over the last
+quarter of the steps exceeds that over the second quarter by more than the allowance, or if the slope of the memory
+after the warm-up may be steeper than --max-mb-per-minute.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.common.errors import UserError, exit_on_user_error
@@ -38,6 +40,11 @@ TRAINER = (sys.executable, str(ROOT / "train" / "pretrain.py"))
 POLL_S = 0.02  # interval of reading metrics.jsonl
 BATCH, SIDE, KEEP = 8, 16, 2  # images a step; px of a view; checkpoints kept
 MIB = 1 << 20
+MB_PER_MIB = MIB / 1e6
+IMAGENET_STEPS_PER_MINUTE = 200  # 1,700 images/s, batch 512
+BLOCKS = 10  # of the steps after the warm-up; the line goes through their medians
+T_QUANTILE = 2.306  # 97.5 % of Student's t with BLOCKS - 2 degrees of freedom: an interval of 95 %
+SHORTEST_MIN = 5.0  # no slope is judged by fewer minutes: memory grows in jumps, which would decide it
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class Config:
     """Back end of the loader."""
     threads: int = 1
     """Threads of the loader and of the model."""
+    max_mb_per_minute: float = 0.1
+    """Steepest slope of the anonymous memory, in MB (1e6 bytes) a minute at the pace of this run."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Sample:
 
     session: int  # 0: before the stop, 1: after it
     step: int
+    seconds: float  # since the session was started
     own_mib: float  # anonymous memory, which other processes cannot change
     rss_mib: float  # with the pages of mapped files
     files: int  # open descriptors
@@ -111,6 +121,28 @@ class Growth:
         return self.last - self.second > self.quantity.allowance
 
 
+@dataclass(frozen=True)
+class Slope:
+    """A line through the anonymous memory of one session after its warm-up, in MB (1e6 bytes)."""
+
+    session: int
+    first_step: int  # of the line
+    start_mb: float  # its value there
+    mb_per_step: float
+    error: float  # half of the interval of 95 % about it
+    steps: int
+    minutes: float
+
+    @property
+    def steps_per_minute(self) -> float:
+        return self.steps / self.minutes
+
+    def may_exceed(self, mb_per_minute: float) -> bool:
+        """Whether the interval reaches above a limit; false for a session too short to be judged."""
+        steepest = (self.mb_per_step + self.error) * self.steps_per_minute
+        return self.minutes >= SHORTEST_MIN and steepest > mb_per_minute
+
+
 def main() -> None:
     """The command."""
     config = tyro.cli(Config, description=__doc__)
@@ -118,9 +150,9 @@ def main() -> None:
         raise UserError("this benchmark reads Linux's /proc/PID/smaps_rollup, which is not here")
     if config.out.exists():
         raise UserError(f"{config.out} exists: name a new folder")
-    if config.steps < 8 * max(2 * config.sample_every, (KEEP + 1) * config.checkpoint_every):
+    if config.steps < 8 * max(5 * config.sample_every, (KEEP + 1) * config.checkpoint_every):
         raise UserError(
-            f"--steps {config.steps}: a quarter of a session must hold two samples (--sample-every "
+            f"--steps {config.steps}: a quarter of a session must hold five samples (--sample-every "
             f"{config.sample_every}) and {KEEP + 1} checkpoints (--checkpoint-every {config.checkpoint_every})"
         )
     print(describe_machine(), flush=True)
@@ -128,15 +160,18 @@ def main() -> None:
     start_s = time.perf_counter()
     samples = soak(config, data)
     minutes = (time.perf_counter() - start_s) / 60
-    growths = compare(samples)
+    growths, slopes = compare(samples), fit(samples)
     knn = sum("knn_top1" in line for line in read_lines(config.out / "run" / METRICS_FILE))
     bad = len(read_lines(config.out / "run" / BAD_SAMPLES_FILE, "sample"))
     text = f"{config.steps:,} steps in {minutes:.1f} minutes, {knn} kNN evaluations, {bad} bad samples of {config.bad}"
     print(text)
     print(table(samples, growths))
-    draw(samples, text).savefig(config.out / "soak.png", dpi=110)
-    write_results(config.out / "soak.json", {"told": text, "samples": [asdict(s) for s in samples]})
-    if any(growth.grew for growth in growths) or bad != config.bad:
+    print(slope_table(slopes, config.max_mb_per_minute))
+    draw(samples, slopes, config.max_mb_per_minute, text).savefig(config.out / "soak.png", dpi=110)
+    results = {"told": text, "slopes": [asdict(s) for s in slopes], "samples": [asdict(s) for s in samples]}
+    write_results(config.out / "soak.json", results)
+    steep = any(slope.may_exceed(config.max_mb_per_minute) for slope in slopes)
+    if steep or any(growth.grew for growth in growths) or bad != config.bad:
         print("something grew, or a bad sample was not found")
         sys.exit(1)
     print("nothing grew")
@@ -179,7 +214,7 @@ def watch(
     command: list[str], run_dir: Path, session: int, stop_at: int | None, samples: list[Sample], threads: int
 ) -> int:
     """Run one session, sampled at every line of metrics.jsonl; SIGTERM after step ``stop_at``. Gives its exit code."""
-    seen = newest_step(run_dir)
+    seen, start_s = newest_step(run_dir), time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(run_dir.parent / f"session{session}.log", "wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -188,7 +223,7 @@ def watch(
                 step = newest_step(run_dir)
                 if step > seen:
                     seen = step
-                    sample = sample_of(process.pid, run_dir, session, step)
+                    sample = sample_of(process.pid, run_dir, session, step, time.perf_counter() - start_s)
                     if sample is not None:
                         samples.append(sample)
                     if stop_at is not None and step >= stop_at:
@@ -212,7 +247,7 @@ def newest_step(run_dir: Path) -> int:
     return int(lines[-1].partition(b'"step": ')[2].partition(b",")[0]) if lines else 0
 
 
-def sample_of(pid: int, run_dir: Path, session: int, step: int) -> Sample | None:
+def sample_of(pid: int, run_dir: Path, session: int, step: int, seconds: float) -> Sample | None:
     """The resources of a running process; None if it has ended."""
     proc = Path("/proc") / str(pid)
     try:
@@ -223,7 +258,7 @@ def sample_of(pid: int, run_dir: Path, session: int, step: int) -> Sample | None
         return None
     own, rss = (int(rollup[name].split()[0]) / 1024 for name in ("Anonymous", "Rss"))
     checkpoints = disk_use(run_dir / "checkpoints")
-    return Sample(session, step, own, rss, files, threads, checkpoints, disk_use(run_dir) - checkpoints)
+    return Sample(session, step, seconds, own, rss, files, threads, checkpoints, disk_use(run_dir) - checkpoints)
 
 
 def disk_use(folder: Path) -> float:
@@ -238,11 +273,17 @@ def disk_use(folder: Path) -> float:
     return total / MIB
 
 
+def by_session(samples: list[Sample]) -> list[list[Sample]]:
+    """The samples of each session."""
+    sessions = sorted({sample.session for sample in samples})
+    return [[sample for sample in samples if sample.session == session] for session in sessions]
+
+
 def compare(samples: list[Sample]) -> list[Growth]:
-    """Every quantity in every session. Raises UserError for a session too short to tell."""
+    """Every quantity in every session. Raises UserError for a session too short to compare."""
     growths = []
-    for session in sorted({sample.session for sample in samples}):
-        mine = [sample for sample in samples if sample.session == session]
+    for mine in by_session(samples):
+        session = mine[0].session
         first, width = mine[0].step, (mine[-1].step - mine[0].step) / 4
         second = [s for s in mine if width <= s.step - first < 2 * width]
         last = [s for s in mine if s.step - first >= 3 * width]
@@ -252,6 +293,50 @@ def compare(samples: list[Sample]) -> list[Growth]:
             values = [statistics.median(getattr(s, quantity.field) for s in part) for part in (second, last)]
             growths.append(Growth(session, quantity, *values))
     return growths
+
+
+def fit(samples: list[Sample]) -> list[Slope]:
+    """The slope of each session, by least squares through the medians of BLOCKS equal stretches after the warm-up.
+
+    Medians leave out the peaks of evaluations and checkpoints. Neighbouring samples are alike, so the interval from
+    single samples would be too narrow. Raises UserError for a session of too few samples.
+    """
+    slopes = []
+    for mine in by_session(samples):
+        start = mine[0].step + (mine[-1].step - mine[0].step) / 4
+        warm = [sample for sample in mine if sample.step >= start]
+        if len(warm) < BLOCKS:
+            raise UserError(f"session {mine[0].session} has {len(mine)} samples, too few for a slope: more --steps")
+        blocks = [warm[block * len(warm) // BLOCKS : (block + 1) * len(warm) // BLOCKS] for block in range(BLOCKS)]
+        steps = np.array([statistics.mean(sample.step for sample in block) for block in blocks])
+        memory = np.array([statistics.median(sample.own_mib for sample in block) for block in blocks]) * MB_PER_MIB
+        centred = steps - steps.mean()
+        slope = float(centred @ memory / (centred @ centred))
+        rest = memory - memory.mean() - slope * centred
+        error = float(np.sqrt(rest @ rest / (BLOCKS - 2) / (centred @ centred)))
+        first, last = warm[0], warm[-1]
+        start_mb = float(memory.mean() + slope * (first.step - steps.mean()))
+        taken, minutes = last.step - first.step, (last.seconds - first.seconds) / 60
+        slopes.append(Slope(first.session, first.step, start_mb, slope, T_QUANTILE * error, taken, minutes))
+    return slopes
+
+
+def slope_table(slopes: list[Slope], limit: float) -> str:
+    """The slopes at the pace of this run, which is judged, by the step, and at ImageNet's pace."""
+    heads = ("a minute", "1,000 steps", "an ImageNet minute")
+    lines = [f"{'memory slope, MB per':22} {'session':>8} " + " ".join(f"{head:>18}" for head in heads)]
+    for slope in slopes:
+        scales = (slope.steps_per_minute, 1000, IMAGENET_STEPS_PER_MINUTE)
+        cells = (f"{slope.mb_per_step * steps:+.3f} +- {slope.error * steps:.3f}" for steps in scales)
+        verdict = f"allowed +{limit:g}"
+        if slope.minutes < SHORTEST_MIN:
+            verdict = f"not judged: {slope.minutes:.1f} of {SHORTEST_MIN:g} minutes"
+        elif slope.may_exceed(limit):
+            verdict += " GREW"
+        lines.append(f"{'':22} {slope.session + 1:8d} " + " ".join(f"{cell:>18}" for cell in cells) + f" {verdict}")
+    paces = ", ".join(f"{slope.steps:,} steps in {slope.minutes:.1f} minutes" for slope in slopes)
+    lines.append(f"after the warm-up: {paces}; intervals of 95 %")
+    return "\n".join(lines)
 
 
 def table(samples: list[Sample], growths: list[Growth]) -> str:
@@ -269,23 +354,39 @@ def table(samples: list[Sample], growths: list[Growth]) -> str:
     return "\n".join(lines)
 
 
-def draw(samples: list[Sample], subtitle: str) -> Figure:
-    """One panel for each quantity over the steps; the sessions in two colours."""
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    shown = [quantity for quantity in QUANTITIES if quantity.field != "rss_mib"]
+def draw(samples: list[Sample], slopes: list[Slope], limit: float, subtitle: str) -> Figure:
+    """The memory close up with its slopes, then a panel for each quantity; the sessions in two colours."""
+    figure = Figure(figsize=(8, 11), layout="constrained")
+    shown = [QUANTITIES[0], *(quantity for quantity in QUANTITIES if quantity.field != "rss_mib")]
     panels = figure.subplots(len(shown), 1, sharex=True)
-    for axes, quantity in zip(panels, shown, strict=True):
-        for session, colour in ((0, "#1f5fa8"), (1, "#1d7a4f")):
-            mine = [sample for sample in samples if sample.session == session]
+    for number, (axes, quantity) in enumerate(zip(panels, shown, strict=True)):
+        for mine, colour in zip(by_session(samples), ("#1f5fa8", "#1d7a4f"), strict=False):
             values = [getattr(sample, quantity.field) for sample in mine]
             axes.plot([sample.step for sample in mine], values, color=colour, linewidth=1)
         axes.set_ylim(0, 1.15 * max(getattr(sample, quantity.field) for sample in samples))
         axes.set_ylabel(f"{quantity.title}\n({quantity.unit})" if quantity.unit else quantity.title)
+        if number == 0:
+            draw_slopes(axes, slopes, limit)
         axes.grid(color="#e4e7ea", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("optimizer steps; stopped by SIGTERM and resumed where the colour changes")
     figure.suptitle(f"A long run, watched from outside\n{subtitle}", fontsize=11)
     return figure
+
+
+def draw_slopes(axes: Axes, slopes: list[Slope], limit: float) -> None:
+    """The fitted lines, and beside each the steepest that is allowed; the axis shows 40 MiB about them."""
+    for slope in slopes:
+        steps = np.array([0, slope.steps])
+        start = slope.start_mb / MB_PER_MIB
+        allowed = limit / slope.steps_per_minute / MB_PER_MIB
+        fitted = start + slope.mb_per_step / MB_PER_MIB * steps
+        axes.plot(slope.first_step + steps, fitted, color="black", linewidth=1.5)
+        axes.plot(slope.first_step + steps, start + allowed * steps, color="black", linewidth=1, linestyle=":")
+    middle = statistics.mean(slope.start_mb for slope in slopes) / MB_PER_MIB
+    axes.set_ylim(middle - 20, middle + 20)
+    axes.set_ylabel("anonymous memory\nclose up (MiB)")
+    axes.set_title(f"line: slope after the warm-up; dotted: {limit:g} MB a minute", fontsize=9, loc="left")
 
 
 if __name__ == "__main__":
