@@ -42,19 +42,28 @@ class Run:
     cpu_s: float  # of this process and its finished children
 
 
-def timed(work: Callable[[], None]) -> Run:
+def cpu_seconds() -> float:
+    """Of this process and its finished children, so far."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def timed(work: Callable[[], None], cpu: Callable[[], float] = cpu_seconds) -> Run:
     """Run once. The CPU time includes worker processes that end with the work."""
-    wall, cpu = time.perf_counter(), _cpu_seconds()
+    wall, before = time.perf_counter(), cpu()
     work()
-    return Run(time.perf_counter() - wall, _cpu_seconds() - cpu)
+    return Run(time.perf_counter() - wall, cpu() - before)
 
 
 def alternate(
-    contestants: Mapping[str, Callable[[], None]], repeats: int, tidy: Callable[[], None] = lambda: None
+    contestants: Mapping[str, Callable[[], None]],
+    repeats: int,
+    tidy: Callable[[], None] = lambda: None,
+    cpu: Callable[[], float] = cpu_seconds,
 ) -> dict[str, list[Run]]:
     """Run contestants in turn, ``repeats`` times each after one warm-up; a machine that slows down affects all alike.
 
-    ``tidy`` runs before each run and is not timed.
+    ``tidy`` runs before each run and is not timed. ``cpu``: CPU seconds so far, where other processes work too.
     """
     for work in contestants.values():
         tidy()
@@ -63,7 +72,7 @@ def alternate(
     for _ in range(repeats):
         for name, work in contestants.items():
             tidy()
-            runs[name].append(timed(work))
+            runs[name].append(timed(work, cpu))
     return runs
 
 
@@ -96,11 +105,6 @@ def write_results(path: Path, results: Mapping[str, object]) -> None:
     """Write results and the machine's description as JSON."""
     with atomic_file(path) as file:
         file.write((json.dumps({"machine": machine(), **results}, indent=2, default=asdict) + "\n").encode())
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def _processor() -> str:
