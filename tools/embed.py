@@ -33,11 +33,12 @@ from typing_extensions import assert_never
 from pipeline.common.engine import EngineConfig, describe_rates, ray_engine
 from pipeline.common.errors import UserError, exit_on_user_error
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Location, PathText
+from pipeline.common.locations import DatasetPlace, LocalPath, PathText
 from pipeline.common.system import duration, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset, open_images
+from pipeline.sharding.index_cache import make_indexes, with_index
 from tools.embedding.store import BLOCK, UNFINISHED, Block, EmbeddingWriter, Format
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext, distributed, exit_once
@@ -54,7 +55,7 @@ class EmbedConfig:
 
     checkpoint: Annotated[PathText, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, a checkpoint, weights of torchvision or timm, .safetensors, or untrained:BACKBONE."""
-    data: Annotated[Location, tyro.conf.Positional]
+    data: Annotated[DatasetPlace, tyro.conf.Positional]
     """The dataset to embed."""
     out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write."""
@@ -88,6 +89,7 @@ def main() -> None:
     try:
         match config.engine.engine:
             case "local":
+                make_indexes(config.loader.cache, config.data)
                 with exit_once(), distributed(config.device) as dist:
                     embed(config, dist)
             case "ray":
@@ -250,7 +252,8 @@ def _open(config: EmbedConfig, dist: DistContext) -> tuple[ShardSet, FrozenEncod
             raise UserError("--format parquet needs pyarrow: pip install 'siamstream[parquet]'") from None
     asked = EncoderConfig(config.checkpoint, backbone=config.backbone, image_size=config.image_size)
     encoder = open_frozen(asked, dist.device)
-    return open_dataset(config.data, config.loader), encoder, choose_precision(config.precision, dist.device)
+    dataset = open_dataset(with_index(config.data, config.loader.cache), config.loader)
+    return dataset, encoder, choose_precision(config.precision, dist.device)
 
 
 def _head(config: EmbedConfig, encoder: FrozenEncoder, device: torch.device) -> torch.nn.Module:

@@ -30,10 +30,11 @@ from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, exit_on_user_error, require
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import LocalPath, Location, PathText
+from pipeline.common.locations import DatasetPlace, LocalPath, PathText
 from pipeline.dataset.dataset import BadSampleError, ShardSet, require_rgb
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
+from pipeline.sharding.index_cache import with_index
 from tools.embed import EmbedConfig, embed, sample_names
 from tools.embedding.search import near_duplicates, nearest
 from tools.embedding.store import RECORD, UNFINISHED, Embeddings, escaped
@@ -51,7 +52,7 @@ class NeighboursConfig:
 
     source: Annotated[PathText, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS|CHECKPOINT")]
     """A folder that embed.py wrote, or an encoder: a run folder, a checkpoint, untrained:BACKBONE."""
-    data: Annotated[Location, tyro.conf.Positional]
+    data: Annotated[DatasetPlace, tyro.conf.Positional]
     """The dataset that was embedded."""
     out: Annotated[LocalPath, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.png")]
     """The image to write; --duplicates writes a table beside it, OUT.csv."""
@@ -65,7 +66,7 @@ class NeighboursConfig:
     """Seed of that draw."""
     duplicates: float | None = None
     """Find all pairs of at least this cosine similarity instead, as in 0.97."""
-    against: tuple[PathText, Location] | None = None
+    against: tuple[PathText, DatasetPlace] | None = None
     """EMBEDDINGS DATA of a second dataset: with --duplicates, pairs between the two (training images in a test set)."""
     checkpoint: PathText | None = None
     """The encoder of the embeddings, to embed a --query that is a file; default: as _embeddings.json records it."""
@@ -90,7 +91,7 @@ def main() -> None:
     """Parse the command line, search, draw."""
     config = tyro.cli(NeighboursConfig, description=__doc__)
     check_writable("OUT", config.out)
-    dataset = open_dataset(config.data, config.loader)
+    dataset = open_dataset(with_index(config.data, config.loader.cache), config.loader)
     require_rgb(dataset, "a grid of neighbours")
     embeddings = open_embeddings(config, dataset)
     if config.duplicates is None:
@@ -201,7 +202,7 @@ def draw_duplicates(config: NeighboursConfig, dataset: ShardSet, embeddings: Emb
     assert config.duplicates is not None
     others, other_dataset = None, dataset
     if config.against is not None:
-        other_dataset = open_dataset(config.against[1], config.loader)
+        other_dataset = open_dataset(with_index(config.against[1], config.loader.cache), config.loader)
         others = _of_dataset(Embeddings(Path(config.against[0])), other_dataset)
         if others.about["encoder"] != embeddings.about["encoder"]:
             raise UserError("--against: the two datasets were embedded by different encoders; embed both with one")

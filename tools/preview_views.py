@@ -30,12 +30,14 @@ from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, check_seed, exit_on_user_error, require
 from pipeline.common.files import disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import InputPath, LocalPath, Location
+from pipeline.common.locations import DatasetPlace, InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet, require_rgb
+from pipeline.dataset.remote_cache import CacheConfig
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import ViewBatch, open_views
 from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import PAIR_EPOCHS, ViewParams, ViewRecipe, draw_views
+from pipeline.sharding.index_cache import with_index
 from train.config.config_file import config_from, read_settings
 from train.config.recipes import parse_config
 from train.config.run_config import PretrainConfig, RecipeName
@@ -53,7 +55,7 @@ BackendName = Literal["dali", "torchvision"]
 class PreviewConfig:
     """Flags of preview_views.py."""
 
-    data: Annotated[Location, tyro.conf.Positional]
+    data: Annotated[DatasetPlace, tyro.conf.Positional]
     """Dataset folder of make_shards.py."""
     out: Annotated[LocalPath, tyro.conf.Positional]
     """PNG to write."""
@@ -91,7 +93,7 @@ def main() -> None:
     config = tyro.cli(PreviewConfig, default=defaults_of(sys.argv[1:]), description=__doc__)
     rule = "the image is written as PNG; give a name that ends in .png"
     require("OUT", config.out, config.out.suffix.lower() == ".png", rule)
-    dataset = ShardSet.open(config.data)
+    dataset = ShardSet.open(with_index(config.data, CacheConfig()))
     if not 1 <= config.samples <= dataset.num_samples:
         raise UserError(f"--samples {config.samples}: {config.data} has {dataset.num_samples}; choose 1 up to that")
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -30,7 +30,7 @@ from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import InputPath, LocalPath, Location, Url, location
+from pipeline.common.locations import InputPath, LocalPath, OptionalDataset, Url, location_or_tars
 from pipeline.common.mixed_data import weighted_place
 from pipeline.common.system import versions
 from pipeline.dataset.dataset import BadSampleError, ShardSet
@@ -39,6 +39,7 @@ from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
 from pipeline.sampling.order import epoch_order
 from pipeline.sampling.views import draw_views
+from pipeline.sharding.index_cache import with_index
 from tools.common.plot_style import INK, PALETTE
 from tools.embed import sample_names
 from tools.embedding.store import escaped
@@ -91,7 +92,7 @@ class ReportConfig:
     """Run folders, as train/pretrain.py writes them; several stand side by side."""
     out: LocalPath | None = None
     """The page to write; default: report.html in the (first) run folder."""
-    data: Location | None = None
+    data: OptionalDataset = None
     """Dataset of the run; default: where the run read it."""
     samples: int = 1000
     """Images on the map of embeddings, spread over the dataset."""
@@ -225,7 +226,7 @@ def _last(run: RunRecord, key: str) -> str:
 def _images(config: ReportConfig, run: RunRecord, number: int, prefix: str) -> list[str]:
     """The sections that need the dataset, and those that need the encoder too."""
     try:
-        dataset = open_dataset(config.data or data_of(run), config.loader)
+        dataset = open_dataset(with_index(config.data or data_of(run), config.loader.cache), config.loader)
     except UserError as error:
         return [section(f"{prefix}Images", paragraph(f"Left out, as the dataset is not there: {error}"))]
     if dataset.channels != 3:
@@ -280,7 +281,7 @@ def _views(config: ReportConfig, run: RunRecord, dataset: ShardSet) -> list[str]
 def data_of(run: RunRecord) -> Path | Url:
     """Where the run read its images; of a mixture the first dataset."""
     data = run.config["data"]
-    return location(data) if isinstance(data, str) else weighted_place(data[0]).place
+    return location_or_tars(data) if isinstance(data, str) else weighted_place(data[0]).place
 
 
 def _bad_samples(run: RunRecord) -> str:

@@ -34,12 +34,13 @@ from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_at_least_1, check_divisible, exit_on_user_error, require
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.flags import group, own_flags, usage
-from pipeline.common.locations import LocalPath, Location
+from pipeline.common.locations import DatasetPlace, LocalPath
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_crops, open_dataset
 from pipeline.sampling.sampler import BatchSampler, steps_per_epoch
+from pipeline.sharding.index_cache import make_indexes, with_index
 from train.distributed.collectives import any_rank, mean_over_ranks, on_all_ranks, on_rank0, print0, sum_over_ranks
 from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
@@ -139,9 +140,9 @@ RECIPES: dict[RecipeName, TuneConfig] = {
 class FinetuneConfig:
     """Fine-tune an encoder with a classifier."""
 
-    data: Location
+    data: DatasetPlace
     """Dataset to train on; samples without a label are left out."""
-    val_data: Location
+    val_data: DatasetPlace
     """Labelled dataset to measure on, of the same classes (make_shards.py --hold-out makes one)."""
     run_dir: LocalPath
     """Folder for checkpoints, metrics.jsonl, summary.json and the classifier."""
@@ -203,6 +204,7 @@ def main() -> None:
     launch = read_launch()
     with exit_once(), found_by_every_rank(launch):
         config = parse_config(prints=launch.is_main)
+    make_indexes(config.loader.cache, config.data, config.val_data)
     with exit_once(), stop_signals() as stop, distributed(config.device, launch=launch) as dist:
         finished = finetune(config, dist, stop)
     if not finished:
@@ -286,8 +288,8 @@ def prepare(config: FinetuneConfig, dist: DistContext) -> Finetuning:
 
 def _open(config: FinetuneConfig, dist: DistContext) -> tuple[FrozenEncoder, Precision, Samples, Samples, int]:
     encoder = open_frozen(config.encoder, dist.device)
-    train = _labelled(open_dataset(config.data, config.loader), "--data")
-    val = _labelled(open_dataset(config.val_data, config.loader), "--val-data")
+    train = _labelled(open_dataset(with_index(config.data, config.loader.cache), config.loader), "--data")
+    val = _labelled(open_dataset(with_index(config.val_data, config.loader.cache), config.loader), "--val-data")
     check_same_classes("--val-data", val.dataset, train.dataset)
     if config.fraction != 1:
         labels, classes = train.dataset.labels(train.ids), train.dataset.classes

@@ -26,8 +26,9 @@ import tyro
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.flags import group, usage
-from pipeline.common.locations import LocalPath, Location
+from pipeline.common.locations import DatasetPlace, LocalPath
 from pipeline.loader.config import LoaderConfig
+from pipeline.sharding.index_cache import make_indexes
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.evaluation.features import (
@@ -48,9 +49,9 @@ class KnnEvalConfig:
     """Weighted kNN accuracy of an encoder: the images of --val-data are classified by their neighbours in --data."""
 
     # Labelled dataset to compare with.
-    data: Location
+    data: DatasetPlace
     # Labelled dataset to classify, of the same classes; every image counts exactly once.
-    val_data: Location
+    val_data: DatasetPlace
     encoder: Annotated[EncoderConfig, group("encoder")]
     # Neighbours that vote; several numbers separated by commas cost one pass.
     k: str = "20"
@@ -88,6 +89,7 @@ def main() -> None:
         config = tyro.cli(
             KnnEvalConfig, prog=usage("--data DIR --val-data DIR --checkpoint FILE"), console_outputs=launch.is_main
         )
+    make_indexes(config.loader.cache, config.data, config.val_data)
     with exit_once(), distributed(config.device, launch=launch) as dist:
         evaluate(config, dist)
 

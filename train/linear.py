@@ -32,12 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_divisible, exit_on_user_error, require
 from pipeline.common.flags import group, usage
-from pipeline.common.locations import LocalPath, Location
+from pipeline.common.locations import DatasetPlace, LocalPath
 from pipeline.common.system import duration
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_crops
 from pipeline.sampling.order import epoch_order
 from pipeline.sampling.sampler import BatchSampler, batch_positions, steps_per_epoch
+from pipeline.sharding.index_cache import make_indexes
 from train.distributed.collectives import mean_over_ranks, on_all_ranks, print0, sum_over_ranks
 from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.evaluation.features import (
@@ -75,9 +76,9 @@ class LinearConfig:
     """Linear evaluation of a frozen encoder."""
 
     # Labelled dataset to train the classifier on.
-    data: Location
+    data: DatasetPlace
     # Labelled dataset to measure on, of the same classes; every image counts exactly once.
-    val_data: Location
+    val_data: DatasetPlace
     encoder: Annotated[EncoderConfig, group("encoder")]
     # Folder for metrics.jsonl, summary.json and what --resume needs; default: print only.
     run_dir: LocalPath | None = None
@@ -109,6 +110,7 @@ def main() -> None:
         config = tyro.cli(
             LinearConfig, prog=usage("--data DIR --val-data DIR --checkpoint FILE"), console_outputs=launch.is_main
         )
+    make_indexes(config.loader.cache, config.data, config.val_data)
     with exit_once(), distributed(config.device, launch=launch) as dist:
         evaluate(config, dist)
 

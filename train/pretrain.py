@@ -70,7 +70,7 @@ def pretrain(data: str | Path | Sequence[str], run_dir: str | Path, **flags: Any
 
 def train_here(config: PretrainConfig) -> bool:
     """Train in this process and those that torchrun started with it. Returns False if a signal stopped the run."""
-    make_indexes(config.data, config.loader.cache)  # before there are ranks, whose waits are limited
+    make_indexes(config.loader.cache, config.data, config.knn.data)  # before there are ranks, whose waits are limited
     with (
         exit_once(),
         stop_signals() as stop,

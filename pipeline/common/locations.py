@@ -59,11 +59,19 @@ class Url:
 
 
 class TarPattern(Url):
-    """WebDataset tars of others behind a URL, written wds:s3://BUCKET/{000..146}.tar; ``secret`` is without wds:."""
+    """WebDataset tars of others, written wds:s3://BUCKET/{000..146}.tar, or wds:/data/*.tar of this machine.
+
+    ``secret`` is without wds:.
+    """
+
+    @property
+    def is_local(self) -> bool:
+        """Whether they lie on a disk of this machine."""
+        return not is_url(self.secret)
 
     def __str__(self) -> str:
         """As on the command line, without secrets."""
-        return f"{WDS}{super().__str__()}"
+        return f"{WDS}{self.secret if self.is_local else super().__str__()}"
 
 
 def is_url(text: str) -> bool:
@@ -90,13 +98,16 @@ def location(text: str) -> Path | Url:
 
 
 def location_or_tars(text: str) -> Path | Url:
-    """As ``location``; wds:URL gives a TarPattern, of which pipeline/sharding/index_cache.py makes a dataset."""
+    """As ``location``; wds:PATTERN gives a TarPattern, of which pipeline/sharding/index_cache.py makes a dataset."""
     pattern = text.removeprefix(WDS)
-    if pattern == text or not is_url(pattern):
+    if pattern == text or Path(text).exists():
         return location(text)
-    url = location(pattern)
-    assert isinstance(url, Url)
-    return TarPattern(url.secret)
+    if not pattern:
+        raise UserError(
+            f"{text} names no tars: write it as {WDS}/data/{{000..146}}.tar or {WDS}s3://BUCKET/{{0..9}}.tar"
+        )
+    place = location(pattern)
+    return TarPattern(place.secret if isinstance(place, Url) else str(place.absolute()))
 
 
 def _check_no_nul(text: str) -> None:
@@ -167,6 +178,13 @@ def _named_by(parse: Callable[[str], Any], metavar: str, kind: Any) -> tyro.cons
 
 # Types of fields in configurations, all with ~ for the home folder: a dataset to read,
 Location: TypeAlias = Annotated[Path | Url, _named_by(location, "DIR|URL", Path | Url)]
+# as well as tars of others, where these can take the place of a dataset,
+DatasetPlace: TypeAlias = Annotated[Path | Url, _named_by(location_or_tars, "DIR|URL", Path | Url)]
+# or, where it may be left out, None,
+OptionalDataset: TypeAlias = Annotated[
+    Path | Url | None,  # DatasetPlace | None would let tyro warn of a default that is none of these
+    _named_by(lambda text: None if text == "None" else location_or_tars(text), "DIR|URL", Path | Url | None),
+]
 # a path to write,
 LocalPath: TypeAlias = Annotated[Path, _named_by(local_path, "PATH", Path)]
 # a file or folder of this machine to read,

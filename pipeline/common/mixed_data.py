@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import tyro
 
 from pipeline.common.errors import UserError
-from pipeline.common.locations import WDS, Url, expanded, is_url, location_or_tars
+from pipeline.common.locations import WDS, Url, expanded, location_or_tars
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>[^?]*)(?P<query>\?.*)?", re.DOTALL)
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # their URLs have no port
@@ -53,12 +53,13 @@ def weighted_place(word: str) -> WeightedPlace:
     Of a URL the weight stands behind the path, before a query; the port of a host is none. A folder whose whole name
     is ``word`` is that folder.
     """
-    scheme = WDS if word.startswith(WDS) and is_url(word.removeprefix(WDS)) else ""
-    url = _URL.fullmatch(word.removeprefix(scheme))
-    place, colon, weight = (word if url is None else url["rest"]).rpartition(":")
-    if not colon or not _is_weight(word, place, weight, url):
+    scheme = WDS if word.startswith(WDS) and not Path(word).exists() else ""
+    name = word.removeprefix(scheme)
+    url = _URL.fullmatch(name)
+    place, colon, weight = (name if url is None else url["rest"]).rpartition(":")
+    if not colon or not _is_weight(name, place, weight, url):
         return WeightedPlace(location_or_tars(word), 1.0)
-    whole = place if url is None else f"{scheme}{url['scheme']}://{place}{url['query'] or ''}"
+    whole = scheme + (place if url is None else f"{url['scheme']}://{place}{url['query'] or ''}")
     return WeightedPlace(location_or_tars(whole), _parse_weight(whole, weight))
 
 

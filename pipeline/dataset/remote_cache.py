@@ -104,23 +104,42 @@ class RemoteFile:
             raise UserError(f"dataset.json gives {self.name} no sha256: write the dataset again with --overwrite")
 
 
-class ShardCache:
-    """Files of one remote folder, through the cache's folder. Thread-safe."""
+class CacheFolder:
+    """The folder of --cache-dir."""
 
-    def __init__(self, remote: RemoteFolder, config: CacheConfig) -> None:
-        """Makes the folder. Raises UserError if it cannot be made or its file system has no locks."""
-        self.remote, self.limit, self.folder = remote, config.limit, config.folder
-        self._compared: set[tuple[int, int, int]] = set()  # device, inode and size of files whose sha256 was right
+    def __init__(self, config: CacheConfig) -> None:
+        """Makes it. Raises UserError if it cannot be made or its file system has no locks."""
+        self.path = config.folder
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o777 if config.cache_shared else 0o700, exist_ok=True)
-            _check_owner(self.folder, config.cache_shared)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o777 if config.cache_shared else 0o700, exist_ok=True)
+            _check_owner(self.path, config.cache_shared)
             with self.locked(_ROOM_LOCK):
                 pass
         except OSError as error:
             raise UserError(
-                f"--cache-dir {self.folder} cannot be used ({error.strerror}): name a folder on a disk of this machine"
+                f"--cache-dir {self.path} cannot be used ({error.strerror}): name a folder on a disk of this machine"
             ) from error
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold lock file ``name`` of the folder; waits while another process or thread holds it."""
+        handle = _open_regular(self.path / name, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+class ShardCache:
+    """Files of one remote folder, through the cache's folder. Thread-safe."""
+
+    def __init__(self, remote: RemoteFolder, config: CacheConfig) -> None:
+        """Makes the folder. Raises UserError as ``CacheFolder``."""
+        cache = CacheFolder(config)
+        self.remote, self.limit, self.folder, self.locked = remote, config.limit, cache.path, cache.locked
+        self._compared: set[tuple[int, int, int]] = set()  # device, inode and size of files whose sha256 was right
 
     def open(self, file: RemoteFile, needed: IsNeeded, cancelled: threading.Event) -> int | None:
         """A handle for reading ``file``, fetched if it is absent; the caller closes it. None: no room.
@@ -266,16 +285,6 @@ class ShardCache:
         doing = f"using --cache-dir {self.folder}"
         again = "then run the same command again (pretrain.py with --resume)"
         return disk_errors(doing, f"{doing} failed", f"check the disk or name another folder, {again}")
-
-    @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold lock file ``name`` of the folder; waits while another process or thread holds it."""
-        handle = _open_regular(self.folder / name, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
 
 
 def _check_owner(folder: Path, shared: bool) -> None:

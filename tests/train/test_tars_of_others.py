@@ -1,4 +1,4 @@
-"""--data wds:URL trains on tars of others through an index that one process makes once."""
+"""Tars of others, wds:PATTERN, in the place of a dataset: through an index that one process makes once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.helpers.photos import write_foreign_tars
 from tests.helpers.servers import nginx, s3_here
 from tests.helpers.toy_runs import call
 from tests.train.test_pretrain import CPU, losses, run_here, torchrun
-from tools import check_shards
+from tools import check_shards, embed, neighbours, preview_views, report
+from train import finetune, knn, linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = "set-{000000..000001}.tar"
@@ -80,7 +81,70 @@ def test_tars_in_a_bucket_are_trained_on_and_checked(
         assert not list((tmp_path / "cache").glob("check-*"))
 
 
-def test_what_data_may_name(tmp_path: Path) -> None:
+def test_every_command_takes_tars_where_it_takes_a_dataset(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(served)
+    data, run_dir, embedded = f"wds:./{NAME}", tmp_path / "run", tmp_path / "embedded"
+    few = ["--epochs", "1", "--global-batch", "4", "--knn-k", "1", *CPU]
+    places = ["--data", f"{data}:0.7", "--knn-data", f"wds:{served}/*.tar", "--run-dir", str(run_dir)]
+    assert run_here(monkeypatch, [*places, *few]) == 0
+    monkeypatch.chdir(tmp_path)  # config.json holds complete paths
+    assert run_here(monkeypatch, ["--resume", "--run-dir", str(run_dir)]) == 0
+    data = f"wds:{served}/{NAME}"
+    both, device = ["--data", data, "--val-data", data, "--checkpoint", run_dir], ["--device", "cpu"]
+    loading = [*device, "--threads", "1", "--backend", "torchvision"]
+    assert call(monkeypatch, knn, *both, "--k", "1", *loading) == 0
+    assert call(monkeypatch, linear, *both, "--epochs", "1", *loading) == 0
+    assert (
+        call(
+            monkeypatch,
+            finetune,
+            *both,
+            "--run-dir",
+            tmp_path / "tuned",
+            "--epochs",
+            "1",
+            "--global-batch",
+            "4",
+            *loading,
+        )
+        == 0
+    )
+    assert call(monkeypatch, embed, run_dir, data, embedded, *loading) == 0
+    assert call(monkeypatch, neighbours, embedded, data, tmp_path / "near.png", *device) == 0
+    assert call(monkeypatch, neighbours, embedded, data, tmp_path / "pairs.png", "--duplicates", "0.9") == 0
+    assert call(monkeypatch, preview_views, data, tmp_path / "views.png", "--samples", "2", *device) == 0
+    assert call(monkeypatch, report, run_dir) == 0
+    assert "Left out" not in (run_dir / "report.html").read_text()
+    assert capsys.readouterr().err.count("are indexed once") == 2
+    missing = f"wds:{tmp_path}/nowhere-{{0..1}}.tar"
+    for module, arguments in (
+        (knn, [*both, "--val-data", missing, *loading]),
+        (preview_views, [missing, tmp_path / "views.png"]),
+        (embed, [run_dir, missing, tmp_path / "none", *loading]),
+    ):
+        assert call(monkeypatch, module, *arguments) == 2
+        assert "nowhere-0.tar is missing; check the pattern" in capsys.readouterr().err
+    assert call(monkeypatch, check_shards, data) == 2
+    assert f"siamstream shard '{data}' OUT --index-only; then give OUT in their place" in capsys.readouterr().err
+
+
+def test_what_data_may_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    local = mixed_data(["wds:set-{0..9}.tar"])
+    assert str(local) == f"wds:{tmp_path}/set-{{0..9}}.tar"
+    assert mixed_data(["wds:/a/?.tar:0.3", "b"]) == (
+        WeightedPlace(TarPattern("/a/?.tar"), 0.3),
+        WeightedPlace(Path("b"), 1),
+    )
+    (tmp_path / "wds:here").mkdir()
+    assert mixed_data(["wds:here"]) == Path("wds:here")  # a folder of that name
+    (tmp_path / "wds").mkdir()
+    assert mixed_data(["wds:here.tar"]) == TarPattern(f"{tmp_path}/here.tar")  # no weight of a folder wds
+    with pytest.raises(UserError, match="names no tars"):
+        mixed_data(["wds:"])
     tars = mixed_data(["wds:s3://b/{0..9}.tar"])
     assert isinstance(tars, TarPattern)
     assert (str(tars), tars.secret) == ("wds:s3://b/{0..9}.tar", "s3://b/{0..9}.tar")

@@ -22,7 +22,7 @@ import yaml
 from model.methods.registry import method_config
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_regular
-from pipeline.common.locations import Url, local_path, location, location_or_tars
+from pipeline.common.locations import Url, local_path, location_or_tars
 from pipeline.common.mixed_data import WeightedPlace, data_parts, weighted_place
 from train.config.run_config import PretrainConfig
 
@@ -175,8 +175,7 @@ def _value(kind: Any, value: Any, name: str, source: str) -> Any:
 
 def _one_of(kind: Any, value: Any, name: str, source: str, refusal: UserError) -> Any:
     if Url in get_args(kind) and isinstance(value, str):
-        mixed = any(get_origin(one) is tuple for one in get_args(kind))
-        return location_or_tars(value) if mixed else location(value)
+        return location_or_tars(value)
     for one in get_args(kind):
         try:
             return _value(one, value, name, source)

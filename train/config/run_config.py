@@ -46,8 +46,8 @@ class PretrainConfig:
 
     # Dataset folder, or its URL (s3://, gs://, https://, hf://), whose shards are fetched ahead of use into
     # --cache-dir. Given several times, --data A --data B:0.3, an epoch takes each image of A once and 30 % of those of
-    # B, other ones in the next epoch. wds:s3://BUCKET/{000..146}.tar reads tars of others where they lie, through an
-    # index that is made in --cache-dir first.
+    # B, other ones in the next epoch. wds:s3://BUCKET/{000..146}.tar, or wds:/data/*.tar, reads tars of others where
+    # they lie, through an index that is made in --cache-dir first.
     data: MixedData
     # Folder for checkpoints, metrics and the plan, on a file system that all machines share.
     run_dir: LocalPath

@@ -21,6 +21,7 @@ from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset, open_images
 from pipeline.sampling.views import ViewRecipe
+from pipeline.sharding.index_cache import with_index
 from train.distributed.collectives import any_rank, on_all_ranks
 from train.distributed.process_group import DistContext
 from train.storage.encoder_files import InputSpec, LoadedEncoder, open_encoder
@@ -259,7 +260,7 @@ def each_rank(
 
 def open_labelled(path: Path | Url, flag: str, loader: LoaderConfig) -> ShardSet:
     """Open a dataset of which some samples at least have labels. Raises UserError otherwise."""
-    dataset = open_dataset(path, loader)
+    dataset = open_dataset(with_index(path, loader.cache), loader)
     if not dataset.has_labels and len(Samples.labelled(dataset).ids) == 0:
         raise UserError(f"{flag} {path} has no labels: shard it from class folders, or with a label file (--labels)")
     return dataset

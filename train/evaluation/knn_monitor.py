@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.common.flags import own_flags
-from pipeline.common.locations import Location
+from pipeline.common.locations import OptionalDataset
 from pipeline.dataset.dataset import ShardSet
 from pipeline.dataset.mixture import Dataset, Mixture
 from pipeline.sampling.order import epoch_order
@@ -43,7 +43,7 @@ class KnnConfig:
     """The online kNN accuracy of the backbone's features, where the dataset has labels."""
 
     # Labelled dataset to classify, of the same classes as --data; default: a tenth of the compared samples, held out.
-    data: Annotated[Location | None, tyro.conf.arg(name="knn-data")] = None
+    data: Annotated[OptionalDataset, tyro.conf.arg(name="knn-data")] = None
     # Neighbours that vote; Wu et al. 2018 take 200.
     k: Annotated[int, tyro.conf.arg(name="knn-k")] = 20
     # Temperature of their weights [Wu et al. 2018, section 4].
