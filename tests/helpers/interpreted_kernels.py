@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-from pipeline.backends.photometric_gpu import transform_on_gpu
+from pipeline.backends.photometric_gpu import ROW, SIGMA, _blur_rows, transform_on_gpu
 from pipeline.sampling.views import ViewRecipe, draw_views
 from tests.helpers.crafted import difference, squares, transformed
 
@@ -30,6 +30,23 @@ def compare(side: int, count: int, recipe: ViewRecipe) -> dict[str, float]:
     return {"max": apart.max().item(), "mean": apart.mean().item(), "channels_last": channels_last}
 
 
+def blurred_rows(sigmas: tuple[float, ...] = (0.3, 0.5, 1.0, 1.3), side: int = 32) -> dict[str, float]:
+    """One blur along the rows, by the interpreter and in float64 with ceil(4 sigma) taps to each side."""
+    planes = np.random.default_rng(0).integers(0, 2, (len(sigmas), 3, side, side)).astype(np.uint8) * 255
+    table = torch.zeros(len(sigmas), ROW.value)
+    table[:, SIGMA.value] = torch.tensor(sigmas)
+    rows = torch.empty(planes.shape)
+    _blur_rows[(len(sigmas), 3, 1)](torch.from_numpy(planes), rows, table, side, RADIUS=11, BLOCK=1024)
+    apart = 0.0
+    for sigma, plane, made in zip(sigmas, planes, rows.numpy(), strict=True):
+        radius = int(np.ceil(np.float32(4) * np.float32(sigma)))
+        weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+        wide = np.pad(plane.astype(np.float64), ((0, 0), (0, 0), (radius, radius)), mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(wide, 2 * radius + 1, axis=2)
+        apart = max(apart, np.abs(windows @ (weights / weights.sum()) - made).max())
+    return {"max": float(apart)}
+
+
 if __name__ == "__main__":
     print(
         json.dumps(
@@ -39,6 +56,7 @@ if __name__ == "__main__":
                     37, 4, ViewRecipe(image_size=37, jitter_prob=1, blur_prob=1, blur_radius=2)
                 ),
                 "fewer taps than the window": compare(24, 6, ViewRecipe(image_size=24, blur_prob=1)),
+                "rows blurred with ceil(4 sigma) taps": blurred_rows(),
                 "window wider than the view": compare(3, 4, ViewRecipe(image_size=3, blur_prob=1)),
             }
         )

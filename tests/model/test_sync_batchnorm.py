@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model import sync_batchnorm
 from model.methods.simsiam import SimSiam, SimSiamConfig, simsiam_loss
@@ -173,6 +176,30 @@ def test_a_failed_pass_leaves_the_layers_as_they_were() -> None:
     with pytest.raises(RuntimeError):
         encode(model.backbone, [torch.randn(4, 5, 32, 32)] * 2)
     assert {layer.views for layer in model.modules() if isinstance(layer, SyncBatchNorm)} == {1}
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of each operation, and of those on a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.on_counters: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.seen[name] += 1
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        self.on_counters[name] += any(tensor.dtype == torch.int64 and tensor.dim() == 0 for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_operation_counts_the_batches_of_all_layers() -> None:
+    model = prepare_batch_norm(tiny())
+    with Operations() as operations:
+        encode(nn.Sequential(model.backbone, model.projector), [torch.randn(4, 3, 32, 32)] * 2)
+    assert +operations.on_counters == {"_foreach_add_": 1}
+    assert model.backbone.bn1.num_batches_tracked.item() == 2
 
 
 def test_layers_of_timm_keep_their_activation() -> None:
@@ -348,6 +375,19 @@ def test_what_is_done_with_the_kernels_is_plain_arithmetic(
     shape: tuple[int, ...], affine: bool, views: int, kernels_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare_with_plain(monkeypatch, "cpu", shape, affine, torch.float32, views)
+
+
+def test_a_layer_makes_its_constants_once(kernels_on_a_cpu: None) -> None:
+    """Not in each step: they would be launches of their own."""
+    sync_batchnorm._counts.cache_clear()
+    made = []
+    for _ in range(2):
+        x = torch.randn(8, 16).requires_grad_()
+        with Operations() as operations:
+            output = _Fused.apply(x, None, None, torch.zeros(16), torch.ones(16), _Shape(2, 1, 1e-5, 0.1))
+            output.backward(x.detach())
+        made.append(operations.seen["full"])
+    assert made == [2, 0]  # for forward and backward
 
 
 @pytest.mark.gpu

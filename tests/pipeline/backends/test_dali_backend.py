@@ -304,6 +304,22 @@ def test_the_graph_of_a_gpu_is_as_configured(
     assert all(source["no_copy"] is False for source in sources)  # a GPU reads inputs later
 
 
+def test_windows_are_fed_as_an_array_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DALI takes 13 us an image for lists, and less than 1 for arrays."""
+    fed: list[Any] = []
+    pull = dali._Inputs.pull
+
+    def noted(inputs: Any) -> Any:
+        fed.append(pull(inputs))
+        return fed[-1]
+
+    monkeypatch.setattr(dali._Inputs, "pull", noted)
+    next(squares_of(iter([good_batch(0)])))
+    _, *windows = fed[0]
+    assert [type(window) for window in windows] == [np.ndarray] * 4
+    assert {window.shape for window in windows} == {(4, 2)}
+
+
 def test_what_is_set_aside_for_the_decoders_is_said() -> None:
     text = DaliConfig(preallocate_side=4000).describe_memory(512, 4)
     assert text is not None

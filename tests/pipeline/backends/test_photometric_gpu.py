@@ -78,11 +78,47 @@ def test_kernels_compile_without_a_gpu(capability: int, name: str, tmp_path: Pat
         assert usage["stack"] == usage["spilled"] == 0, (out, usage)
 
 
+def test_a_view_needs_one_upload_and_64_images_fill_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 runs 132 x 5 programs of MOST_REGISTERS side by side."""
+    from pipeline.backends import photometric_gpu
+
+    uploads: list[tuple[int, ...]] = []
+    grids: dict[str, tuple[int, ...]] = {}
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids[self.name] = grid
+            return lambda *_, **__: None
+
+    def uploaded(values: Any, device: torch.device) -> torch.Tensor:
+        uploads.append(values.shape)
+        return torch.from_numpy(values).to(device)
+
+    monkeypatch.setattr(photometric_gpu, "on_device", uploaded)
+    for name in KERNELS:
+        monkeypatch.setattr(photometric_gpu, name, Kernel(name))
+    recipe = ViewRecipe(image_size=224)
+    params = draw_views(recipe, 5, 0, np.arange(64), np.full((64, 2), 224, dtype=np.int32))
+    ones = np.ones(3, dtype=np.float32)
+    made = photometric_gpu.transform_on_gpu(
+        torch.zeros(64, 224, 224, 3, dtype=torch.uint8), params, 0, recipe, ones, ones, torch.float16
+    )
+    assert made.shape == (64, 3, 224, 224)
+    assert uploads == [(64, 19)]
+    assert set(grids) == set(KERNELS)
+    assert all(np.prod(grid) > 132 * 5 for grid in grids.values())
+
+
 def test_interpreted_kernels_equal_the_cpu() -> None:
     script = Path(__file__).parents[3] / "tests" / "helpers" / "interpreted_kernels.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     cases = json.loads(done.stdout.splitlines()[-1])
+    # A tap more or less would show: 2e-3 of 255.
+    assert cases.pop("rows blurred with ceil(4 sigma) taps")["max"] <= 2e-4
     assert len(cases) == 4
     for name, case in cases.items():
         assert case["channels_last"], name
