@@ -172,7 +172,7 @@ two_ranks() {  # NAME SECONDS OPTIONS...
 ranks() {
   dataset
   local compiling=70 options=(--data "$data" --global-batch 32 --max-steps 4 --log-every 1 --knn-every 0 --epochs 100 --device "$device")
-  if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1) compiling=400  # C++, twice
+  if [ -n "$toy" ]; then options+=(--backbone resnet_tiny --image-size 16 --threads 1) compiling=600  # C++, twice
   else options+=(--backbone resnet18 --image-size 96 --precision fp32); fi
   rm -rf "$out/one-rank" "$out/two-ranks" "$out/two-ranks-compiled"
   two_ranks two-ranks 40 "${options[@]}"
