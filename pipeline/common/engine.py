@@ -252,6 +252,7 @@ def ray_engine(config: EngineConfig, count: Callable[[Any], int] = lambda _: 1) 
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of --ray-address local; Ray's 15 gives way to all else
     try:
         import ray
     except ImportError:

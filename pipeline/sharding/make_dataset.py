@@ -60,7 +60,7 @@ from pipeline.sharding.write_shard import Job, WriteJob
 from pipeline.sources.labels import dataset_classes
 from pipeline.sources.listing import Listing
 from pipeline.sources.open_source import open_source, source_title
-from pipeline.sources.readers import SPOOL_FILE, ContainerReader, Reader
+from pipeline.sources.readers import SPOOL_FILE, ContainerReader, Reader, Spool
 from pipeline.sources.remote_path import RemotePath, SourcePath
 
 HELD_OUT_SUFFIX = "-val"  # behind OUT: the dataset that --hold-out makes beside it
@@ -401,7 +401,7 @@ def _prepare(call: _Call) -> tuple[Job, dict[str, Any]]:
         refuse_wds_options(options)
         found = open_source(
             source,
-            call.work,
+            Spool(call.work, call.remote, f"copy-{(options.part or '0/1').replace('/', '-of-')}-"),
             subtree=options.subtree,
             labels=options.labels,
             label_column=options.label_column,

@@ -29,7 +29,7 @@ from pipeline.sources.labels import adopt_classes, dataset_classes, label_by_fil
 from pipeline.sources.listing import NO_IMAGE_NAME, Listing, ListingBuilder, Rejected, no_labels, plain_name, suffix
 from pipeline.sources.parquet import ParquetColumns, open_parquet
 from pipeline.sources.parquet_layout import choose_files, is_parquet, parquet_files
-from pipeline.sources.readers import ContainerReader, FolderReader, RemoteFolderReader, Source, list_folder
+from pipeline.sources.readers import ContainerReader, FolderReader, RemoteFolderReader, Source, Spool, list_folder
 from pipeline.sources.remote_listing import entries, list_remote_folder
 from pipeline.sources.remote_path import RemotePath, SourcePath, known, open_file
 from pipeline.sources.synthetic import open_synthetic
@@ -59,7 +59,7 @@ def source_title(source: str) -> str:
 
 def open_source(
     source: str,
-    spool: Path,
+    spool: Path | Spool,
     *,
     subtree: str = "",
     labels: str = "auto",
@@ -73,11 +73,11 @@ def open_source(
 ) -> Source:
     """List the images of SOURCE with their labels. ``channels``: of a folder, with .npy files among them.
 
-    ``spool`` is a folder for the temporary copy of a source without random access. ``subtree``, ``labels``,
+    ``spool`` is the place for the temporary copy of a source without random access. ``subtree``, ``labels``,
     ``classes_from`` and ``seed`` are the options of make_shards.py with these names; only synthetic images use
     ``seed``. Raises UserError if SOURCE is missing, damaged, empty, or of no known kind.
     """
-    source = expanded(source)
+    source, copies = expanded(source), spool if isinstance(spool, Spool) else Spool(spool)
     if channels:
         top = Path(source) / subtree
         if not top.is_dir():
@@ -99,14 +99,14 @@ def open_source(
         columns = ParquetColumns(labels in ("auto", "folders"), label_column, image_column)
 
         def open_files(root: SourcePath, files: Sequence[SourcePath]) -> Source:
-            return open_parquet(root, choose_files(root, files, subtree, split), columns, spool, quiet)
+            return open_parquet(root, choose_files(root, files, subtree, split), columns, copies, quiet)
 
-        opened = _open_path(path, subtree, labels, spool, open_files, quiet)
+        opened = _open_path(path, subtree, labels, copies, open_files, quiet)
     return _with_labels(opened, conceal(source), labels, label_column, classes_from)
 
 
 def _open_path(
-    path: SourcePath, subtree: str, labels: str, spool: Path, open_parquet: _OpenParquet, quiet: bool
+    path: SourcePath, subtree: str, labels: str, spool: Spool, open_parquet: _OpenParquet, quiet: bool
 ) -> Source:
     if isinstance(path, RemotePath) and path.is_dir():
         return _open_remote_folder(RemotePath("", path.url), subtree, labels, open_parquet, quiet)

@@ -12,20 +12,19 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file
 from pipeline.common.system import progress
 from pipeline.sources.class_names import check_class_number, number_words
 from pipeline.sources.file_kinds import is_other_image
 from pipeline.sources.image_file import BadImageError, inspect_image
 from pipeline.sources.listing import Listing, ListingBuilder
 from pipeline.sources.parquet_layout import absent_pieces
-from pipeline.sources.readers import ContainerReader, Source, check_room, mark_spooled, spool_state, spooled
+from pipeline.sources.readers import ContainerReader, Source, Spool, mark_spooled, spool_state, spooled
 from pipeline.sources.remote_path import RemotePath, SourcePath, open_file
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category", "class_name", "label_name")
@@ -46,33 +45,45 @@ class ParquetColumns:
 
 
 def open_parquet(
-    path: SourcePath, files: Sequence[SourcePath], columns: ParquetColumns, spool: Path, quiet: bool
+    path: SourcePath, files: Sequence[SourcePath], columns: ParquetColumns, spool: Spool, quiet: bool
 ) -> Source:
-    """Copy all images of ``files`` into one file in folder ``spool``, unless an earlier run did.
+    """Copy all images of ``files`` into one file in the folder of ``spool``, unless an earlier run did.
+
+    In a bucket it is one for each of ``files``, since an object is of limited size.
 
     Raises UserError if pyarrow is missing, a file is damaged, columns differ, or there is no image column.
     """
-    container, saved = spool / "images.bin", spool / "spooled-listing"
+    container, saved = spool.folder / "images.bin", spool.folder / "spooled-listing"
     table = _ParquetTable(files, columns)
     state = spool_state(files, table.image_column, table.label_column or "")
-    if spooled(spool, state) and container.exists():
-        return table.source(Listing.load(saved), container)
-    check_room(spool, sum(file.stat().st_size for file in files), f"copying the images of {path}")
+    if spooled(spool.folder, state) and container.exists():
+        return table.source(Listing.load(saved), ContainerReader((container,)))
+    local = spool.fits(sum(file.stat().st_size for file in files), f"copying the images of {path}")
+    where = spool.folder.name if local or spool.bucket is None else spool.bucket.place
     labels, classes = table.read_labels()
     builder = ListingBuilder(str(path))
-    text = f"copying images of {path.name} once into {spool.name} (removed when the dataset is complete)"
-    with atomic_file(container) as out, progress(quiet, total=table.rows, unit=" images", desc=text) as bar:
-        for row, (name, data) in enumerate(table.images()):
-            if data is None:
-                builder.reject(name, "no bytes in the parquet file")
-            else:
-                builder.add(name, out.tell(), len(data), int(labels[row]))
-                out.write(data)
-            bar.update(1)
+    text = f"copying images of {path.name} once into {where} (removed when the dataset is complete)"
+    parts = [range(len(files))] if local else [range(number, number + 1) for number in range(len(files))]
+    paths, starts, rows = [], [0], iter(labels.tolist())
+    with progress(quiet, total=table.rows, unit=" images", desc=text) as bar:
+        for part in parts:
+            opened, place = spool.file(container.name if local else f"images-{part.start:06d}.bin", local)
+            with opened as out:
+                for name, data in table.images(part):
+                    label = next(rows)
+                    if data is None:
+                        builder.reject(name, "no bytes in the parquet file")
+                    else:
+                        builder.add(name, starts[-1] + out.tell(), len(data), label)
+                        out.write(data)
+                    bar.update(1)
+                starts.append(starts[-1] + out.tell())
+            paths.append(place)
     listing = builder.build(classes)
-    listing.save(saved)
-    mark_spooled(spool, state)
-    return table.source(listing, container)
+    if local:
+        listing.save(saved)
+        mark_spooled(spool.folder, state)
+    return table.source(listing, ContainerReader(tuple(paths), tuple(starts[:-1])))
 
 
 class _ParquetTable:
@@ -100,11 +111,11 @@ class _ParquetTable:
         for file, schema in zip(files[1:], self._schemas[1:], strict=True):
             self._compare(file, schema)
 
-    def source(self, listing: Listing, container: Path) -> Source:
-        """The source of which ``container`` is the copy."""
+    def source(self, listing: Listing, copy: ContainerReader) -> Source:
+        """The source of which ``copy`` reads the images."""
         return Source(
             listing,
-            ContainerReader((container,)),
+            copy,
             labels_from=f"the column {self.label_column}" if listing.classes else None,
             has_folders=False,
             notes=tuple(self._notes),
@@ -134,9 +145,9 @@ class _ParquetTable:
         count = int(labels.max(initial=-1)) + 1
         return labels, names if names and count else tuple(str(i) for i in range(count))
 
-    def images(self) -> Iterator[tuple[str, bytes | None]]:
-        """(name, bytes or None) row by row."""
-        for file, stem in zip(self._files, self._names, strict=True):
+    def images(self, numbers: range) -> Iterator[tuple[str, bytes | None]]:
+        """(name, bytes or None) row by row, of the files ``numbers``."""
+        for file, stem in ((self._files[number], self._names[number]) for number in numbers):
             for row, value in enumerate(self._column(file, self.image_column, _ROWS_AT_ONCE)):
                 data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
                 base = PurePosixPath(path if isinstance(path, str) and path else "image").name

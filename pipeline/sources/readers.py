@@ -9,18 +9,23 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import write_json
+from pipeline.common.files import atomic_file, write_json
+from pipeline.common.locations import Url
 from pipeline.common.system import progress
+from pipeline.dataset.format import PARTIAL_DIR
+from pipeline.dataset.out_folder import RemoteOut
 from pipeline.sources.image_file import IMAGE_SUFFIXES
 from pipeline.sources.listing import SYSTEM_FOLDER, Listing, ListingBuilder, is_system_folder
 from pipeline.sources.remote_path import FileStatus, Handle, RemoteFile, RemotePath, SourcePath, pread
 
+_MOST_OF_DISK = 0.5  # of the free room, for a copy that may also go to a bucket
 _MOST_OPEN = 256  # files of a ContainerReader; Linux usually allows a process 1024
 SPOOL_FILE = "spool.json"  # says of what the spool is a copy
 
@@ -176,6 +181,34 @@ def check_room(folder: Path, needed: int, doing: str) -> None:
             f"{doing} needs at least {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free: "
             "free some space or choose another disk for OUT"
         )
+
+
+@dataclass(frozen=True)
+class Spool:
+    """Where the copy of a source without random access is put: in ``folder``, or in OUT if it is in a bucket.
+
+    In the bucket where the copy would take more than half of the room that is free in ``folder``.
+    """
+
+    folder: Path
+    bucket: RemoteOut | None = None
+    prefix: str = ""  # of names in the bucket; parts of a dataset that are made side by side have copies of their own
+
+    def fits(self, needed: int, doing: str) -> bool:
+        """Whether a copy of ``needed`` bytes goes into the folder. Raises UserError if it has no room anywhere."""
+        if self.bucket is not None and needed > shutil.disk_usage(self.folder).free * _MOST_OF_DISK:
+            return False
+        check_room(self.folder, needed, doing)
+        return True
+
+    def file(self, name: str, local: bool) -> tuple[AbstractContextManager[IO[bytes]], SourcePath]:
+        """(what opens a file of the copy for writing, where it is then); ``local``: as ``fits`` says."""
+        if local:
+            return atomic_file(self.folder / name), self.folder / name
+        assert self.bucket is not None
+        assert isinstance(self.bucket.place, Url)
+        inside = f"{PARTIAL_DIR}/{self.prefix}{name}"
+        return self.bucket.writer(inside), RemotePath(inside, self.bucket.place)
 
 
 def spool_state(files: Sequence[SourcePath], *choices: str) -> list[Any]:

@@ -12,15 +12,15 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file
 from pipeline.common.system import progress
 from pipeline.dataset.out_folder import ahead
 from pipeline.sources.listing import Listing, ListingBuilder, inside
-from pipeline.sources.readers import check_room, mark_spooled, spool_state, spooled
+from pipeline.sources.readers import Spool, mark_spooled, spool_state, spooled
 from pipeline.sources.remote_path import RemotePath, SourcePath, handle_of, known, open_file
 from pipeline.sources.tar_members import Member, members_within, scan_tar
 
@@ -88,35 +88,38 @@ def compression(path: SourcePath) -> Any | None:
     return next((module for magic, module in _COMPRESSED if start.startswith(magic)), None)
 
 
-def unpack_tar(path: SourcePath, spool: Path, quiet: bool) -> Path:
-    """Decompress a tar into folder ``spool``, unless an earlier run did; returns the path of the plain tar.
+def unpack_tar(path: SourcePath, spool: Spool, quiet: bool) -> SourcePath:
+    """Decompress a tar into ``spool``, unless an earlier run did; returns the path of the plain tar.
 
     Raises UserError if the archive is damaged or the disk cannot hold it.
     """
-    plain = spool / "unpacked.tar"
+    plain = spool.folder / "unpacked.tar"
     state = spool_state([path])
-    if spooled(spool, state) and plain.exists():
+    if spooled(spool.folder, state) and plain.exists():
         return plain
-    check_room(spool, path.stat().st_size, f"unpacking {path}")
+    local = spool.fits(path.stat().st_size, f"unpacking {path}")  # images are hardly smaller in it
+    opened, place = spool.file(plain.name, local)
+    where = spool.folder.name if local or spool.bucket is None else spool.bucket.place
     try:
-        _decompress(path, plain, quiet)
+        _decompress(path, opened, f"unpacking {path.name} once into {where}", quiet)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk; gzip and bz2 raise OSError without a number for damaged data
         raise UserError(f"{path} is damaged or cut off ({error}): fetch it again") from error
-    mark_spooled(spool, state)
-    return plain
+    if local:
+        mark_spooled(spool.folder, state)
+    return place
 
 
-def _decompress(path: SourcePath, plain: Path, quiet: bool) -> None:
+def _decompress(path: SourcePath, opened: AbstractContextManager[IO[bytes]], doing: str, quiet: bool) -> None:
     module = compression(path)
     assert module is not None
-    text = f"unpacking {path.name} once into {plain.parent.name} (removed when the dataset is complete)"
+    text = f"{doing} (removed when the dataset is complete)"
     with (
         open_file(path) as packed,
         progress(quiet, total=path.stat().st_size, unit="B", unit_scale=True, desc=text) as bar,
         module.open(packed) as source,
-        atomic_file(plain) as file,
+        opened as file,
     ):
         while piece := source.read(_PIECE):
             file.write(piece)

@@ -20,6 +20,7 @@ from tools.common.measuring import Spread
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import plots
+import ray_sharding
 import scale
 import sharding
 
@@ -185,6 +186,16 @@ def test_results_of_sharding_are_reported(capsys: pytest.CaptureFixture[str], tm
     assert "hashing, 2 processes: 1.6 (1.6 .. 1.6) times as much as 1 process" in printed
     plots.draw_sharding(results, "a machine").savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_engines_of_sharding_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"local": (10, 20), "ray": (12, 21), "local, start-up": (2, 1), "ray, start-up": (4, 2)}
+    ray_sharding.report(100, {name: [sharding.Run(*of)] * 3 for name, of in seconds.items()})
+    printed = capsys.readouterr().out
+    assert "ray: 8.333 (8.333 .. 8.333) images/s, 210 (210 .. 210) CPU ms an image" in printed
+    assert "ray, start-up: 4 (4 .. 4) s, 2 (2 .. 2) CPU s" in printed
+    assert "ray / local, images/s: 0.8333 (0.8333 .. 0.8333); once started 1 (1 .. 1)" in printed
+    assert "ray / local, images for each CPU second: 0.9524 (0.9524 .. 0.9524); once started 1 (1 .. 1)" in printed
 
 
 def plain(result: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 import pipeline.dataset.out_folder as out_folder
+import pipeline.sources.readers as readers
 from pipeline.common.errors import UserError
 from pipeline.common.locations import Url
 from pipeline.dataset.out_folder import PART, RemoteOut
 from pipeline.sharding.make_dataset import Summary, make_dataset
 from pipeline.sharding.options import ShardingOptions
+from pipeline.sharding.write_shard import WriteJob
 from tests.helpers.photos import image_bytes
 from tests.helpers.servers import BUCKET, S3_KEYS, nginx, s3_here
 
@@ -199,6 +201,37 @@ def compare_kinds(url: str, kinds: Path, work: Path) -> None:
         make(kinds / name, work / "local", overwrite=True, **options)
         make(f"{url}/{name}", work / "remote", overwrite=True, **options)
         assert files(work / "remote") == files(work / "local"), name
+
+
+@pytest.mark.parametrize("name", ["hf", "photos.tar.gz"])
+def test_a_copy_that_this_machine_has_no_room_for_goes_through_the_bucket(
+    name: str, s3: Any, place: str, kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work := tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(work))
+    options = {"split": "train+test"} if name == "hf" else {}
+    make(kinds / name, tmp_path / "local", **options)
+    real, copies, largest = readers.Spool.file, [], [0]
+
+    def file(spool: readers.Spool, inside: str, local: bool) -> Any:
+        copies.append(inside)
+        return real(spool, inside, local)
+
+    def build(job: WriteJob, number: int, tick: Any) -> None:
+        largest[0] = max(largest[0], *(path.stat().st_size for path in work.rglob("*")))
+        built(job, number, tick)
+
+    built = WriteJob.build
+    monkeypatch.setattr(WriteJob, "build", build)
+    monkeypatch.setattr(readers.Spool, "file", file)
+    monkeypatch.setattr(readers, "_MOST_OF_DISK", 1e-9)
+    make(kinds / name, place, part="1/2", **options)
+    assert set(copies) == ({"images-000000.bin", "images-000001.bin"} if name == "hf" else {"unpacked.tar"})
+    assert {f".partial/copy-1-of-2-{inside}" for inside in copies} <= set(objects(s3, place))
+    make(kinds / name, place, workers=2, **options)
+    assert objects(s3, place) == files(tmp_path / "local")
+    assert 0 < largest[0] < 10_000 < sum(len(data) for data in files(tmp_path / "local").values())
+    assert list(work.iterdir()) == []
 
 
 # What goes wrong.
