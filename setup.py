@@ -55,6 +55,7 @@ TEST = [
     "moto[server]",  # an S3 server of one's own
     "pytest>=8",
     "hypothesis>=6.100",
+    "atheris>=2.3; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.15'",  # has wheels
     "beartype>=0.18",
     "ruff>=0.12",
     "mypy>=1.13",

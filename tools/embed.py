@@ -107,21 +107,23 @@ def embed(config: EmbedConfig, dist: DistContext) -> None:
     dataset, encoder, precision = opened.dataset, opened.encoder, opened.precision
     head, writer = opened.head, opened.writer
     width = opened.about.width
-    if not on_rank0(dist, lambda: writer.start(config.overwrite)):
-        print0(dist, f"{config.out} is complete already; --overwrite writes it again")
-        return
-    print0(
-        dist, f"encoder      {encoder.weights.describe()}, images of {encoder.recipe.image_size} px, {precision.name}"
-    )
-    missing = on_rank0(dist, writer.missing)
-    if len(missing) < writer.blocks:
-        print0(dist, f"going on: {writer.blocks - len(missing)} of {writer.blocks} blocks are there")
-    job = _Job(config, dataset, encoder, head, precision, dist, writer)
-    seconds = on_all_ranks(dist, lambda: _embed_blocks(job, missing))
-    bad = on_rank0(dist, lambda: writer.finish(_record(config, opened.about)))
-    print0(dist, f"{config.out}: {dataset.num_samples:,} x {width} {config.dtype} in {duration(seconds)}")
-    if bad:
-        print0(dist, _BAD.format(len(bad)))
+    with ExitStack() as held:
+        if not on_rank0(dist, lambda: writer.start(config.overwrite, held)):
+            print0(dist, f"{config.out} is complete already; --overwrite writes it again")
+            return
+        print0(
+            dist,
+            f"encoder      {encoder.weights.describe()}, images of {encoder.recipe.image_size} px, {precision.name}",
+        )
+        missing = on_rank0(dist, writer.missing)
+        if len(missing) < writer.blocks:
+            print0(dist, f"going on: {writer.blocks - len(missing)} of {writer.blocks} blocks are there")
+        job = _Job(config, dataset, encoder, head, precision, dist, writer)
+        seconds = on_all_ranks(dist, lambda: _embed_blocks(job, missing))
+        bad = on_rank0(dist, lambda: writer.finish(_record(config, opened.about)))
+        print0(dist, f"{config.out}: {dataset.num_samples:,} x {width} {config.dtype} in {duration(seconds)}")
+        if bad:
+            print0(dist, _BAD.format(len(bad)))
 
 
 _BAD = "{} images could not be read and have rows of nan: bad_samples in _embeddings.json"
@@ -181,12 +183,15 @@ def embed_on_ray(config: EmbedConfig, *, quiet: bool = False) -> None:
     The dataset and OUT lie on a file system that all nodes share, or the dataset behind a URL. Raises UserError.
     """
     config = replace(config, **{name: _absolute(getattr(config, name)) for name in ("checkpoint", "data", "out")})
-    with ray_engine(config.engine, count=lambda done: len(done) if isinstance(done, list) else 0) as engine:
+    with (
+        ray_engine(config.engine, count=lambda done: len(done) if isinstance(done, list) else 0) as engine,
+        ExitStack() as held,
+    ):
         gpus = int(config.device == "cuda" or (config.device == "auto" and engine.gpus > 0))
         make = partial(_Embedder, config)
         about: _About = next(engine.run_in_actors(make, [_ABOUT], gpus=gpus, most=1))[1]
         writer = _writer(config, about)
-        if not writer.start(config.overwrite):
+        if not writer.start(config.overwrite, held):
             print(f"{config.out} is complete already; --overwrite writes it again")
             return
         print(f"encoder      {about.describe}, images of {about.image_size} px, {about.identity['precision']}")

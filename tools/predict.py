@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pipeline.backends.reference import centre_crop, decode, normalise
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
+from pipeline.common.files import read_regular
 from pipeline.common.locations import InputPath
 from pipeline.sampling.views import centre_crops
 from pipeline.sources.listing import IMAGE_SUFFIXES
@@ -107,7 +108,7 @@ def read_view(path: Path, classifier: LoadedClassifier) -> Float[Tensor, "c s s"
     pixels = classifier.pixels
     recipe = pixels.recipe
     try:
-        image = decode(path.read_bytes())
+        image = decode(read_regular(path))
         if len(image) != recipe.channels:
             raise ValueError(f"{len(image)} channels, and the classifier takes {recipe.channels}")
     except (OSError, ValueError, SyntaxError) as error:

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, exit_on_user_error
-from pipeline.common.files import atomic_file, check_writable, disk_errors
+from pipeline.common.files import atomic_file, check_writable, disk_errors, read_object
 from pipeline.common.flags import group
 from pipeline.common.locations import InputPath, LocalPath, OptionalDataset, Url, location_or_tars
 from pipeline.common.mixed_data import weighted_place
@@ -122,9 +122,9 @@ class RunRecord:
         if not (path / CONFIG_FILE).is_file():
             raise UserError(f"{path} is no run folder (there is no {CONFIG_FILE}): give the --run-dir of pretrain.py")
         try:
-            config, plan = (json.loads((path / name).read_text()) for name in (CONFIG_FILE, PLAN_FILE))
+            config, plan = (read_object(path / name) for name in (CONFIG_FILE, PLAN_FILE))
             summary_file = path / SUMMARY_FILE
-            summary = json.loads(summary_file.read_text()) if summary_file.is_file() else None
+            summary = read_object(summary_file) if summary_file.is_file() else None
             return cls(path, config, plan, read_lines(path / METRICS_FILE), summary)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a run folder: {error}") from error

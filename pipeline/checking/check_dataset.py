@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-import os
 import tempfile
 import threading
 from collections import defaultdict, deque
@@ -28,7 +27,7 @@ from pipeline.checking.check_shard import CheckOptions, Damage, Findings, Record
 from pipeline.checking.remote_copy import fetch, local_copy
 from pipeline.common.engine import EngineConfig, ray_engine
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors, open_regular, read_regular
+from pipeline.common.files import disk_errors, map_array, read_regular
 from pipeline.common.locations import WDS, Url
 from pipeline.common.system import cores, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
@@ -267,8 +266,7 @@ def open_records(
     found = Findings(SAMPLES_FILE)
     samples = np.zeros(0, SAMPLE_DTYPE)
     try:
-        os.close(open_regular(path / SAMPLES_FILE))
-        loaded = np.load(path / SAMPLES_FILE, mmap_mode="r", allow_pickle=False)
+        loaded = map_array(path / SAMPLES_FILE)
         if loaded.dtype != SAMPLE_DTYPE or loaded.ndim != 1:
             found.add("holds something else than a dataset's rows")
         else:
@@ -277,8 +275,8 @@ def open_records(
                 found.add("is not the one recorded: its sha256 differs")
     except FileNotFoundError:
         found.add("is missing")
-    except Exception as error:  # noqa: BLE001  numpy raises anything on a garbled header
-        found.add("cannot be read", str(error).splitlines()[0] if str(error) else type(error).__name__)
+    except (OSError, ValueError) as error:
+        found.add("cannot be read", str(error))
     dataset = ShardSet(LocalShards(path, info["shards"]), info, samples, verify_checksums=True)
     ends = np.cumsum([0, *(shard.samples for shard in dataset.shards)])
     if len(samples) and len(samples) != ends[-1]:

@@ -12,7 +12,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
+
+import numpy as np
 
 from pipeline.common.errors import UserError
 
@@ -34,6 +36,7 @@ _IN_THE_WAY = {
     ),
     errno.ENAMETOOLONG: "the path is longer than the file system allows: choose a shorter one",
 }
+LARGEST_JSON = 1 << 28  # bytes; dataset.json of a million shards has 100 MB
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
@@ -74,8 +77,11 @@ def check_writable(flag: str, path: Path) -> None:
     """Raise UserError unless a file can be written at ``path``. Call it before the work whose results it will hold."""
     there = path.exists()
     try:
-        with open(path, "ab"):
-            pass
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        regular = stat.S_ISREG(os.fstat(handle).st_mode)
+        os.close(handle)
+        if not regular:  # a file would take the place of the device
+            raise OSError(errno.EINVAL, "it is no regular file")
         if not there:
             path.unlink()
     except OSError as error:
@@ -172,7 +178,49 @@ def open_regular(path: Path | str) -> int:
     return handle
 
 
+def check_regular(path: Path | str) -> None:
+    """Raise OSError as ``open_regular``: for libraries that open files by themselves."""
+    os.close(open_regular(path))
+
+
 def read_regular(path: Path | str) -> bytes:
     """The contents of a file. Raises OSError as ``open_regular``."""
     with open(open_regular(path), "rb") as file:
         return file.read()
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError as ``open_regular``, and ValueError for what is no JSON, or too much."""
+    with open(open_regular(path), "rb") as file:
+        text = file.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"{path} is larger than {LARGEST_JSON:,} bytes")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON, or damaged: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As ``read_json``; ValueError for what is no object, too."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__} instead of an object")
+    return value
+
+
+def map_array(path: Path, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    """The array in a .npy file, memory-mapped. Raises OSError as ``open_regular``, and ValueError for a damaged one.
+
+    To be written, r+, it must be no link.
+    """
+    if mode == "r+" and path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(path))
+    check_regular(path)
+    try:
+        return np.load(path, mmap_mode=mode, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy raises anything on a garbled header: SyntaxError, TokenError, OverflowError
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path} holds no array, or a damaged one: {reason}") from error

@@ -19,13 +19,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import open_regular, read_regular
+from pipeline.common.files import check_regular, map_array, open_regular, read_regular
 
 FORMAT_VERSION = 1
 DATASET_FILE, SAMPLES_FILE, REJECTED_FILE, PARTIAL_DIR = "dataset.json", "samples.npy", "rejected.jsonl", ".partial"
@@ -183,11 +182,11 @@ def open_rows(file: Path, info: dict[str, Any], name: str) -> np.ndarray:
     """
     broken = UserError(f"{name} is missing, damaged or belongs to another dataset: {REPLACE}")
     try:
-        os.close(open_regular(file))
+        check_regular(file)
         if file.stat().st_size <= HASHED_AT_OPEN and file_sha256(file) != info["samples_sha256"]:
             raise broken
-        samples = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # what numpy raises for a damaged header
+        samples = map_array(file)
+    except (OSError, ValueError):
         raise broken from None
     if samples.dtype != SAMPLE_DTYPE or samples.shape != (info["num_samples"],):
         raise broken

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, overload
@@ -21,7 +20,7 @@ from typing import IO, Any, overload
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, open_regular
+from pipeline.common.files import atomic_file, check_regular, map_array, open_regular
 
 NAMES_FILE, NAME_STARTS_FILE = "names.bin", "names.npy"
 _PIECE = 1 << 22  # bytes
@@ -72,7 +71,7 @@ def open_names(folder: Path, info: dict[str, Any]) -> Names | None:
         return None
     try:
         for each in (folder / NAME_STARTS_FILE, folder / NAMES_FILE):
-            os.close(open_regular(each))
+            check_regular(each)
     except OSError:
         raise _unusable(folder / NAME_STARTS_FILE) from None
     return map_names(folder / NAMES_FILE, folder / NAME_STARTS_FILE, info)
@@ -81,12 +80,12 @@ def open_names(folder: Path, info: dict[str, Any]) -> Names | None:
 def map_names(file: Path, starts_file: Path, info: dict[str, Any]) -> Names:
     """Map names.bin and names.npy, wherever they are. Raises UserError if they are damaged or do not fit each other."""
     try:
-        starts = np.load(starts_file, mmap_mode="r", allow_pickle=False)
+        starts = map_array(starts_file)
         size = file.stat().st_size
         if starts.dtype != np.int64 or starts.shape != (info["num_samples"] + 1,) or starts[-1] != size:
             raise ValueError
         text = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    except (OSError, ValueError, EOFError, SyntaxError):
+    except (OSError, ValueError):
         raise _unusable(starts_file) from None
     return Names(text.view(np.ndarray), starts.view(np.ndarray))
 

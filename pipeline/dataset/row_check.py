@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import open_regular
 
 ROWS_AT_ONCE = 1 << 16  # 1.8 MB: enough work without the GIL in each call
 
@@ -54,7 +55,7 @@ def compare_rows(file: Path, header: int, dtype: np.dtype, sha256: str, classes:
     """Read ``file`` from end to end: rows of ``dtype`` after ``header`` bytes. Raises UserError if it is wrong."""
     digest, highest = hashlib.sha256(), -1
     try:
-        with open(file, "rb") as stream:
+        with open(open_regular(file), "rb") as stream:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             digest.update(stream.read(header))

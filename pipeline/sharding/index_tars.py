@@ -17,6 +17,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import open_regular
 from pipeline.common.secrets import conceal
 from pipeline.dataset.format import Shard, file_sha256
 from pipeline.sharding.options import ShardingOptions
@@ -124,7 +125,7 @@ class IndexJob(Job):
     def build(self, number: int, tick: Tick) -> None:
         """Check the images of one tar and write its index."""
         parts = ShardParts([], [], [])
-        with self.tar(number) as tar, open(tar, "rb") as file:
+        with self.tar(number) as tar, open(open_regular(tar), "rb") as file:
             for key, members in tar_samples(tar, parts.rejected):
                 length = 0
                 try:

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import open_regular
 from pipeline.sources.matlab import read_struct_array
 from pipeline.sources.tar_members import is_plain_tar, members_within
 
@@ -22,7 +23,7 @@ _GZIP = b"\x1f\x8b"
 
 def is_devkit(file: Path) -> bool:
     """Whether ``file`` is a tar, plain or compressed by gzip, and not a text."""
-    with open(file, "rb") as opened:
+    with open(open_regular(file), "rb") as opened:
         return opened.read(2) == _GZIP or is_plain_tar(file)
 
 
@@ -46,7 +47,7 @@ def devkit_classes(file: Path, images: int) -> list[str]:
 
 def _contents(file: Path) -> dict[str, bytes]:
     """The two members that matter, by their base names."""
-    with open(file, "rb") as packed, tempfile.TemporaryFile() as plain:
+    with open(open_regular(file), "rb") as packed, tempfile.TemporaryFile() as plain:
         if packed.read(2) == _GZIP:
             packed.seek(0)
             inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: of gzip

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import read_regular
 from pipeline.sources.class_names import is_number
 from pipeline.sources.image_file import IMAGE_SUFFIXES
 from pipeline.sources.listing import suffix
@@ -198,7 +199,7 @@ _SEVERAL = re.compile(r"\S[\s:=,;|]+\S")
 def _read_lines(file: Path) -> list[_Line]:
     """Lines that are not blank. Bytes that are not UTF-8 are surrogate-escaped, as in file names."""
     try:
-        data = file.read_bytes()
+        data = read_regular(file)
     except OSError as error:
         raise UserError(f"--labels {file} cannot be read: {error.strerror}") from error
     encoding = next((name for mark, name in _BOMS if data.startswith(mark)), None)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, write_json
+from pipeline.common.files import atomic_file, map_array, read_object, write_json
 from pipeline.sources.columns import Column
 from pipeline.sources.image_file import IMAGE_SUFFIXES
 
@@ -128,10 +128,10 @@ class Listing:
 
     @classmethod
     def load(cls, folder: Path) -> Listing:
-        """Map a saved listing. Raises OSError if it does not exist."""
-        meta = json.loads((folder / "meta.json").read_text())
+        """Map a saved listing. Raises OSError if it does not exist, and ValueError if it is damaged."""
+        meta = read_object(folder / "meta.json")
         there = (*_COLUMNS, *((_VERSIONS,) if (folder / f"{_VERSIONS}.npy").exists() else ()))
-        maps = {c: np.load(folder / f"{c}.npy", mmap_mode="r", allow_pickle=False) for c in there}
+        maps = {c: map_array(folder / f"{c}.npy") for c in there}
         columns = {c: column.view(np.ndarray) for c, column in maps.items()}  # memmap itself is slow to index
         rejected = tuple(Rejected(name, reason) for name, reason in meta["rejected"])
         return cls(**columns, classes=tuple(meta["classes"]), rejected=rejected)

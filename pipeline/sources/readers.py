@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, write_json
+from pipeline.common.files import atomic_file, open_regular, read_json, read_regular, write_json
 from pipeline.common.locations import Url
 from pipeline.common.system import progress
 from pipeline.dataset.format import PARTIAL_DIR
@@ -59,8 +58,7 @@ class FolderReader:
     root: Path
 
     def read(self, listing: Listing, index: int) -> bytes:
-        with open(os.path.join(self.root, listing.name(index)), "rb", buffering=0) as file:
-            return file.read()
+        return read_regular(os.path.join(self.root, listing.name(index)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class ContainerReader:
                 if isinstance(path, RemotePath):
                     self._handles[number] = RemoteFile(path, ahead=False)
                 else:
-                    self._handles[number] = os.open(path, os.O_RDONLY)
+                    self._handles[number] = open_regular(path)
             return self._handles[number], offset - self.starts[number]
 
     def read(self, listing: Listing, index: int) -> bytes:
@@ -218,8 +216,10 @@ def spool_state(files: Sequence[SourcePath], *choices: str) -> list[Any]:
 
 def spooled(spool: Path, state: list[Any]) -> bool:
     """Whether an earlier run filled ``spool`` completely from this state."""
-    marker = spool / SPOOL_FILE
-    return marker.exists() and json.loads(marker.read_text()) == state
+    try:
+        return bool(read_json(spool / SPOOL_FILE) == state)
+    except (OSError, ValueError):  # not there, or damaged: the copy is made again
+        return False
 
 
 def mark_spooled(spool: Path, state: list[Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import open_regular
 from pipeline.common.locations import Url
 from pipeline.dataset.out_folder import RETRY_MINUTES
 from pipeline.dataset.remote_files import UNKNOWN_VERSION, RemoteFolder, version_of
@@ -212,7 +213,7 @@ Handle = int | RemoteFile  # of an open file
 
 def open_file(path: SourcePath) -> BinaryIO:
     """Open a file for reading, on a disk or behind a URL. Raises OSError or UserError."""
-    return cast(BinaryIO, RemoteFile(path)) if isinstance(path, RemotePath) else open(path, "rb")
+    return cast(BinaryIO, RemoteFile(path)) if isinstance(path, RemotePath) else open(open_regular(path), "rb")
 
 
 def handle_of(file: BinaryIO) -> Handle:

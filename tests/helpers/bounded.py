@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -62,17 +62,9 @@ def bounded(seconds: float) -> Callable[[Callable[..., None]], Callable[..., Non
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def wrapper(request: pytest.FixtureRequest, **fixtures: Any) -> None:
-            reader, writer = os.pipe()
-            child = os.fork()
-            if child == 0:
-                _run(writer, lambda: test(**fixtures))
-            os.close(writer)
-            failure, tried = _wait(child, reader, seconds)
-            request.node.user_properties.append(("tried", tried))
-            if failure is not None:
-                pytest.fail(failure, pytrace=False)
-            assert tried > 0, "nothing was tried"
+            run_in_child(request, seconds, lambda finish: test(**fixtures))
 
+        wrapper.unbounded = test  # type: ignore[attr-defined]
         signature = inspect.signature(test)
         ours = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY)
         wrapper.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -84,9 +76,30 @@ def bounded(seconds: float) -> Callable[[Callable[..., None]], Callable[..., Non
     return decorate
 
 
-def _run(writer: int, test: Callable[[], None]) -> None:
-    """The child: the test within its limits; its outcome goes to ``writer``."""
-    failure = None
+def run_in_child(
+    request: pytest.FixtureRequest, seconds: float, body: Callable[[Callable[[str | None], NoReturn]], None]
+) -> None:
+    """Run ``body(finish)`` within the limits; ``finish(failure or None)`` ends the child before ``body`` returns."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _run(writer, body)
+    os.close(writer)
+    failure, tried = _wait(child, reader, seconds)
+    request.node.user_properties.append(("tried", tried))
+    if failure is not None:
+        pytest.fail(failure, pytrace=False)
+    assert tried > 0, "nothing was tried"
+
+
+def _run(writer: int, body: Callable[[Callable[[str | None], NoReturn]], None]) -> NoReturn:
+    """The child: ``body`` within its limits; its outcome goes to ``writer``."""
+
+    def finish(failure: str | None) -> NoReturn:
+        os.write(writer, pickle.dumps((failure and failure[-30_000:], _tried[0])))
+        sys.stdout.flush()
+        os._exit(0)
+
     try:
         _tried[0] = 0
         torch.set_num_threads(1)
@@ -94,13 +107,10 @@ def _run(writer: int, test: Callable[[], None]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY,) * 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE,) * 2)
         resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES,) * 2)
-        test()
+        body(finish)
     except BaseException:  # noqa: BLE001  the parent raises it
-        failure = traceback.format_exc()
-    finally:
-        os.write(writer, pickle.dumps((failure and failure[-30_000:], _tried[0])))
-        sys.stdout.flush()
-        os._exit(0)
+        finish(traceback.format_exc())
+    finish(None)
 
 
 def _wait(child: int, reader: int, seconds: float) -> tuple[str | None, int]:

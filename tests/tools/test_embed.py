@@ -110,6 +110,66 @@ def test_an_interrupted_job_goes_on(
     assert "complete already" in capsys.readouterr().out
 
 
+def test_one_process_at_a_time_writes_a_folder(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, codes = store.EmbeddingWriter.write, []
+
+    def meanwhile(self: store.EmbeddingWriter, block: store.Block) -> None:
+        if not codes:
+            codes.append(-1)
+            codes.append(embed(monkeypatch, photo_dataset_path, tmp_path / "out", "--overwrite"))
+            codes.append(embed(monkeypatch, photo_dataset_path, tmp_path / "out"))
+        write(self, block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.EmbeddingWriter, "write", meanwhile)
+        assert embed(monkeypatch, photo_dataset_path, tmp_path / "out") == 0
+    assert codes == [-1, 2, 2]
+    assert capsys.readouterr().err.count(f"is writing to {tmp_path / 'out'}: wait for it") == 2
+    assert len(Embeddings(tmp_path / "out").names) == 48
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_overwrite_deletes_embeddings_alone(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert embed(monkeypatch, photo_dataset_path, out, "--format", "webdataset") == 0
+    (out / "thesis.txt").write_text("precious")
+    (out / "pictures").mkdir()
+    assert embed(monkeypatch, photo_dataset_path, out, "--overwrite") == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "_embeddings.json",
+        "embeddings.npy",
+        "names.txt",
+        "pictures",
+        "thesis.txt",
+    ]
+
+
+def test_an_unfinished_dataset_is_no_unfinished_embedding(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = tmp_path / "out" / ".partial"
+    begun.mkdir(parents=True)
+    (begun / "job.json").write_text("{}")
+    assert embed(monkeypatch, photo_dataset_path, tmp_path / "out", "--overwrite") == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in begun.iterdir()] == ["job.json"]
+
+
+def test_no_array_is_written_through_a_link(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = tmp_path / "out" / ".partial"
+    begun.mkdir(parents=True)
+    (tmp_path / "precious").write_text("precious")
+    (begun / "embeddings.npy").symlink_to(tmp_path / "precious")
+    assert embed(monkeypatch, photo_dataset_path, tmp_path / "out") == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_a_bad_image_is_a_named_row_of_nan(
     photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

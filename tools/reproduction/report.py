@@ -6,7 +6,6 @@ number of validation images, and the spread from run to run, which several seeds
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.embedding_stats import least_share
-from pipeline.common.files import atomic_file, disk_errors
+from pipeline.common.files import atomic_file, disk_errors, read_object
 from tools.common.plot_style import INK, PALETTE, QUIET
 from tools.reproduction.paper_tables import PAPER_SCALE, PaperTable, Variant
 from train.storage.run_folder import SUMMARY_FILE, RunHistory, read_run
@@ -106,7 +105,7 @@ def write_report(
     Returns the page. Raises UserError for a full disk.
     """
     results = [read_result(variant, folders[variant.name]) for variant in variants]
-    plan = json.loads((folders[variants[0].name][0] / "plan.json").read_text(encoding="utf-8"))
+    plan = read_object(folders[variants[0].name][0] / "plan.json")
     page = folder / f"{name}.md"
     text = describe(table, results, name=name, recipe=recipe, plan=plan, val_samples=val_samples, command=command)
     with disk_errors(f"writing {page}", f"cannot write {page}", "name another folder with --docs"):
@@ -119,7 +118,7 @@ def write_report(
 
 def read_result(variant: Variant, run_dirs: Sequence[Path]) -> Result:
     """The finished runs of a variant, one for each seed."""
-    summaries = [json.loads((run / "linear" / SUMMARY_FILE).read_text(encoding="utf-8")) for run in run_dirs]
+    summaries = [read_object(run / "linear" / SUMMARY_FILE) for run in run_dirs]
     return Result(variant, tuple(map(read_run, run_dirs)), tuple(summary["val_top1"] for summary in summaries))
 
 

@@ -5,7 +5,6 @@ All state is in files (scale.json, pilot.json, the run folders), so the same com
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import signal
@@ -20,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipeline.common.errors import UserError, require
-from pipeline.common.files import disk_errors, write_json
+from pipeline.common.files import disk_errors, read_object, write_json
 from pipeline.common.locations import InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet
 from tools.common.own_commands import after_python
@@ -200,11 +199,9 @@ def _finished(folder: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete it, and the same command makes it again") from error
-    assert isinstance(value, dict)
-    return value
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, disk_errors
+from pipeline.common.files import atomic_file, disk_errors, map_array
 from pipeline.dataset.format import file_sha256
 from train.distributed.collectives import gather_rows
 from train.distributed.process_group import DistContext
@@ -58,6 +58,7 @@ class SampleMemory:
             f"making {path}", f"{path} cannot be made", "name another --run-dir, or take --target-memory ram"
         ):
             run_dir.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # it may be a link
             self._rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=self._shape)
             if hasattr(os, "posix_fallocate"):
                 with open(path, "r+b") as file:
@@ -89,13 +90,18 @@ class SampleMemory:
         """Read the rows of a checkpoint in ``folder``, after ``allocate``. Raises UserError if they are damaged."""
         assert self._rows is not None
         path = folder / Path(entry["file"]).name
+        restore = (
+            "restore it from a backup, delete the newest checkpoint to go on from the one before, or start again with "
+            "another --run-dir"
+        )
         if not path.is_file() or file_sha256(path) != entry["sha256"]:
             raise UserError(
-                f"{path}, the targets that belong to the newest checkpoint, is missing or damaged: restore it from a "
-                "backup, delete the newest checkpoint to go on from the one before, or start again with another "
-                "--run-dir"
+                f"{path}, the targets that belong to the newest checkpoint, is missing or damaged: {restore}"
             )
-        self._rows[:] = np.load(path, mmap_mode="r")
+        try:
+            self._rows[:] = map_array(path)
+        except ValueError as error:
+            raise UserError(f"{path} does not fit this run: {error}; {restore}") from error
 
 
 def _delete_unused(folder: Path) -> None:

@@ -6,7 +6,6 @@ timm knows the backbone; our own name of it stands beside that in config.json.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from model.backbone import build_backbone
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, disk_errors, write_json
+from pipeline.common.files import atomic_file, check_regular, disk_errors, read_object, write_json
 from train.storage.encoder_files import METADATA, InputSpec
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -102,8 +101,9 @@ def load_classifier(folder: Path) -> LoadedClassifier:
     """Read a folder that ``save_classifier`` wrote, or the run folder with one. Raises UserError if it is none."""
     folder = folder / "classifier" if (folder / "classifier").is_dir() else folder
     try:
-        about: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        about = read_object(folder / CONFIG_FILE)
         ours = about[METADATA]
+        check_regular(folder / WEIGHTS_FILE)
         state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
         pixels = InputSpec(ours["views"]["image_size"], tuple(ours["views"]["mean"]), tuple(ours["views"]["std"]))
         classes = tuple(about["label_names"])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from model.backbone import Stem
 from pipeline.backends import reference
 from pipeline.common.errors import UserError
+from pipeline.common.files import read_regular
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
@@ -57,7 +58,7 @@ class Preprocess:
 def decode_file(path: Path) -> Tensor:
     """The pixels of an image file, uint8 ``[3, h, w]``. Raises UserError if it cannot be read as one."""
     try:
-        return reference.decode(path.expanduser().read_bytes())
+        return reference.decode(read_regular(path.expanduser()))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from pipeline.common.files import write_json
+from pipeline.common.files import read_json, write_json
 from pipeline.common.secrets import conceal_variables, scrub
 from train.config.tracker_config import TrackerConfig
 
@@ -179,7 +179,7 @@ class RunIds:
     def _read(self) -> dict[str, str]:
         if not self._path.exists():
             return {}
-        known = json.loads(self._path.read_text(encoding="utf-8"))
+        known = read_json(self._path)
         if not isinstance(known, dict) or not all(isinstance(run_id, str) for run_id in known.values()):
             raise ValueError(f"{self._path} holds no ids of runs: delete it to begin new ones")
         return known

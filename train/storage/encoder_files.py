@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model.backbone import BACKBONES, Stem, build_backbone, check_backbone, find_backbone, is_users_own
 from model.methods.base import Method
 from pipeline.common.errors import UserError
+from pipeline.common.files import check_regular
 from pipeline.dataset.format import file_sha256
 from pipeline.sampling.views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from train.storage.checkpoints import HASH_DIGITS, is_damaged, newest_checkpoint
@@ -213,6 +214,7 @@ def _read_torch(path: Path) -> tuple[State, FileMetadata]:
 
 def _read_safetensors(path: Path) -> tuple[State, FileMetadata]:
     try:
+        check_regular(path)
         with safe_open(str(path), framework="pt", device="cpu") as file:
             flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dictionary
             metadata = (file.metadata() or {}).get(METADATA)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, read_regular, strict_json
+from pipeline.common.files import atomic_file, read_object, read_regular, strict_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -113,14 +113,11 @@ def read_run(run_dir: Path) -> RunHistory:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: give a run folder of train/pretrain.py (its --run-dir)") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give another run folder") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not what train/pretrain.py writes: give another run folder")
-    return value
 
 
 def _count_classes(data: str | list[Any]) -> int | None:
@@ -128,6 +125,6 @@ def _count_classes(data: str | list[Any]) -> int | None:
     if isinstance(data, list):
         return None
     try:
-        return len(json.loads((Path(data) / "dataset.json").read_text(encoding="utf-8"))["classes"]) or None
-    except (OSError, ValueError, KeyError):
+        return len(read_object(Path(data) / "dataset.json")["classes"]) or None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
