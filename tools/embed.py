@@ -15,6 +15,7 @@ import train.openmp  # noqa: F401  # before torch
 
 # isort: split
 import atexit
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -277,7 +278,12 @@ def sequential_of(state: dict[str, Tensor]) -> torch.nn.Sequential:
     In evaluation mode, without gradients. Raises UserError if there is anything else in it.
     """
     layers: list[torch.nn.Module] = []
-    for i in range(1 + max(int(name.partition(".")[0]) for name in state)):
+    numbers = [re.match(r"(\d{1,3})\.", name) for name in state]
+    if not all(numbers):
+        raise UserError(
+            f"--features projector: this projector is no chain of known layers: {', '.join(list(state)[:3])}"
+        )
+    for i in range(1 + max(int(number[1]) for number in numbers if number is not None)):
         weight = state.get(f"{i}.weight")
         if f"{i}.running_mean" in state:
             layers.append(torch.nn.BatchNorm1d(len(state[f"{i}.running_mean"]), affine=weight is not None))

@@ -16,6 +16,7 @@ import train.openmp  # noqa: F401  # before torch
 # isort: split
 import csv
 import io
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,7 +31,7 @@ from pipeline.backends.reference import decode
 from pipeline.common.errors import UserError, check_at_least_1, check_seed, exit_on_user_error, require
 from pipeline.common.files import atomic_file, check_writable, disk_errors
 from pipeline.common.flags import group
-from pipeline.common.locations import DatasetPlace, LocalPath, PathText
+from pipeline.common.locations import DatasetPlace, LocalPath, PathText, input_path
 from pipeline.dataset.dataset import BadSampleError, ShardSet, require_rgb
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
@@ -106,13 +107,18 @@ def check_queries(config: NeighboursConfig, dataset: ShardSet) -> None:
     names = frozenset(map(escaped, sample_names(dataset, np.arange(len(dataset))))) if words else frozenset()
     for query in config.query:
         if query.isdecimal():
-            require("--query", query, int(query) < len(dataset), f"samples are numbered 0 .. {len(dataset) - 1}")
+            require("--query", query, _number(query) < len(dataset), f"samples are numbered 0 .. {len(dataset) - 1}")
         elif query not in names:
             decode_file(_file_of(query))
 
 
+def _number(query: str) -> int:
+    """A sample's number; of one with too many digits the last ones that could be, which is no sample's."""
+    return int(query[-18:]) if query[:-18].strip("0") == "" else sys.maxsize
+
+
 def _file_of(query: str) -> Path:
-    path = Path(query).expanduser()
+    path = input_path(query)
     if not path.is_file():
         raise UserError(f"--query {query}: no file, no name of the dataset (names.txt lists them) and no number")
     return path
@@ -172,7 +178,7 @@ def _find_query(
     """(sample or None, pixels of a file or None, vector). Raises UserError if there is no such image."""
     sample: int | None = None
     if query.isdecimal():
-        sample = int(query)
+        sample = _number(query)
         require("--query", query, sample < len(embeddings), f"samples are numbered 0 .. {len(embeddings) - 1}")
     elif query in embeddings.names:
         sample = embeddings.names.index(query)

@@ -91,7 +91,7 @@ def main() -> None:
 
 def list_files(named: tuple[Path, ...]) -> Iterator[Path]:
     """The files themselves, and the images below folders in sorted order. Raises UserError for what is not there."""
-    for path in map(Path.expanduser, named):
+    for path in named:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix[1:].lower() in IMAGE_SUFFIXES and p.is_file())
             if not found:

@@ -125,6 +125,7 @@ class RunRecord:
             config, plan = (read_object(path / name) for name in (CONFIG_FILE, PLAN_FILE))
             summary_file = path / SUMMARY_FILE
             summary = read_object(summary_file) if summary_file.is_file() else None
+            _check_values(config, plan)
             return cls(path, config, plan, read_lines(path / METRICS_FILE), summary)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as a run folder: {error}") from error
@@ -149,6 +150,23 @@ def main() -> None:
     with disk_errors(f"writing {out}", f"cannot write {out}"), atomic_file(out) as file:
         file.write(text.encode())
     print(f"{out}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(text) / 1e6:.1f} MB")
+
+
+def _check_values(config: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise ValueError unless what the page shows of them is there."""
+    try:
+        first = config["data"][0]
+        texts = [config["model"]["backbone"], config.get("method", ""), first]
+        numbers = [config["views"]["image_size"], plan["num_samples"], plan["total_steps"]]
+        versions = config.get("session", {}).get("versions", {})
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{CONFIG_FILE} or {PLAN_FILE} is not what pretrain.py writes ({error!r})") from error
+    if not (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int) for number in numbers)
+        and isinstance(versions, dict)
+    ):
+        raise ValueError(f"{CONFIG_FILE} or {PLAN_FILE} holds other values than pretrain.py writes")
 
 
 def report(config: ReportConfig, runs: list[RunRecord]) -> str:

@@ -70,7 +70,7 @@ class KnnEvalConfig:
     loader: Annotated[LoaderConfig, group("loader")] = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.k):
+        if not re.fullmatch(r"[1-9]\d{0,14}(,[1-9]\d{0,14})*", self.k):
             raise UserError(f"--k {self.k}: write whole numbers from 1 up, separated by commas, as in 10,20,200")
         check_temperature("--temperature", self.temperature)
         if self.bank_size is not None:

@@ -230,9 +230,11 @@ def weights_apart(module: nn.Module, name: str = "all", lr_scale: float = 1.0) -
 
 
 def check_counts(config: MethodConfig, *names: str) -> None:
-    """Raise UserError unless each of these fields is at least 1."""
+    """Raise UserError unless each of these fields is at least 1, and a size that torch knows."""
     for name in names:
-        check_at_least_1(f"--{name.replace('_', '-')}", getattr(config, name))
+        flag, number = f"--{name.replace('_', '-')}", getattr(config, name)
+        check_at_least_1(flag, number)
+        require(flag, number, number < 1 << 31, "it must be below 2**31")
 
 
 def check_momentum(flag: str, momentum: float) -> None:

@@ -28,6 +28,7 @@ from model.methods.base import (
     MethodOutput,
     ParamGroup,
     StepInfo,
+    check_counts,
     encode,
     mean_z_std,
     trained,
@@ -88,7 +89,7 @@ class SimSiamConfig(MethodConfig):
         for name in ("dim", "projector_layers", "projector_hidden", "predictor_hidden", "pairs", "target_steps"):
             number = getattr(self, name)
             if isinstance(number, int):
-                require(f"--{name.replace('_', '-')}", number, number >= 1, "it must be at least 1")
+                check_counts(self, name)
         rule = "it must be at least 0 and below 1; the paper's is 0.8"
         require("--target-momentum", self.target_momentum, 0 <= self.target_momentum < 1, rule)
         rule = "only --targets encoder has a gradient to let through (--no-stop-gradient)"

@@ -6,6 +6,7 @@ A configuration is checked in ``__post_init__`` of its dataclass, with ``require
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from pipeline.common import torchrun
 from pipeline.common.output import lasting_output
 from pipeline.common.secrets import conceal_arguments, scrub
 from pipeline.common.text import printable
+
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: .*you tried to allocate (\d{1,30}) bytes")  # torch raises RuntimeError
 
 
 class UserError(Exception):
@@ -47,7 +50,7 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a ``UserError`` becomes one message on stderr and exit code 2.
 
     Under torchrun it stands in torchrun's report, and torchrun does not start the processes again. So does an error of
-    a file or folder, for which nothing else has found better words.
+    a file or folder, for which nothing else has found better words, and want of memory on the CPU.
     """
     conceal_arguments()
     with lasting_output():
@@ -62,6 +65,15 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
             if error.filename is None:  # of no file or folder: a fault of this program
                 raise
             _report(f"{error.strerror}: {os.fsdecode(error.filename)}; look at what is there, then try again")
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            wanted = _NO_MEMORY.search(str(error))
+            if wanted is None and not isinstance(error, MemoryError):
+                raise
+            more = f", when it asked for {int(wanted[1]) / 1e9:,.1f} GB more" if wanted is not None else ""
+            _report(
+                f"the memory of this machine is used up{more}: lower the batch, the image size or the model's sizes"
+            )
             sys.exit(2)
         except SystemExit as end:
             if end.code == 2:

@@ -209,7 +209,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def map_array(path: Path, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+def map_array(path: Path, mode: Literal["r", "r+"] = "r") -> np.memmap:
     """The array in a .npy file, memory-mapped. Raises OSError as ``open_regular``, and ValueError for a damaged one.
 
     To be written, r+, it must be no link.

@@ -81,7 +81,7 @@ def is_url(text: str) -> bool:
 
 def location(text: str) -> Path | Url:
     """The folder or URL that ``text`` names. Raises UserError for a URL without a host or bucket."""
-    _check_no_nul(text)
+    _check_name(text)
     if _SCHEME.match(text) is None:
         if text.startswith(WDS) and not Path(text).exists():
             raise UserError(
@@ -110,9 +110,13 @@ def location_or_tars(text: str) -> Path | Url:
     return TarPattern(place.secret if isinstance(place, Url) else str(place.absolute()))
 
 
-def _check_no_nul(text: str) -> None:
+def _check_name(text: str) -> None:
     if "\0" in text:
         raise UserError(f"{text!r}: no file or folder has a NUL in its name")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UserError(f"{text!r}: no file or folder has such a character in its name") from None
 
 
 def _check_no_url(text: str) -> None:
@@ -141,7 +145,7 @@ def _check_secret(text: str) -> None:
 
 def local_path(text: str) -> Path:
     """The path that ``text`` names, for results. Raises UserError for a URL; Path would turn it into folder ``s3:``."""
-    _check_no_nul(text)
+    _check_name(text)
     if text.encode(errors="ignore").decode() != text:
         raise UserError(f"{text}: its name is not UTF-8, in which TensorBoard and others write names: choose another")
     if _SCHEME.match(text) or (_LIKE_A_URL.match(text) and not Path(text).exists()):
@@ -153,6 +157,7 @@ def input_path(text: str) -> Path:
     """The file or folder that ``text`` names, for reading. Raises UserError for a URL."""
     if _SCHEME.match(text):
         raise UserError(f"{conceal(text)}: this is read from a file or folder of this machine: copy it here first")
+    _check_name(text)
     return Path(expanded(text))
 
 

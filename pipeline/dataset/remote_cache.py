@@ -78,7 +78,7 @@ class CacheConfig:
     @property
     def limit(self) -> int:
         """``cache_size`` in bytes."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", self.cache_size.strip(), re.IGNORECASE)
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMGT]?)B?", self.cache_size.strip(), re.IGNORECASE)
         size = 0 if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
         if size <= 0:
             raise UserError(f"--cache-size {self.cache_size!r}: write it as 200GB, 500MB or 1.5TB")

@@ -156,7 +156,7 @@ class ShardingOptions:
         """(i, n) of --part i/n; (0, 1) without it. Raises UserError if it is malformed."""
         if self.part is None:
             return 0, 1
-        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        match = re.fullmatch(r"(\d{1,15})/(\d{1,15})", self.part)
         if match is None or not int(match[1]) < int(match[2]):
             raise UserError(f"--part {self.part}: must be i/n with i from 0 to n - 1, as in 0/4 to 3/4")
         return int(match[1]), int(match[2])

@@ -9,6 +9,7 @@ license.
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -44,8 +45,11 @@ def open_synthetic(count_text: str, subtree: str, seed: int) -> Source:
     """``synthetic:N``: N images drawn by numpy from the seed, with labels."""
     if subtree:
         raise UserError(f"--subtree {subtree} does not go with synthetic:N, which has no folders: leave it out")
-    if not count_text.isdecimal() or int(count_text) < 1:
-        raise UserError(f"synthetic:{count_text}: the number of images must be a whole number of at least 1")
+    if re.fullmatch(r"0*[1-9]\d{0,7}", count_text) is None:
+        raise UserError(
+            f"synthetic:{count_text}: the number of images must be a whole number from 1 to 99,999,999, whose names "
+            "fit into memory"
+        )
     count = int(count_text)
     images = SyntheticImages(count, seed)
     names = [f"{_PREFIX}{i:09d}.jpg".encode() for i in range(count)]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from model.methods.simsiam import SimSiamConfig
 from tests.faults.test_run_folders import KINDS, in_time  # noqa: F401
 from tests.helpers.toy_runs import call
 from tests.tools.test_embed import ENCODER, FLAGS
-from tools import embed, neighbours, predict
+from tools import embed, export_backbone, neighbours, predict
 from train import finetune, knn
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.faults]
@@ -148,5 +150,37 @@ def test_a_result_takes_the_place_of_no_pipe_and_no_device(
 ) -> None:
     make(tmp_path / "grid.png")
     code = call(monkeypatch, neighbours, embedded, photo_dataset_path, tmp_path / "grid.png", "--query", "1")
+    assert code == 2
+    check_message(capfd, code)
+
+
+KEYS = ["projector.999999999.weight", "projector.x.weight", f"projector.{'9' * 5000}.weight", "", "\x1b[31m", "\udc80"]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=ascii)
+def test_odd_names_of_weights(
+    key: str, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    model = SimSiamConfig(backbone="resnet_tiny", dim=16, projector_hidden=16, predictor_hidden=4).build()
+    torch.save({"model": {**model.state_dict(), key: torch.zeros(4, 4)}}, tmp_path / "weights.pt")
+    arguments = [tmp_path / "weights.pt", photo_dataset_path, tmp_path / "out", *FLAGS, "--features", "projector"]
+    check_message(capfd, call(monkeypatch, embed, *arguments))
+    check_message(capfd, call(monkeypatch, export_backbone, tmp_path / "weights.pt", tmp_path / "out.pt"))
+
+
+def test_sparse_weights(
+    photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"fc.weight": torch.eye(4).to_sparse()}, tmp_path / "weights.pt")
+    assert call(monkeypatch, embed, tmp_path / "weights.pt", photo_dataset_path, tmp_path / "out", *FLAGS) == 2
+    assert "fc.weight is sparse" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("query", ["9" * 5000, "~nobody-of-that-name/x.jpg", "\udc80", "a\0b"])
+def test_odd_queries(
+    query: str, embedded: Path, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    arguments = [embedded, photo_dataset_path, tmp_path / "grid.png", "--query", query]
+    code = call(monkeypatch, neighbours, *arguments)
     assert code == 2
     check_message(capfd, code)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,6 +123,17 @@ def test_mistakes(
 ) -> None:
     assert call(monkeypatch, report, *arguments) == 2
     assert "run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "plan.json"])
+@pytest.mark.parametrize("text", ["{}", '{"model": 3, "data": []}', "[]", "{", "9" * 5000])
+def test_values_that_no_run_writes_are_one_message(
+    name: str, text: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    (copy / name).write_text(text)
+    assert call(monkeypatch, report, copy) == 2
+    assert f"error: {copy} cannot be read as a run folder" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt install chromium")

@@ -159,7 +159,7 @@ class EmbeddingWriter:
                     assert_never(self._form)
             write_json(self._mark(block.number), {"bad": block.bad})
 
-    def _matrix(self) -> np.ndarray:
+    def _matrix(self) -> np.memmap:
         try:
             matrix = map_array(self._unfinished / MATRIX, "r+")
         except ValueError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,6 +25,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import read_regular
 from pipeline.common.locations import Url, local_path, location_or_tars
 from pipeline.common.mixed_data import WeightedPlace, data_parts, weighted_place
+from pipeline.common.secrets import conceal
 from train.config.run_config import PretrainConfig
 
 # Keys of config.json that are no settings, or no longer: what a session was run with; the weights of --init; the file
@@ -37,9 +39,19 @@ YAML_SUFFIXES = (".yaml", ".yml")
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML with the plain values of its version 1.2: 1e-4 is a number, on and 10:30 are text; no key twice."""
+    """YAML with the plain values of its version 1.2: 1e-4 is a number, on and 10:30 are text; no key twice, no aliases.
+
+    A few lines of aliases stand for a value without an end, or with billions of parts.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As the base class, which takes aliases."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken: write the value itself", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the base class, which takes the last of two equal keys."""
@@ -67,7 +79,16 @@ def _parse_text(text: str, suffix: str) -> Any:
     try:
         return yaml.load(text, _Yaml)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_yaml_reason(error)) from error
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    """What is wrong, and where, without the line itself: it may hold a password."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return conceal(" ".join(str(error).split()))
+    mark = error.problem_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return conceal(where + ", ".join(filter(None, (error.context, error.problem))))
 
 
 def yaml_text(values: dict[str, Any]) -> str:
@@ -79,7 +100,7 @@ def read_settings(path: Path, source: str | None = None) -> dict[str, Any]:
     """The object in a JSON or YAML file. Raises UserError, which begins with ``source``, if there is none."""
     source = source or str(path)
     try:
-        values = _parse_text(read_regular(path).decode(), path.suffix.lower())
+        values = _concealed(_parse_text(read_regular(path).decode(), path.suffix.lower()))
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}): name the config.json of a run") from error
     except (ValueError, RecursionError) as error:
@@ -88,6 +109,19 @@ def read_settings(path: Path, source: str | None = None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{source} holds no object with settings: name the config.json of a run, or one like it")
     return values
+
+
+def _concealed(value: Any) -> Any:
+    """``value`` with placeholders for the secrets of URLs, as in arguments: errors show values of any setting."""
+    match value:
+        case str():
+            return conceal(value)
+        case dict():
+            return {key: _concealed(entry) for key, entry in value.items()}
+        case list():
+            return [_concealed(entry) for entry in value]
+        case _:
+            return value
 
 
 def config_from(values: dict[str, Any], base: PretrainConfig, source: str) -> PretrainConfig:
@@ -152,6 +186,8 @@ def _value(kind: Any, value: Any, name: str, source: str) -> Any:
             return _tuple(kind, value, name, source, refusal)
         case origin if origin is float:
             holds = type(value) in (int, float)
+            if holds and abs(value) > sys.float_info.max and isinstance(value, int):
+                raise refusal
             value = float(value) if holds else value
         case origin if origin is NoneType:
             holds = value is None
@@ -198,7 +234,7 @@ def _tuple(kind: Any, value: Any, name: str, source: str, refusal: UserError) ->
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:60] + "..."
 
 

@@ -45,7 +45,7 @@ def parse_hang_timeout(text: str) -> float:
     """``10m``, ``90s`` or ``2h`` in seconds; infinity for ``off``. Raises UserError for anything else."""
     if text == "off":
         return math.inf
-    match = re.fullmatch(r"(\d+)([smh])", text)
+    match = re.fullmatch(r"(\d{1,15})([smh])", text)
     if match is None or int(match[1]) == 0:
         raise UserError(f"--hang-timeout {text!r}: write seconds as 90s, minutes as 10m, hours as 2h, or off")
     return int(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]

@@ -24,6 +24,7 @@ from model.backbone import Stem
 from pipeline.backends import reference
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_regular
+from pipeline.common.locations import expanded
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
@@ -45,7 +46,7 @@ class Preprocess:
 
         Raises UserError if a file cannot be read as an image.
         """
-        pixels = decode_file(Path(image)) if isinstance(image, str | Path) else _pixels(image)
+        pixels = decode_file(Path(expanded(str(image)))) if isinstance(image, str | Path) else _pixels(image)
         if len(pixels) != self.recipe.channels:
             raise UserError(
                 f"the image has {len(pixels)} channels, and the encoder takes {self.recipe.channels}: give a .npy file "
@@ -58,7 +59,7 @@ class Preprocess:
 def decode_file(path: Path) -> Tensor:
     """The pixels of an image file, uint8 ``[3, h, w]``. Raises UserError if it cannot be read as one."""
     try:
-        return reference.decode(read_regular(path.expanduser()))
+        return reference.decode(read_regular(path))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
@@ -82,7 +83,7 @@ def load_encoder(
     ``backbone`` and ``stem`` say what it is where the file leaves that open; ``image_size`` (px) where another one
     than in training is wanted. Raises UserError if there is no encoder, or another one.
     """
-    config = EncoderConfig(str(Path(checkpoint).expanduser()), backbone, stem, image_size)
+    config = EncoderConfig(expanded(str(checkpoint)), backbone, stem, image_size)
     frozen = open_frozen(config, torch.device("cpu"))
     return Encoder(frozen.backbone, Preprocess(frozen.recipe))
 

@@ -250,7 +250,7 @@ def _step(path: Path) -> int:
 
 def parse_interval(text: str) -> tuple[int, str]:
     """``10m``, ``500steps`` or ``1epoch`` as a number and ``m``, ``s`` or ``e``. Raises UserError for anything else."""
-    match = re.fullmatch(r"(\d+) ?(m|steps?|epochs?)", text)
+    match = re.fullmatch(r"(\d{1,15}) ?(m|steps?|epochs?)", text)
     if match is None or int(match[1]) == 0:
         raise UserError(f"--checkpoint-every {text!r}: write minutes as 10m, steps as 500steps, epochs as 1epoch")
     return int(match[1]), match[2][0]

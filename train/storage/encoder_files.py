@@ -266,6 +266,8 @@ def _flat(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Tensor
         if not isinstance(key, str) or key.startswith("optim"):
             continue
         if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized:
+                raise UserError(f"{prefix + key} is sparse or quantised: save the weights as ordinary tensors")
             yield prefix + key, value
         elif isinstance(value, Mapping) and prefix.count(".") < NESTED:
             yield from _flat(value, f"{prefix}{key}.")

@@ -107,8 +107,8 @@ def _projector(state: State) -> State:
 
 def _last_linear(head: State) -> int | None:
     """The number of the last linear layer among the children of a head."""
-    numbers = [int(key.split(".")[0]) for key, value in head.items() if key.endswith(".weight") and value.ndim == 2]
-    return max(numbers, default=None)
+    layers = (re.fullmatch(r"(\d{1,4})\.weight", key) for key, value in head.items() if value.ndim == 2)
+    return max((int(layer[1]) for layer in layers if layer is not None), default=None)
 
 
 def _under(prefix: str, state: State) -> State:

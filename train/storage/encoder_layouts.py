@@ -22,7 +22,7 @@ COPIES = re.compile(r"momentum|target|ema\b|encoder_k|key_encoder|student", re.I
 HEADS = re.compile(r"(fc|heads?|linear|mlp|classifier|(project|predict)(ion|or)?(_?(head|mlp))?|prototypes?)\.")
 FEW = 3  # names that a summary lists in full
 _HF_BLOCK = re.compile(
-    r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(layer\.(\d+)|shortcut)\.(convolution|normalization)\.(.+)"
+    r"encoder\.stages\.(\d{1,4})\.layers\.(\d{1,4})\.(layer\.(\d{1,4})|shortcut)\.(convolution|normalization)\.(.+)"
 )
 
 
@@ -77,7 +77,7 @@ def below(state: State, prefix: str) -> State:
 
 
 def _from_numbers(state: State) -> State | None:
-    stages = sorted({int(match[1]) for key in state if (match := re.match(r"(\d+)\.0\.conv1\.weight$", key))})
+    stages = sorted({int(match[1]) for key in state if (match := re.match(r"(\d{1,4})\.0\.conv1\.weight$", key))})
     if len(stages) != 4:
         return None
     names = {"0": "conv1", "1": "bn1", **{str(number): f"layer{place}" for place, number in enumerate(stages, 1)}}

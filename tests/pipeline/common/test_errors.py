@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.common.errors import UserError, check_one_copy, exit_on_user_error
 from pipeline.dataset.dataset import BadSampleError
@@ -49,3 +51,18 @@ def test_an_error_with_a_name_from_a_file_moves_no_cursor(name: str, capsys: pyt
     assert shown.startswith("error: cannot read ")
     assert shown.rstrip("\n").isprintable()
     assert str(BadSampleError(3, "shard-000000.tar", name, "gone")).isprintable()
+
+
+@pytest.mark.parametrize("take", [lambda: torch.empty(1 << 58, dtype=torch.uint8), lambda: bytearray(1 << 62)])
+def test_more_memory_than_the_machine_has_is_one_message(
+    take: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(lambda: take() and None)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the memory of this machine is used up")
+
+
+def test_another_runtime_error_is_shown_whole() -> None:
+    with pytest.raises(RuntimeError, match="of this program"):
+        exit_on_user_error(lambda: (_ for _ in ()).throw(RuntimeError("a fault of this program")))

@@ -35,14 +35,36 @@ COMMANDS = {
         ["--data", "d", "--run-dir", "r", "--knn-data", "{}"],
         ["--data", "d", "--run-dir", "r", "--init", "{}"],
         ["--dta", "{}", "--run-dir", "r"],
+        ["--data", "d", "--run-dir", "r", "--config", "{}"],
+        ["--data", "d", "--run-dir", "r", "--backbone", "{}"],
     ],
-    "train.linear": [["--data", "{}", "--val-data", "v", "--checkpoint", "c"], ["--data", "d", "--checkpoint", "{}"]],
-    "train.knn": [["--data", "d", "--val-data", "{}", "--checkpoint", "untrained:resnet_tiny"]],
+    "train.linear": [
+        ["--data", "{}", "--val-data", "v", "--checkpoint", "c"],
+        ["--data", "d", "--checkpoint", "{}"],
+        ["--data", "d", "--val-data", "v", "--checkpoint", "untrained:resnet_tiny", "--run-dir", "{}"],
+    ],
+    "train.knn": [
+        ["--data", "d", "--val-data", "{}", "--checkpoint", "untrained:resnet_tiny"],
+        ["--data", "d", "--val-data", "v", "--checkpoint", "untrained:resnet_tiny", "--json", "{}"],
+    ],
+    "train.finetune": [
+        ["--data", "{}", "--val-data", "v", "--checkpoint", "c", "--run-dir", "r"],
+        ["--data", "d", "--val-data", "v", "--checkpoint", "{}", "--run-dir", "r"],
+        ["--data", "d", "--val-data", "v", "--checkpoint", "c", "--run-dir", "{}"],
+    ],
+    "tools.predict": [["{}", "x.jpg"], ["r", "{}"]],
+    "tools.neighbours": [
+        ["{}", "d", "o.png"],
+        ["e", "{}", "o.png"],
+        ["e", "d", "{}"],
+        ["untrained:resnet_tiny", "synthetic", "o.png", "--query", "{}"],
+    ],
+    "tools.plot_run": [["{}", "o.png"], ["r", "{}"]],
     "tools.embed": [["{}", "d", "o"], ["c", "{}", "o"], ["c", "d", "{}"]],
     "tools.export_backbone": [["{}", "o.pth"], ["c", "{}"]],
     "tools.preview_views": [["{}", "o.png"]],
     "tools.profile_throughput": [["--data", "{}"]],
-    "tools.report": [["{}"]],
+    "tools.report": [["{}"], ["r", "--data", "{}"], ["r", "--out", "{}"]],
 }
 
 

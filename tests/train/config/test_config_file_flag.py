@@ -21,6 +21,52 @@ def written(folder: Path, text: str, name: str = "settings.yaml") -> str:
     return str(path)
 
 
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: &a [*a]", "aliases"),
+        ("a: &a [1, 1]\nb: [*a, *a]", "aliases"),
+        ("data: !!binary aGVsbG8=", "which is no path"),
+        ("data: !!set {a, b}", "which is no path"),
+        ('data: "a\\ud800b"', "no file or folder has such a character"),
+        (f"optim: {{base_lr: {DIGITS[:400]}}}", "which is no number"),
+        (f"epochs: {DIGITS}", "is no YAML"),
+        (f"checkpoint_every: {DIGITS}m", "--checkpoint-every"),
+        (f"hang_timeout: {DIGITS}h", "--hang-timeout"),
+        (f"loader: {{cache: {{cache_size: {DIGITS}GB}}}}", "--cache-size"),
+        (f"model: {{dim: {2**63}}}", "--dim"),
+        ("data: " + "[" * 300 + "]" * 300, "which is no path"),
+        ("data: " + "[" * 5000, "is no YAML"),
+    ],
+)
+def test_odd_values_are_one_message(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, text)
+    assert run_here(monkeypatch, ["--data", "d", "--run-dir", str(tmp_path / "r"), "--config", file]) == 2
+    shown = capfd.readouterr().err
+    assert shown.count("error: ") == 1
+    assert message in shown
+
+
+@pytest.mark.parametrize("place", ["data", "epochs", "method", "run_dir", "nonsense", "knn.data", "views.image_size"])
+@pytest.mark.parametrize("end", ["", "\n  - [", "\n}"])
+def test_a_password_in_the_wrong_line_is_not_shown(
+    place: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    outer, _, inner = place.rpartition(".")
+    line = f"{inner}: S3:/reader:pa55w0rd-of-mine@bucket/x?sig=s1gnature-of-mine{end}"
+    text = f"{outer}:\n  {line}" if outer else line
+    assert run_here(monkeypatch, ["--run-dir", str(tmp_path / "r"), "--config", written(tmp_path, text)]) == 2
+    shown = "".join(capfd.readouterr())
+    assert "error: " in shown
+    assert "pa55w0rd" not in shown
+    assert "s1gnature" not in shown
+
+
 @pytest.mark.parametrize("method", ["simsiam", "moco-v2", "swav", "dino"])
 @pytest.mark.parametrize("recipe", [None, "imagenet-100ep", "demo"])
 def test_what_is_printed_reads_back_as_the_same_run(
