@@ -192,7 +192,7 @@ def open_rows(file: Path, info: dict[str, Any], name: str) -> np.ndarray:
         raise broken
     if too_large_to_hash(samples) and hasattr(mmap, "MADV_RANDOM"):
         # Rows are read at random: 4 KB from the disk for each instead of the 128 KB that the kernel reads ahead.
-        samples._mmap.madvise(mmap.MADV_RANDOM)
+        samples._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     if not too_large_to_hash(samples) and samples["label"].max(initial=-1) >= len(info["classes"]):
         raise UserError(f"{name} has labels that are no class of {DATASET_FILE}, so one is damaged: {REPLACE}")
     return samples
