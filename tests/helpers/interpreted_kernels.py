@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
+from triton.runtime import interpreter
 
 from pipeline.backends.photometric_gpu import ROW, SIGMA, _blur_rows, transform_on_gpu
 from pipeline.sampling.views import ViewRecipe, draw_views
 from tests.helpers.crafted import difference, squares, transformed
+
+
+def index_with_numpy_2_5() -> None:
+    """Bounds of a loop as later versions of Triton read them: 3.6 takes int() of [1], which numpy 2.5 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # type: ignore[attr-defined]
+
+    interpreter._patch_lang_tensor = patched
 
 
 def compare(side: int, count: int, recipe: ViewRecipe) -> dict[str, float]:
@@ -48,6 +61,7 @@ def blurred_rows(sigmas: tuple[float, ...] = (0.3, 0.5, 1.0, 1.3), side: int = 3
 
 
 if __name__ == "__main__":
+    index_with_numpy_2_5()
     print(
         json.dumps(
             {
