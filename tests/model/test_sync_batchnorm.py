@@ -178,6 +178,30 @@ def test_a_failed_pass_leaves_the_layers_as_they_were() -> None:
     assert {layer.views for layer in model.modules() if isinstance(layer, SyncBatchNorm)} == {1}
 
 
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_one_pass_halves_the_collectives(one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each layer in the forward pass, and one in the backward pass; without, as many for each view."""
+    made: Counter[str] = Counter()
+
+    def all_ranks(values: Tensor, ranks: int) -> Tensor:
+        made["forward"] += 1
+        return torch.stack([values] * ranks)
+
+    def sum_over_ranks(values: Tensor, ranks: int) -> Tensor:
+        made["backward"] += 1
+        return values * ranks
+
+    monkeypatch.setattr(sync_batchnorm.td, "is_initialized", lambda: True)
+    monkeypatch.setattr(sync_batchnorm.td, "get_world_size", lambda: 2)
+    monkeypatch.setattr(sync_batchnorm, "_all_ranks", all_ranks)
+    monkeypatch.setattr(sync_batchnorm, "_sum_over_ranks", sum_over_ranks)
+    model = prepare_batch_norm(tiny(), one_pass=one_pass)
+    layers = sum(isinstance(layer, SyncBatchNorm) for layer in model.modules())
+    simsiam_loss(*model(torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32))).backward()
+    passes = 1 if one_pass else 2
+    assert made == {"forward": passes * layers, "backward": passes * layers}
+
+
 class Operations(TorchDispatchMode):
     """Notes the name of each operation, and of those on a counter."""
 
