@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINER = (sys.executable, str(ROOT / "train" / "pretrain.py"))
 POLL_S = 0.02  # interval of reading metrics.jsonl
 BATCH, SIDE, KEEP = 8, 16, 2  # images a step; px of a view; checkpoints kept
+COLOURS = ("#1f5fa8", "#1d7a4f")  # of the sessions
 MIB = 1 << 20
 MB_PER_MIB = MIB / 1e6
 IMAGENET_STEPS_PER_MINUTE = 200  # 1,700 images/s, batch 512
@@ -357,16 +358,16 @@ def table(samples: list[Sample], growths: list[Growth]) -> str:
 def draw(samples: list[Sample], slopes: list[Slope], limit: float, subtitle: str) -> Figure:
     """The memory close up with its slopes, then a panel for each quantity; the sessions in two colours."""
     figure = Figure(figsize=(8, 11), layout="constrained")
-    shown = [QUANTITIES[0], *(quantity for quantity in QUANTITIES if quantity.field != "rss_mib")]
-    panels = figure.subplots(len(shown), 1, sharex=True)
-    for number, (axes, quantity) in enumerate(zip(panels, shown, strict=True)):
-        for mine, colour in zip(by_session(samples), ("#1f5fa8", "#1d7a4f"), strict=False):
+    shown = [quantity for quantity in QUANTITIES if quantity.field != "rss_mib"]
+    close_up, *panels = figure.subplots(1 + len(shown), 1, sharex=True)
+    draw_slopes(close_up, samples, slopes, limit)
+    for axes, quantity in zip(panels, shown, strict=True):
+        for mine, colour in zip(by_session(samples), COLOURS, strict=False):
             values = [getattr(sample, quantity.field) for sample in mine]
             axes.plot([sample.step for sample in mine], values, color=colour, linewidth=1)
         axes.set_ylim(0, 1.15 * max(getattr(sample, quantity.field) for sample in samples))
         axes.set_ylabel(f"{quantity.title}\n({quantity.unit})" if quantity.unit else quantity.title)
-        if number == 0:
-            draw_slopes(axes, slopes, limit)
+    for axes in (close_up, *panels):
         axes.grid(color="#e4e7ea", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("optimizer steps; stopped by SIGTERM and resumed where the colour changes")
@@ -374,18 +375,17 @@ def draw(samples: list[Sample], slopes: list[Slope], limit: float, subtitle: str
     return figure
 
 
-def draw_slopes(axes: Axes, slopes: list[Slope], limit: float) -> None:
-    """The fitted lines, and beside each the steepest that is allowed; the axis shows 40 MiB about them."""
-    for slope in slopes:
+def draw_slopes(axes: Axes, samples: list[Sample], slopes: list[Slope], limit: float) -> None:
+    """The memory of each session less the start of its line; the lines, and beside each the steepest allowed."""
+    for mine, slope, colour in zip(by_session(samples), slopes, COLOURS, strict=False):
+        values = [sample.own_mib * MB_PER_MIB - slope.start_mb for sample in mine]
+        axes.plot([sample.step for sample in mine], values, color=colour, linewidth=1)
         steps = np.array([0, slope.steps])
-        start = slope.start_mb / MB_PER_MIB
-        allowed = limit / slope.steps_per_minute / MB_PER_MIB
-        fitted = start + slope.mb_per_step / MB_PER_MIB * steps
-        axes.plot(slope.first_step + steps, fitted, color="black", linewidth=1.5)
-        axes.plot(slope.first_step + steps, start + allowed * steps, color="black", linewidth=1, linestyle=":")
-    middle = statistics.mean(slope.start_mb for slope in slopes) / MB_PER_MIB
-    axes.set_ylim(middle - 20, middle + 20)
-    axes.set_ylabel("anonymous memory\nclose up (MiB)")
+        axes.plot(slope.first_step + steps, slope.mb_per_step * steps, color="black", linewidth=1.5)
+        allowed = limit / slope.steps_per_minute * steps
+        axes.plot(slope.first_step + steps, allowed, color="black", linewidth=1.5, linestyle=":")
+    axes.set_ylim(-15, 15)
+    axes.set_ylabel("anonymous memory\nclose up (MB)")
     axes.set_title(f"line: slope after the warm-up; dotted: {limit:g} MB a minute", fontsize=9, loc="left")
 
 
