@@ -16,6 +16,7 @@ import train.openmp  # noqa: F401  # before torch
 # isort: split
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +36,7 @@ from pipeline.common.errors import UserError, check_at_least_1, check_divisible,
 from pipeline.common.files import disk_errors, write_json
 from pipeline.common.flags import group, own_flags, usage
 from pipeline.common.locations import DatasetPlace, LocalPath
+from pipeline.common.locks import FolderLock
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
@@ -66,7 +68,7 @@ from train.storage.checkpoints import (
     parse_interval,
     save_checkpoint,
 )
-from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, cut_off, json_line
+from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, claim_run_dir, cut_off, json_line
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop; SimCLR, BYOL and SwAV fine-tune with it
 RecipeName = Literal["simclr-1", "simclr-10", "byol-1", "byol-10", "swav-1", "swav-10"]
@@ -185,6 +187,7 @@ class Finetuning:
     optimizer: torch.optim.SGD
     step: int = 0
     top1: float | None = None
+    lock: FolderLock | None = None  # of the run folder, on rank 0
 
     @property
     def total_steps(self) -> int:
@@ -233,7 +236,13 @@ def finetune(config: FinetuneConfig, dist: DistContext, stop: StopRequest) -> bo
     """Train to the end, or until a signal: then False. Raises SharedError for mistakes. A collective."""
     timer = CheckpointTimer(config.checkpoint_every)
     run = prepare(config, dist)
-    on_rank0(dist, lambda: open_folder(run))
+    with ExitStack() as held:
+        on_rank0(dist, lambda: open_folder(run, held))
+        return _train(run, timer, stop)
+
+
+def _train(run: Finetuning, timer: CheckpointTimer, stop: StopRequest) -> bool:
+    config, dist = run.config, run.dist
     if config.resume:
         load_newest(run)
     stop.starting = False
@@ -377,14 +386,14 @@ def validate(run: Finetuning) -> float:
     return 100 * float(sum_over_ranks(run.dist, right.float()[None])[0]) / len(run.val.ids)
 
 
-def open_folder(run: Finetuning) -> None:
-    """Take the run folder. Raises UserError if it holds a run and --resume is not given."""
+def open_folder(run: Finetuning, held: ExitStack) -> None:
+    """Claim the run folder, on rank 0. Raises UserError if it holds a run and --resume is not given."""
     folder = run.config.run_dir
+    run.lock = claim_run_dir(folder, held)
     if (folder / METRICS_FILE).exists() and not run.config.resume:
         raise UserError(f"--run-dir {folder} already holds a run: add --resume to go on with it, or name another")
-    with disk_errors(f"writing {folder}", f"--run-dir {folder} cannot be made", "name another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not run.config.resume:
+    if not run.config.resume:
+        with disk_errors(f"writing {folder}"):
             (folder / METRICS_FILE).touch()
 
 
@@ -423,7 +432,13 @@ def save(run: Finetuning) -> None:
         "identity": run.identity(),
         "top1": run.top1,
     }
-    on_rank0(run.dist, lambda: save_checkpoint(run.config.run_dir / CHECKPOINTS, state, run.step, keep=2))
+
+    def write() -> None:
+        assert run.lock is not None
+        run.lock.check()
+        save_checkpoint(run.config.run_dir / CHECKPOINTS, state, run.step, keep=2)
+
+    on_rank0(run.dist, write)
 
 
 def end_epoch(run: Finetuning, epoch: int, loss: float, left_s: float) -> None:

@@ -17,7 +17,7 @@ import train.openmp  # noqa: F401  # before torch
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Annotated, Any, Literal
@@ -147,6 +147,11 @@ class ProbeSetup:
 
 def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
     """Train the classifiers and measure them. Raises UserError for mistakes. A collective."""
+    with ExitStack() as held:
+        return _evaluate(config, dist, held)
+
+
+def _evaluate(config: LinearConfig, dist: DistContext, held: ExitStack) -> Outcome:
     work = prepare(config, dist)
     config = work.config
     heads = LinearHeads(len(config.probe.base_lrs()), work.encoder.width, work.labels, config.encoder.seed).to(
@@ -154,7 +159,7 @@ def evaluate(config: LinearConfig, dist: DistContext) -> Outcome:
     )
     optimizer = build_lars(config.probe, heads)
     run = LinearRun(config.run_dir, dist, work.identity(), config.probe.base_lrs(), heads, optimizer)
-    first = run.open(config.resume)
+    first = run.open(config.resume, held)
     print0(dist, f"validation   features of {len(work.val.ids):,} images, once")
     val = labelled_features(work.encoder.backbone, work.val, work.source)
     parallel = DistributedDataParallel(heads) if dist.world_size > 1 else heads

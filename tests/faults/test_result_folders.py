@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from model.methods.simsiam import SimSiamConfig
+from pipeline.common.locks import exclusive_lock
 from tests.faults.test_run_folders import KINDS, in_time  # noqa: F401
 from tests.helpers.toy_runs import call
 from tests.tools.test_embed import ENCODER, FLAGS
 from tools import embed, export_backbone, neighbours, predict
-from train import finetune, knn
+from train import finetune, knn, linear
+from train.storage.run_folder import LOCK_FILE
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.faults]
 CONTENTS: dict[str, bytes] = {
@@ -125,6 +127,21 @@ def test_anything_in_the_place_of_a_classifiers_file(
     code = call(monkeypatch, predict, folder, photo_folder / "cat", "--device", "cpu")
     assert code == 2
     check_message(capfd, code)
+
+
+@pytest.mark.parametrize("script", [finetune, linear], ids=["finetune", "linear"])
+@pytest.mark.parametrize("more", [[], ["--resume"]], ids=["anew", "resumed"])
+def test_one_process_at_a_time_writes_results(
+    script: Any, more: list[str], photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    data = ["--data", photo_dataset_path, "--val-data", photo_dataset_path, "--checkpoint", ENCODER]
+    command = [*data, "--run-dir", tmp_path / "run", *FLAGS, "--epochs", "1", "--global-batch", "16", *more]
+    (tmp_path / "run").mkdir()
+    with exclusive_lock(tmp_path / "run" / LOCK_FILE, shared=False, folder=tmp_path / "run"):
+        assert call(monkeypatch, script, *command) == 2
+    assert f"is writing to {tmp_path / 'run'}: wait for it" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+    assert call(monkeypatch, script, *command) == 0
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])

@@ -32,9 +32,8 @@ from train.distributed.process_group import DistContext
 from train.distributed.stop_signals import EXIT_PREEMPTED
 from train.engine import step as step_module
 from train.engine.build import prepare
-from train.engine.run import LOCK_FILE
 from train.monitoring.reporter import Reporter, StepResult
-from train.storage.run_folder import read_lines
+from train.storage.run_folder import LOCK_FILE, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH = 2, 4, 12  # 48 samples

@@ -21,8 +21,7 @@ from pipeline.common.locks import exclusive_lock
 from tests.train.test_pretrain import ROOT, STEPS, flags, losses, run_here
 from train.distributed import process_group
 from train.engine import dry_run
-from train.engine.run import LOCK_FILE
-from train.storage.run_folder import METRICS_FILE, read_lines
+from train.storage.run_folder import LOCK_FILE, METRICS_FILE, read_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["--knn-every", "0", "--max-steps"]

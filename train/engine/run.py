@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from model.methods.base import Method, StepInfo
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, write_json
-from pipeline.common.locks import FolderLock, exclusive_lock
+from pipeline.common.locks import FolderLock
 from pipeline.common.system import versions
 from pipeline.dataset.format import DATASET_FILE
 from pipeline.dataset.mixture import Dataset
@@ -49,9 +49,7 @@ from train.storage.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from train.storage.run_folder import CONFIG_FILE, METRICS_FILE, PLAN_FILE, cut_off
-
-LOCK_FILE = "run.lock"
+from train.storage.run_folder import CONFIG_FILE, METRICS_FILE, PLAN_FILE, claim_run_dir, cut_off
 
 
 @dataclass(frozen=True)
@@ -157,10 +155,7 @@ def locked_run_dir(run: Run) -> Iterator[None]:
     with ExitStack() as stack:
 
         def lock() -> None:
-            run_dir = run.config.run_dir
-            with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
-                run_dir.mkdir(parents=True, exist_ok=True)
-                run.lock = stack.enter_context(exclusive_lock(run_dir / LOCK_FILE, shared=False, folder=run_dir))
+            run.lock = claim_run_dir(run.config.run_dir, stack)
 
         on_rank0(run.dist, lock)
         yield

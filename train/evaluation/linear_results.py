@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch import nn
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import disk_errors, write_json
+from pipeline.common.locks import FolderLock
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext
 from train.storage.checkpoints import CHECKPOINTS, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
-from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, cut_off, json_line
+from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, claim_run_dir, cut_off, json_line
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,17 @@ class LinearRun:
         self._folder, self._dist, self._identity, self._base_lrs = folder, dist, identity, base_lrs
         self._heads, self._optimizer = heads, optimizer
         self._outcome: Outcome | None = None
+        self._lock: FolderLock | None = None  # on rank 0
 
-    def open(self, resume: bool) -> int:
-        """Look at the folder; returns how many epochs are done. Raises SharedError for mistakes. A collective."""
+    def open(self, resume: bool, held: ExitStack) -> int:
+        """Claim the folder; returns how many epochs are done. Raises SharedError for mistakes. A collective.
+
+        ``held`` keeps the folder's lock.
+        """
         if self._folder is None:
             return 0
         folder = self._folder
-        found = on_rank0(self._dist, lambda: self._look(folder, resume))
+        found = on_rank0(self._dist, lambda: self._look(folder, resume, held))
         if found is not None:
             on_all_ranks(self._dist, lambda: self._load(found))
         done = self._outcome.epoch if self._outcome else 0
@@ -94,11 +100,10 @@ class LinearRun:
             print0(self._dist, f"--resume: {done} epochs are done")
         return done
 
-    def _look(self, folder: Path, resume: bool) -> Path | None:
+    def _look(self, folder: Path, resume: bool, held: ExitStack) -> Path | None:
+        self._lock = claim_run_dir(folder, held)
         if (folder / METRICS_FILE).exists() and not resume:
             raise UserError(f"--run-dir {folder} already holds a run: add --resume to go on with it, or name another")
-        with disk_errors(f"writing {folder}", f"--run-dir {folder} cannot be made", "name another folder"):
-            folder.mkdir(parents=True, exist_ok=True)
         found = find_checkpoint(folder / CHECKPOINTS).path if resume else None
         if found is None:
             cut_off(folder / METRICS_FILE, 0)  # an epoch whose checkpoint was never written comes again
@@ -128,6 +133,8 @@ class LinearRun:
         return outcome
 
     def _write(self, folder: Path, outcome: Outcome, step: int) -> None:
+        assert self._lock is not None
+        self._lock.check()
         lines = [{"epoch": outcome.epoch, "step": step, **head.as_json()} for head in outcome.heads]
         with disk_errors(f"writing {folder}"), open(folder / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write("".join(map(json_line, lines)))

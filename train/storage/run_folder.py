@@ -6,14 +6,27 @@ import json
 import math
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, read_object, read_regular, strict_json
+from pipeline.common.files import atomic_file, disk_errors, read_object, read_regular, strict_json
+from pipeline.common.locks import FolderLock, exclusive_lock
 
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = "run.lock"
+
+
+def claim_run_dir(run_dir: Path, held: ExitStack) -> FolderLock:
+    """Make the run folder, and lock it for as long as ``held`` is open.
+
+    Raises UserError if it cannot be made, or if another process writes to it, which is named.
+    """
+    with disk_errors(f"writing {run_dir}", f"--run-dir {run_dir} cannot be made", "name another folder"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return held.enter_context(exclusive_lock(run_dir / LOCK_FILE, shared=False, folder=run_dir))
 
 
 def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
