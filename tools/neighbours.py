@@ -260,8 +260,8 @@ def draw_grid(grid: list[list[tuple[np.ndarray, str]]], out: Path) -> None:
                 axes[row, column].imshow(pixels, interpolation="nearest")
                 lines = [line if len(line) < 24 else f"…{line[-23:]}" for line in title.split("\n")]
                 axes[row, column].set_title("\n".join(lines).replace("$", r"\$"), fontsize=6)
-    with disk_errors(f"writing {out}", f"cannot write {out}", "choose another place"):
-        figure.savefig(out, dpi=110)
+    with disk_errors(f"writing {out}", f"cannot write {out}", "choose another place"), atomic_file(out) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 if __name__ == "__main__":

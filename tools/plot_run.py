@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from pipeline.common.errors import UserError, exit_on_user_error
+from pipeline.common.files import atomic_file
 from pipeline.common.locations import InputPath, LocalPath
 from tools.common.plot_style import INK, QUIET
 from train.storage.run_folder import RunHistory, read_run
@@ -42,7 +43,8 @@ def main() -> None:
         raise UserError(f"{out}: the plot is written as PNG; give a name that ends in .png")
     figure = draw(read_run(config.run_dir))
     try:
-        figure.savefig(out, dpi=130)
+        with atomic_file(out) as file:
+            figure.savefig(file, format="png", dpi=130)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
     print(out)

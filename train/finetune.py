@@ -33,7 +33,7 @@ from model.sync_batchnorm import synchronise
 from pipeline.backends.base import ViewBatch
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_at_least_1, check_divisible, exit_on_user_error, require
-from pipeline.common.files import disk_errors, write_json
+from pipeline.common.files import disk_errors, own_file, write_json
 from pipeline.common.flags import group, own_flags, usage
 from pipeline.common.locations import DatasetPlace, LocalPath
 from pipeline.common.locks import FolderLock
@@ -393,8 +393,8 @@ def open_folder(run: Finetuning, held: ExitStack) -> None:
     if (folder / METRICS_FILE).exists() and not run.config.resume:
         raise UserError(f"--run-dir {folder} already holds a run: add --resume to go on with it, or name another")
     if not run.config.resume:
-        with disk_errors(f"writing {folder}"):
-            (folder / METRICS_FILE).touch()
+        with disk_errors(f"writing {folder}"), open(folder / METRICS_FILE, "a", opener=own_file):
+            pass
 
 
 def load_newest(run: Finetuning) -> None:
@@ -447,7 +447,10 @@ def end_epoch(run: Finetuning, epoch: int, loss: float, left_s: float) -> None:
     line = json_line({"epoch": epoch, "step": run.step, "loss": loss, "val_top1": top1, "time": time.time()})
 
     def write() -> None:
-        with disk_errors(f"writing {folder}"), open(folder / METRICS_FILE, "a", encoding="utf-8") as file:
+        with (
+            disk_errors(f"writing {folder}"),
+            open(folder / METRICS_FILE, "a", encoding="utf-8", opener=own_file) as file,
+        ):
             file.write(line)
 
     on_rank0(run.dist, write)

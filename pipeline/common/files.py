@@ -77,6 +77,8 @@ def check_writable(flag: str, path: Path) -> None:
     """Raise UserError unless a file can be written at ``path``. Call it before the work whose results it will hold."""
     there = path.exists()
     try:
+        if path.is_symlink() and not there:  # a file takes its place; what it names is not made
+            return
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         regular = stat.S_ISREG(os.fstat(handle).st_mode)
         os.close(handle)
@@ -113,6 +115,15 @@ def _create(path: str, flags: int) -> int:
     with suppress(FileNotFoundError):
         os.unlink(path)
     return os.open(path, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
+def own_file(path: str, flags: int) -> int:
+    """An ``opener`` for files that grow: no link is followed, and a pipe or a device is an OSError."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return handle
 
 
 def start_writing_back(file: IO[bytes], start: int, length: int) -> None:

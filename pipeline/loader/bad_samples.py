@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors
+from pipeline.common.files import disk_errors, own_file
 from pipeline.common.locks import make_exclusive
 from pipeline.dataset.dataset import BadSampleError
 
@@ -97,7 +97,7 @@ class BadSamples:
             "replacement": error.sample_id + 1 if error.sample_id + 1 < end else first,
             **({"as_sharded": True} if error.as_sharded else {}),
         }
-        with disk_errors(f"writing {path}"), open(path, "a+b") as file:
+        with disk_errors(f"writing {path}"), open(path, "a+b", opener=own_file) as file:
             make_exclusive(file)  # other ranks and threads wait
             file.seek(0)
             complete, newline, torn = file.read().rpartition(b"\n")

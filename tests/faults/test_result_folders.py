@@ -17,7 +17,7 @@ from tests.faults.test_run_folders import KINDS, in_time  # noqa: F401
 from tests.helpers.toy_runs import call
 from tests.tools.test_embed import ENCODER, FLAGS
 from tools import embed, export_backbone, neighbours, predict
-from train import finetune, knn, linear
+from train import finetune, knn, linear, pretrain
 from train.storage.run_folder import LOCK_FILE
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.faults]
@@ -144,6 +144,24 @@ def test_one_process_at_a_time_writes_results(
     assert call(monkeypatch, script, *command) == 0
 
 
+@pytest.mark.parametrize("script", [pretrain, finetune, linear], ids=["pretrain", "finetune", "linear"])
+@pytest.mark.parametrize("more", [[], ["--resume"]], ids=["anew", "resumed"])
+def test_no_log_is_written_through_a_link(
+    script: Any, more: list[str], photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    data = ["--data", photo_dataset_path, *FLAGS, "--epochs", "1", "--global-batch", "16", *more]
+    if script is pretrain:
+        data += ["--backbone", "resnet_tiny", "--dim", "16", "--projector-hidden", "16", "--predictor-hidden", "4"]
+    else:
+        data += ["--val-data", photo_dataset_path, "--checkpoint", ENCODER]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    code = call(monkeypatch, script, *data, "--run-dir", tmp_path / "run")
+    assert code == 2
+    check_message(capfd, code)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
 @pytest.mark.parametrize("kind", ["a pipe", "a link to a device", "a folder"])
 def test_a_checkpoint_of_any_ending_that_is_no_file(
@@ -154,6 +172,17 @@ def test_a_checkpoint_of_any_ending_that_is_no_file(
     code = call(monkeypatch, knn, *data, "--checkpoint", tmp_path / f"weights{suffix}", *FLAGS)
     assert code == 2
     check_message(capfd, code)
+
+
+def test_a_result_takes_the_place_of_a_link_and_makes_nothing_elsewhere(
+    embedded: Path, photo_dataset_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = tmp_path / "grid.png"
+    grid.symlink_to(tmp_path / "elsewhere")
+    assert call(monkeypatch, neighbours, embedded, photo_dataset_path, grid, "--query", "1") == 0
+    assert grid.is_file()
+    assert not grid.is_symlink()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/null")], ids=["pipe", "device"])

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.files import disk_errors
+from pipeline.common.files import disk_errors, own_file
 from train.config.tracker_config import TrackerConfig
 from train.monitoring.trackers import End, Trackers, open_trackers
 from train.storage.run_folder import METRICS_FILE, cut_off, json_line
@@ -39,7 +39,7 @@ class MetricsLog:
             kept = cut_off(self._path, resume_step)
             self._knn = {line["step"]: line["knn_top1"] for line in kept if "knn_top1" in line}
             self._last: dict[str, Any] = next((line for line in reversed(kept) if "loss" in line), {})
-            self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8", opener=own_file)  # noqa: SIM115  # closed by close()
         self._trackers = trackers or open_trackers(TrackerConfig(), run_dir, resume_step, {})
 
     @property
@@ -86,7 +86,7 @@ class SampleRecord:
         """Open for appending; ``cut_off`` has dropped what lies after the checkpoint. UserError as MetricsLog."""
         self._path = run_dir / f"samples-rank{rank}.jsonl"
         with disk_errors(f"writing {self._path}"):
-            self._file = open(self._path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # closed by close()
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8", opener=own_file)  # noqa: SIM115  # closed by close()
 
     def write(self, step: int, ids: list[int]) -> None:
         """Append the ids of step number ``step`` (from 1). Raises UserError if there is no room."""

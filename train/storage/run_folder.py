@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, disk_errors, read_object, read_regular, strict_json
+from pipeline.common.files import atomic_file, disk_errors, read_json, read_object, read_regular, strict_json
 from pipeline.common.locks import FolderLock, exclusive_lock
 
 METRICS_FILE = "metrics.jsonl"
@@ -126,11 +126,14 @@ def read_run(run_dir: Path) -> RunHistory:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path)
+        value = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: give a run folder of train/pretrain.py (its --run-dir)") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): give another run folder") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not what train/pretrain.py writes: give another run folder")
+    return value
 
 
 def _count_classes(data: str | list[Any]) -> int | None:
