@@ -47,8 +47,8 @@ def open_synthetic(count_text: str, subtree: str, seed: int) -> Source:
         raise UserError(f"--subtree {subtree} does not go with synthetic:N, which has no folders: leave it out")
     if re.fullmatch(r"0*[1-9]\d{0,7}", count_text) is None:
         raise UserError(
-            f"synthetic:{count_text}: the number of images must be a whole number from 1 to 99,999,999, whose names "
-            "fit into memory"
+            f"synthetic:{count_text}: the number of images must be a whole number of at least 1, and below 100,000,000 "
+            "for their names to fit into memory"
         )
     count = int(count_text)
     images = SyntheticImages(count, seed)
