@@ -40,12 +40,13 @@ PARQUET = ["pyarrow>=15"]
 FAISS, UMAP = ["faiss-cpu>=1.8"], ["umap-learn>=0.5"]
 ONNX = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=2.10"]  # mlflow itself brings the server along
-S3, GCS, HF = ["s3fs>=2024.6"], ["gcsfs>=2024.6"], ["huggingface_hub"]
+S3, GCS, HF = ["s3fs>=2024.12"], ["gcsfs>=2024.12"], ["huggingface_hub"]
 RAY = ["ray>=2.9"]  # --engine ray
 TIFF = ["tifffile>=2024.1"]  # several bands
 TEST = [
     *PARQUET,
     *S3,
+    *GCS,
     *RAY,
     *ONNX,
     *TIFF,
@@ -53,6 +54,7 @@ TEST = [
     *MLFLOW,
     "transformers>=4.40",  # reads what export writes for it
     "moto[server]",  # an S3 server of one's own
+    "gcp-storage-emulator>=2024.8",  # and one of Google buckets
     "pytest>=8",
     "hypothesis>=6.100",
     "atheris>=2.3; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.15'",  # has wheels

@@ -46,6 +46,7 @@ _OURS = (TypeError, AttributeError, NameError, AssertionError, NotImplementedErr
 
 
 _most_bytes: ContextVar[int] = ContextVar("_most_bytes", default=64 << 20)  # of an answer; of others than files
+_wanted_version: ContextVar[int] = ContextVar("_wanted_version", default=0)  # of the file of an answer
 _Answer = TypeVar("_Answer")
 
 
@@ -146,7 +147,7 @@ class RemoteFolder:
             info = self._fs.info(self._fs._strip_protocol(self.url.file(name).secret))
             if not isinstance(size := info.get("size"), int):
                 raise UserError(f"the server of {self.url} does not say how large {name} is, which fetching it needs")
-            return size, version_of(info.get("ETag") or info.get("etag"))
+            return size, version_of(tag_of(info))
 
         return self._with_retries(name, ask, threading.Event())
 
@@ -277,13 +278,14 @@ async def _bounded(
         finally:
             body.close()
     _most_bytes.set(limit)
+    _wanted_version.set(version)
     start, end = span or (0, limit + 1)
     return await fs._cat_file(path, start=start, end=end)
 
 
 @cache
 def _bounded_response() -> type[Any]:
-    """A class of answers of which ``read`` gives at most ``_most_bytes`` + 1, and nothing of a compressed one."""
+    """A class of answers whose ``read`` gives at most ``_most_bytes`` + 1, uncompressed, of ``_wanted_version``."""
     import aiohttp
 
     class _BoundedResponse(aiohttp.ClientResponse):
@@ -292,6 +294,7 @@ def _bounded_response() -> type[Any]:
             if self._body is None:
                 if self.headers.get("Content-Encoding", "identity") != "identity":
                     raise _EncodedError(self.headers["Content-Encoding"])
+                _check_version(self.headers.get("X-Goog-Generation"), _wanted_version.get())
                 limit = _most_bytes.get()
                 self._body = await _collect(self.content, limit)
                 if len(self._body) > limit:
@@ -307,6 +310,11 @@ def _check_length(length: int | None, ranged: bool, span: tuple[int, int] | None
         raise _LongError if span is not None else _LargeError(limit)
     if span is not None and not ranged and (span[0] > 0 or length is None):
         raise _LongError
+
+
+def tag_of(info: dict[str, Any]) -> Any:
+    """What changes with a file, of what fsspec says of it: a Google bucket's number of the object, or an entity tag."""
+    return next((info[key] for key in ("generation", "ETag", "etag", "md5Hash", "blob_id") if info.get(key)), None)
 
 
 def version_of(tag: Any) -> int:

@@ -19,7 +19,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import open_regular
 from pipeline.common.locations import Url
 from pipeline.dataset.out_folder import RETRY_MINUTES
-from pipeline.dataset.remote_files import UNKNOWN_VERSION, RemoteFolder, version_of
+from pipeline.dataset.remote_files import UNKNOWN_VERSION, RemoteFolder, tag_of, version_of
 
 _FIRST_READ = 1 << 16  # bytes
 _MOST_AHEAD = 8 << 20  # bytes read at once where reads follow each other
@@ -143,12 +143,11 @@ class RemotePath:
 
 def status_of(info: dict[str, Any], http: bool) -> FileStatus:
     """What fsspec's ``info`` says. A web page counts as a folder."""
-    tag = next((info[key] for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key)), None)
     size = info.get("size")
     is_folder = info.get("mimetype") == "text/html" if http else info.get("type") == "directory"
     if size is None and not is_folder:
         raise UserError("the server does not say how large its files are, which reading them needs")
-    return FileStatus(int(size or 0), version_of(tag), is_folder)
+    return FileStatus(int(size or 0), version_of(tag_of(info)), is_folder)
 
 
 SourcePath = Path | RemotePath

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -10,10 +11,12 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +235,78 @@ def s3_environment(port: int, address: str = "127.0.0.1") -> dict[str, str]:
     here = {"AWS_ENDPOINT_URL": f"http://{address}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     return {**S3_KEYS, **here, **nowhere, "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@contextlib.contextmanager
+def google_here(folder: Path, prefix: str = "photos") -> Iterator[Any]:
+    """An emulator of Google Cloud Storage with the files of ``folder`` under gs://BUCKET/``prefix``.
+
+    This process is led to it by its environment; gives gcsfs's file system.
+    """
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    remote_folder.cache_clear()
+    port = free_port()
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            _honour_preconditions(patch)
+            _tell_generations(patch, emulator.HANDLERS)
+            patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+            patch.setenv("GOOGLE_CLOUD_PROJECT", "tests")
+            patch.setenv("GCE_METADATA_IP", f"127.0.0.1:{free_port()}")  # no credentials there, and at once
+            # Otherwise gcsfs asks by gRPC what kind of bucket it is, which the emulator does not know
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            gcsfs = pytest.importorskip("gcsfs")
+            client = gcsfs.GCSFileSystem(skip_instance_cache=True, use_listings_cache=False)
+            client.put(str(folder), f"{BUCKET}/{prefix}", recursive=True)
+            yield client
+    finally:
+        server.stop()
+
+
+def _honour_preconditions(patch: pytest.MonkeyPatch) -> None:
+    """Let the emulator refuse to make an object that is there (ifGenerationMatch=0), as Google's servers do."""
+    objects = importlib.import_module("gcp_storage_emulator.handlers.objects")
+    storage = importlib.import_module("gcp_storage_emulator.storage").Storage
+    missing = importlib.import_module("gcp_storage_emulator.exceptions").NotFound
+    asked = threading.local()
+    upload, create_file = objects._multipart_upload, storage.create_file
+
+    def upload_new(request: Any, response: Any, store: Any) -> None:
+        asked.new = request.query.get("ifGenerationMatch") == ["0"]
+        try:
+            upload(request, response, store)
+        except FileExistsError:
+            response.status = HTTPStatus.PRECONDITION_FAILED
+        finally:
+            asked.new = False
+
+    def create_new(store: Any, bucket: str, name: str, *args: Any, **kwargs: Any) -> None:
+        if getattr(asked, "new", False):
+            with contextlib.suppress(missing):
+                store.get_file_obj(bucket, name)
+                raise FileExistsError(name)
+        create_file(store, bucket, name, *args, **kwargs)
+
+    patch.setattr(objects, "_multipart_upload", upload_new)
+    patch.setattr(storage, "create_file", create_new)
+
+
+def _tell_generations(patch: pytest.MonkeyPatch, handlers: Any) -> None:
+    """Let the emulator send the header X-Goog-Generation with an object's contents, as Google's servers do."""
+    objects = importlib.import_module("gcp_storage_emulator.handlers.objects")
+    download = objects.download
+
+    def with_generation(request: Any, response: Any, store: Any, *args: Any, **kwargs: Any) -> None:
+        download(request, response, store, *args, **kwargs)
+        if response.status < HTTPStatus.MULTIPLE_CHOICES:
+            about = store.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["X-Goog-Generation"] = about["generation"]
+
+    for _, methods in handlers:
+        for method, handler in methods.items():
+            if handler is download:
+                patch.setitem(methods, method, with_generation)
+    patch.setattr(objects, "download", with_generation)

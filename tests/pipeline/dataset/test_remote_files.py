@@ -225,6 +225,7 @@ def test_s3(bucket: FaultProxy, impatient: None, capsys: pytest.CaptureFixture[s
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "gs", raising=False)
     with pytest.raises(
         UserError, match=r"gs://bucket/photos needs a package that is not installed: pip install -e \.\[gcs\]"
     ):
@@ -369,7 +370,7 @@ def test_truncated_answers_are_asked_again_while_others_arrive(behind: Nginx, im
 
 
 class _ReadsWholeBodies(AsyncFileSystem):
-    """As gcsfs, which the tests do not install: it asks by aiohttp, with the session's options that it was given."""
+    """As gcsfs, at a server of the test: it asks by aiohttp, with the session's options that it was given."""
 
     protocol = ("gs", "gcs")
     server = ""
