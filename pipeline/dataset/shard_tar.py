@@ -80,19 +80,18 @@ class ShardTar:
 
 
 def _header(name: str, length: int) -> bytes:
-    header = bytearray(_model_header())
-    plain = name.encode("ascii")
+    model, its_sum = _model_header()
+    header, plain, size = bytearray(model), name.encode("ascii"), b"%011o\0" % length
     assert len(plain) <= 100, name
     header[_NAME] = plain.ljust(100, b"\0")
-    header[_SIZE] = b"%011o\0" % length
-    header[_CHECKSUM] = b" " * 8  # as it counts in the sum
-    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    header[_SIZE] = size
+    header[_CHECKSUM] = b"%06o\0 " % (its_sum + sum(plain) + sum(size))
     return bytes(header)
 
 
 @cache
-def _model_header() -> bytes:
-    """A header as webdataset's TarWriter makes it: user, mode, modification time."""
+def _model_header() -> tuple[bytes, int]:
+    """A header as webdataset's TarWriter makes it: user, mode, modification time; and the sum of its kept bytes."""
     from webdataset import (
         TarWriter,
     )  # imported late: it imports torch unless that is prevented, see sharding/workers.py
@@ -100,7 +99,9 @@ def _model_header() -> bytes:
     tar = io.BytesIO()
     with TarWriter(tar, encoder=False, compress=False, mtime=0) as writer:
         writer.write({"__key__": "key", "bin": b""})
-    return tar.getvalue()[:BLOCK]
+    header = bytearray(tar.getvalue()[:BLOCK])
+    header[_NAME], header[_SIZE], header[_CHECKSUM] = bytes(100), bytes(12), b" " * 8  # blanks count in the sum
+    return bytes(header), sum(header)
 
 
 def split_key(member: str) -> tuple[str, str]:

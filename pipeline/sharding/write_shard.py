@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from pipeline.sources.readers import Reader
 
 Tick = Callable[[int, int], None]  # (images, bytes) done since the last call; may raise to stop the work
 _READS_AHEAD = 16  # remote images that a worker has requested at a time
+_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]+")
 _KEY_STEM = 60  # characters of the original name in a key; a member's name then always fits a plain tar header
 
 
@@ -358,4 +359,6 @@ def sample_key(index: int, name: str) -> str:
 
 def key_stem(name: str) -> str:
     """What a key says of the image's name: all of the key after its first underscore."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:_KEY_STEM]
+    base = name.rpartition("/")[2]
+    dot = base.rfind(".")
+    return _NOT_IN_KEYS.sub("_", base[:dot] if 0 < dot < len(base) - 1 else base)[:_KEY_STEM]

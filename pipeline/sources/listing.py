@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +146,7 @@ class ListingBuilder:
     def __init__(self, source: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> None:
         """``source``: as the user wrote it, for messages; ``suffixes``: those of images."""
         self.source, self._suffixes = source, suffixes
+        self._endings = tuple(f".{ending}" for ending in sorted(suffixes))  # others may differ in capitals alone
         self.rejected: list[Rejected] = []
         self._names, self._ends = Column(np.uint8), Column(np.int64)  # each name ends at a byte of all names
         self._offsets, self._lengths = Column(np.int64), Column(np.int64)
@@ -175,11 +176,11 @@ class ListingBuilder:
         if version is not None:
             self._versions.extend([version])
 
-    def add_files(self, names: Sequence[str], lengths: Sequence[int], versions: Sequence[int]) -> None:
+    def add_files(self, names: Sequence[str], lengths: Sequence[int], versions: Sequence[int] = ()) -> None:
         """``add`` of many files that begin at byte 0, at a fraction of its cost where nothing is to be rejected."""
-        plain = all(name.endswith(_USUAL_ENDINGS) for name in names) and max(lengths, default=0) <= MOST_BYTES
+        plain = all(name.endswith(self._endings) for name in names) and max(lengths, default=0) <= MOST_BYTES
         if not plain or _SYSTEM_FOLDERS.search("/".join(names)) is not None:
-            for name, length, version in zip(names, lengths, versions, strict=True):
+            for name, length, version in zip(names, lengths, versions or repeat(None, len(names)), strict=True):
                 self.add(name, 0, length, version=version)
             return
         self._append([name.encode("utf-8", "surrogateescape") for name in names])
@@ -280,7 +281,6 @@ def no_labels(count: int) -> np.ndarray:
 
 
 _AT_ONCE = 1 << 20  # values in memory at a time
-_USUAL_ENDINGS = tuple(f".{ending}" for ending in sorted(IMAGE_SUFFIXES))
 
 
 def select(listing: Listing, mask: np.ndarray, rejected: tuple[Rejected, ...]) -> Listing:

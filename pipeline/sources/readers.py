@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -25,6 +26,7 @@ from pipeline.sources.listing import SYSTEM_FOLDER, Listing, ListingBuilder, is_
 from pipeline.sources.remote_path import FileStatus, Handle, RemoteFile, RemotePath, SourcePath, pread
 
 _MOST_OF_DISK = 0.5  # of the free room, for a copy that may also go to a bucket
+_LISTED_AT_ONCE = 1024  # files
 _MOST_OPEN = 256  # files of a ContainerReader; Linux usually allows a process 1024
 SPOOL_FILE = "spool.json"  # says of what the spool is a copy
 
@@ -127,9 +129,10 @@ def list_folder(top: Path, quiet: bool, suffixes: frozenset[str] = IMAGE_SUFFIXE
     builder = ListingBuilder(str(top), suffixes)
     try:
         with progress(quiet, unit=" files", desc=f"listing {top}") as bar:
-            for path, length in _walk(top, "", (), builder):
-                builder.add(path, 0, length)
-                bar.update(1)
+            files = _walk(top, "", (), builder)
+            while some := list(islice(files, _LISTED_AT_ONCE)):
+                builder.add_files(*zip(*some, strict=True))
+                bar.update(len(some))
     except PermissionError as error:
         raise UserError(f"cannot list {error.filename}: permission denied; change its permissions") from error
     return builder
