@@ -36,6 +36,7 @@ from pipeline.dataset.dataset import BadSampleError, ShardSet, require_rgb
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.loader import open_dataset
 from pipeline.sharding.index_cache import with_index
+from tools.common.plot_style import save_png
 from tools.embed import EmbedConfig, embed, sample_names
 from tools.embedding.search import near_duplicates, nearest
 from tools.embedding.store import RECORD, UNFINISHED, Embeddings, escaped
@@ -260,8 +261,7 @@ def draw_grid(grid: list[list[tuple[np.ndarray, str]]], out: Path) -> None:
                 axes[row, column].imshow(pixels, interpolation="nearest")
                 lines = [line if len(line) < 24 else f"…{line[-23:]}" for line in title.split("\n")]
                 axes[row, column].set_title("\n".join(lines).replace("$", r"\$"), fontsize=6)
-    with disk_errors(f"writing {out}", f"cannot write {out}", "choose another place"), atomic_file(out) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_png(figure, out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from pipeline.common.errors import UserError, exit_on_user_error
-from pipeline.common.files import atomic_file
 from pipeline.common.locations import InputPath, LocalPath
-from tools.common.plot_style import INK, QUIET
+from tools.common.plot_style import INK, QUIET, save_png
 from train.storage.run_folder import RunHistory, read_run
 
 LOSS_COLOUR, STD_COLOUR, KNN_COLOUR = "#1f5fa8", "#b4511d", "#1d7a4f"
@@ -41,12 +40,7 @@ def main() -> None:
     out = config.run_dir / "plot.png" if config.out is None else config.out
     if out.suffix.lower() != ".png":
         raise UserError(f"{out}: the plot is written as PNG; give a name that ends in .png")
-    figure = draw(read_run(config.run_dir))
-    try:
-        with atomic_file(out) as file:
-            figure.savefig(file, format="png", dpi=130)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another place") from error
+    save_png(draw(read_run(config.run_dir)), out, dpi=130)
     print(out)
 
 

@@ -28,7 +28,6 @@ from torch import Tensor
 from pipeline.backends.reference import decode
 from pipeline.backends.select import choose_backend
 from pipeline.common.errors import UserError, check_seed, exit_on_user_error, require
-from pipeline.common.files import disk_errors
 from pipeline.common.flags import group
 from pipeline.common.locations import DatasetPlace, InputPath, LocalPath
 from pipeline.dataset.dataset import ShardSet, require_rgb
@@ -38,6 +37,7 @@ from pipeline.loader.loader import ViewBatch, open_views
 from pipeline.sampling.sampler import BatchSampler, World
 from pipeline.sampling.views import PAIR_EPOCHS, ViewParams, ViewRecipe, draw_views
 from pipeline.sharding.index_cache import with_index
+from tools.common.plot_style import save_png
 from train.config.config_file import config_from, read_settings
 from train.config.recipes import parse_config
 from train.config.run_config import PretrainConfig, RecipeName
@@ -103,8 +103,7 @@ def main() -> None:
     batches = {name: first_views(dataset, config, name) for name in names}
     first = batches[names[0]]
     params = draw_views(config.views, config.seed, config.epoch, first.ids, dataset.sizes(first.sources))
-    with disk_errors(f"writing {config.out}", f"cannot write {config.out}", "choose another place"):
-        draw(dataset, config.views, batches, params).savefig(config.out, dpi=110)
+    save_png(draw(dataset, config.views, batches, params), config.out, dpi=110)
     print(f"{config.out}: {config.samples} images and their views by {' and '.join(names)}")
 
 

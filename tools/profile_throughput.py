@@ -31,6 +31,7 @@ from pipeline.common.mixed_data import gather
 from pipeline.common.output import write_raw
 from tools.common.gpu_monitor import GpuMonitor, busy_with_others
 from tools.common.measuring import describe_machine, write_results
+from tools.common.plot_style import save_png
 from tools.throughput.report import StageResult, as_json, describe, draw_stages, judge, table
 from tools.throughput.stages import Bench, Stage, StageName, make_stages
 from tools.throughput.timing import StageRunner, Trial
@@ -79,7 +80,7 @@ def profile(config: ProfileConfig, bench: Bench, run: Run) -> None:
         write_results(config.json, {"config": _plain(config), **as_json(results, verdict)})
         print(f"numbers: {config.json}")
     if config.plot is not None:
-        draw_stages(results, verdict, subtitle(bench, run)).savefig(config.plot, dpi=130)
+        save_png(draw_stages(results, verdict, subtitle(bench, run)), config.plot, dpi=130)
         print(f"plot: {config.plot}")
     if config.trace is not None:
         write_trace(every["end_to_end"], bench.device, config.trace)

@@ -24,6 +24,8 @@ from pipeline.common.errors import UserError, check_at_least_1, require
 from pipeline.common.flags import own_flags
 from pipeline.sampling.views import ViewGroup, ViewRecipe
 
+MOST_LAYERS = 100  # of a head; more is a slip of the finger, and takes for ever to build
+
 
 class StepInfo(NamedTuple):
     """Where a pass stands in its run. The same in all passes of a step, but for the samples."""
@@ -230,10 +232,12 @@ def weights_apart(module: nn.Module, name: str = "all", lr_scale: float = 1.0) -
 
 
 def check_counts(config: MethodConfig, *names: str) -> None:
-    """Raise UserError unless each of these fields is at least 1, and a size that torch knows."""
+    """Raise UserError unless each of these fields is at least 1, and a size that torch knows, or few layers."""
     for name in names:
         flag, number = f"--{name.replace('_', '-')}", getattr(config, name)
         check_at_least_1(flag, number)
+        if name.endswith("_layers"):
+            require(flag, number, number <= MOST_LAYERS, f"it must be at most {MOST_LAYERS}")
         require(flag, number, number < 1 << 31, "it must be below 2**31")
 
 

@@ -16,7 +16,7 @@ from pipeline.common.locks import exclusive_lock
 from tests.faults.test_run_folders import KINDS, in_time  # noqa: F401
 from tests.helpers.toy_runs import call
 from tests.tools.test_embed import ENCODER, FLAGS
-from tools import embed, export_backbone, neighbours, predict
+from tools import embed, export_backbone, neighbours, predict, preview_views
 from train import finetune, knn, linear, pretrain
 from train.storage.run_folder import LOCK_FILE
 
@@ -180,8 +180,13 @@ def test_a_result_takes_the_place_of_a_link_and_makes_nothing_elsewhere(
     grid = tmp_path / "grid.png"
     grid.symlink_to(tmp_path / "elsewhere")
     assert call(monkeypatch, neighbours, embedded, photo_dataset_path, grid, "--query", "1") == 0
-    assert grid.is_file()
-    assert not grid.is_symlink()
+    views = tmp_path / "views.png"
+    views.symlink_to(tmp_path / "elsewhere")
+    shown = ["--samples", "2", "--image-size", "32", "--device", "cpu", "--backend", "torchvision"]
+    assert call(monkeypatch, preview_views, photo_dataset_path, views, *shown) == 0
+    for made in (grid, views):
+        assert made.is_file()
+        assert not made.is_symlink()
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from model.embedding_stats import least_share
 from pipeline.common.files import atomic_file, disk_errors, read_object
-from tools.common.plot_style import INK, PALETTE, QUIET
+from tools.common.plot_style import INK, PALETTE, QUIET, save_png
 from tools.reproduction.paper_tables import PAPER_SCALE, PaperTable, Variant
 from train.storage.run_folder import SUMMARY_FILE, RunHistory, read_run
 
@@ -110,7 +110,7 @@ def write_report(
     text = describe(table, results, name=name, recipe=recipe, plan=plan, val_samples=val_samples, command=command)
     with disk_errors(f"writing {page}", f"cannot write {page}", "name another folder with --docs"):
         folder.mkdir(parents=True, exist_ok=True)
-        draw(table, results, recipe, floor_of(results, plan)).savefig(page.with_suffix(".png"), dpi=120)
+        save_png(draw(table, results, recipe, floor_of(results, plan)), page.with_suffix(".png"), dpi=120)
         with atomic_file(page) as file:
             file.write(text.encode())
     return page

@@ -83,6 +83,7 @@ def test_paths_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"epochs": "3"}, 'has epochs "3", which is no whole number'),
         ({"epochs": True}, "has epochs true, which is no whole number"),
         ({"epochs": 0}, "--epochs 0: it must be at least 1"),
+        ({"model": {"projector_layers": 1_000_000}}, "--projector-layers 1000000: it must be at most 100"),
         ({"sync_bn": 1}, "has sync_bn 1, which is no true or false"),
         ({"optim": 3}, "has optim 3, which has settings of its own"),
         ({"optim": {"base_lr": "high"}}, 'has optim.base_lr "high", which is no number'),
