@@ -202,6 +202,32 @@ def test_one_pass_halves_the_collectives(one_pass: bool, monkeypatch: pytest.Mon
     assert made == {"forward": passes * layers, "backward": passes * layers}
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute something, each a launch on a GPU; not those that only look at memory."""
+
+    IDLE = frozenset({"aten::detach", "aten::alias", "aten::_unsafe_view", "aten::empty", "aten::empty_like"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func._schema.name not in self.IDLE
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_one_pass_launches_a_fifth_to_a_third_less(backbone: str) -> None:
+    counted = []
+    for one_pass in (False, True):
+        config = SimSiamConfig(backbone=backbone, dim=16, projector_hidden=16, predictor_hidden=4)
+        model = prepare_batch_norm(SimSiam(config), one_pass=one_pass)
+        with Launches() as launches:
+            simsiam_loss(*model(torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32))).backward()
+        counted.append(launches.count)
+    assert 1 / 5 < 1 - counted[1] / counted[0] < 1 / 3
+
+
 class Operations(TorchDispatchMode):
     """Notes the name of each operation, and of those on a counter."""
 
