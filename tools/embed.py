@@ -38,12 +38,12 @@ from pipeline.common.locations import DatasetPlace, LocalPath, PathText
 from pipeline.common.system import duration, progress
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import open_dataset, open_images
-from pipeline.sharding.index_cache import make_indexes, with_index
+from pipeline.loader.loader import open_images
+from pipeline.sharding.index_cache import make_indexes
 from tools.embedding.store import BLOCK, UNFINISHED, Block, EmbeddingWriter, Format
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext, distributed, exit_once
-from train.evaluation.features import IMAGES_PER_PASS, EncoderConfig, FrozenEncoder, open_frozen
+from train.evaluation.features import IMAGES_PER_PASS, EncoderConfig, FrozenEncoder, open_frozen, open_indexed
 from train.optimization.precision import Precision, PrecisionName, choose_precision
 
 BLOCKS_AT_ONCE = 64  # a rank's loader is opened for a million images at a time: the list of ids stays small
@@ -258,7 +258,7 @@ def _open(config: EmbedConfig, dist: DistContext) -> tuple[ShardSet, FrozenEncod
             raise UserError("--format parquet needs pyarrow: pip install 'siamstream[parquet]'") from None
     asked = EncoderConfig(config.checkpoint, backbone=config.backbone, image_size=config.image_size)
     encoder = open_frozen(asked, dist.device)
-    dataset = open_dataset(with_index(config.data, config.loader.cache), config.loader)
+    dataset = open_indexed(config.data, config.loader)
     return dataset, encoder, choose_precision(config.precision, dist.device)
 
 

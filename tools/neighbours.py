@@ -34,15 +34,13 @@ from pipeline.common.flags import group
 from pipeline.common.locations import DatasetPlace, LocalPath, PathText, input_path
 from pipeline.dataset.dataset import BadSampleError, ShardSet, require_rgb
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import open_dataset
-from pipeline.sharding.index_cache import with_index
 from tools.common.plot_style import save_png
 from tools.embed import EmbedConfig, embed, sample_names
 from tools.embedding.search import near_duplicates, nearest
 from tools.embedding.store import RECORD, UNFINISHED, Embeddings, escaped
 from train.distributed.process_group import distributed
 from train.evaluation.encoder import Preprocess, decode_file
-from train.evaluation.features import EncoderConfig, open_frozen
+from train.evaluation.features import EncoderConfig, open_frozen, open_indexed
 
 MOST_ROWS = 40  # of a grid
 CELL_INCHES = 1.4
@@ -93,7 +91,7 @@ def main() -> None:
     """Parse the command line, search, draw."""
     config = tyro.cli(NeighboursConfig, description=__doc__)
     check_writable("OUT", config.out)
-    dataset = open_dataset(with_index(config.data, config.loader.cache), config.loader)
+    dataset = open_indexed(config.data, config.loader)
     require_rgb(dataset, "a grid of neighbours")
     embeddings = open_embeddings(config, dataset)
     if config.duplicates is None:
@@ -209,7 +207,7 @@ def draw_duplicates(config: NeighboursConfig, dataset: ShardSet, embeddings: Emb
     assert config.duplicates is not None
     others, other_dataset = None, dataset
     if config.against is not None:
-        other_dataset = open_dataset(with_index(config.against[1], config.loader.cache), config.loader)
+        other_dataset = open_indexed(config.against[1], config.loader)
         others = _of_dataset(Embeddings(Path(config.against[0])), other_dataset)
         if others.about["encoder"] != embeddings.about["encoder"]:
             raise UserError("--against: the two datasets were embedded by different encoders; embed both with one")

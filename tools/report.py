@@ -36,10 +36,8 @@ from pipeline.common.system import versions
 from pipeline.dataset.dataset import BadSampleError, ShardSet
 from pipeline.loader.bad_samples import BAD_SAMPLES_FILE
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import open_dataset
 from pipeline.sampling.order import epoch_order
 from pipeline.sampling.views import draw_views
-from pipeline.sharding.index_cache import with_index
 from tools.common.plot_style import INK, PALETTE
 from tools.embed import sample_names
 from tools.embedding.store import escaped
@@ -59,7 +57,7 @@ from tools.reporting.page import (
     thumbnail_uri,
 )
 from train.distributed.process_group import DistContext
-from train.evaluation.features import EncoderConfig, ImageSource, extract_features, open_frozen
+from train.evaluation.features import EncoderConfig, ImageSource, extract_features, open_frozen, open_indexed
 from train.optimization.precision import choose_precision
 from train.storage.run_folder import CONFIG_FILE, METRICS_FILE, PLAN_FILE, SUMMARY_FILE, read_lines
 
@@ -244,7 +242,7 @@ def _last(run: RunRecord, key: str) -> str:
 def _images(config: ReportConfig, run: RunRecord, number: int, prefix: str) -> list[str]:
     """The sections that need the dataset, and those that need the encoder too."""
     try:
-        dataset = open_dataset(with_index(config.data or data_of(run), config.loader.cache), config.loader)
+        dataset = open_indexed(config.data or data_of(run), config.loader)
     except UserError as error:
         return [section(f"{prefix}Images", paragraph(f"Left out, as the dataset is not there: {error}"))]
     if dataset.channels != 3:

@@ -33,16 +33,16 @@ from model.sync_batchnorm import synchronise
 from pipeline.backends.base import ViewBatch
 from pipeline.common.buffers import on_device
 from pipeline.common.errors import UserError, check_at_least_1, check_divisible, exit_on_user_error, require
-from pipeline.common.files import disk_errors, own_file, write_json
+from pipeline.common.files import disk_errors, write_json
 from pipeline.common.flags import group, own_flags, usage
 from pipeline.common.locations import DatasetPlace, LocalPath
 from pipeline.common.locks import FolderLock
 from pipeline.common.system import duration
 from pipeline.dataset.dataset import ShardSet
 from pipeline.loader.config import LoaderConfig
-from pipeline.loader.loader import open_crops, open_dataset
+from pipeline.loader.loader import open_crops
 from pipeline.sampling.sampler import BatchSampler, steps_per_epoch
-from pipeline.sharding.index_cache import make_indexes, with_index
+from pipeline.sharding.index_cache import make_indexes
 from train.distributed.collectives import any_rank, mean_over_ranks, on_all_ranks, on_rank0, print0, sum_over_ranks
 from train.distributed.process_group import DistContext, distributed, exit_once, found_by_every_rank, read_launch
 from train.distributed.stop_signals import EXIT_PREEMPTED, StopRequest, stop_signals
@@ -55,6 +55,7 @@ from train.evaluation.features import (
     check_same_classes,
     labelled_features,
     open_frozen,
+    open_indexed,
 )
 from train.evaluation.linear_probe import stratified
 from train.optimization.optimizer import Schedule, lr_at
@@ -68,7 +69,7 @@ from train.storage.checkpoints import (
     parse_interval,
     save_checkpoint,
 )
-from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, claim_run_dir, cut_off, json_line
+from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, append_lines, claim_run_dir, cut_off
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop; SimCLR, BYOL and SwAV fine-tune with it
 RecipeName = Literal["simclr-1", "simclr-10", "byol-1", "byol-10", "swav-1", "swav-10"]
@@ -297,8 +298,8 @@ def prepare(config: FinetuneConfig, dist: DistContext) -> Finetuning:
 
 def _open(config: FinetuneConfig, dist: DistContext) -> tuple[FrozenEncoder, Precision, Samples, Samples, int]:
     encoder = open_frozen(config.encoder, dist.device)
-    train = _labelled(open_dataset(with_index(config.data, config.loader.cache), config.loader), "--data")
-    val = _labelled(open_dataset(with_index(config.val_data, config.loader.cache), config.loader), "--val-data")
+    train = _labelled(open_indexed(config.data, config.loader), "--data")
+    val = _labelled(open_indexed(config.val_data, config.loader), "--val-data")
     check_same_classes("--val-data", val.dataset, train.dataset)
     if config.fraction != 1:
         labels, classes = train.dataset.labels(train.ids), train.dataset.classes
@@ -393,8 +394,7 @@ def open_folder(run: Finetuning, held: ExitStack) -> None:
     if (folder / METRICS_FILE).exists() and not run.config.resume:
         raise UserError(f"--run-dir {folder} already holds a run: add --resume to go on with it, or name another")
     if not run.config.resume:
-        with disk_errors(f"writing {folder}"), open(folder / METRICS_FILE, "a", opener=own_file):
-            pass
+        append_lines(folder / METRICS_FILE, [])
 
 
 def load_newest(run: Finetuning) -> None:
@@ -443,17 +443,9 @@ def save(run: Finetuning) -> None:
 
 def end_epoch(run: Finetuning, epoch: int, loss: float, left_s: float) -> None:
     """Print the accuracy and append it to metrics.jsonl, with the last step's loss. A collective."""
-    folder, top1 = run.config.run_dir, run.top1
-    line = json_line({"epoch": epoch, "step": run.step, "loss": loss, "val_top1": top1, "time": time.time()})
-
-    def write() -> None:
-        with (
-            disk_errors(f"writing {folder}"),
-            open(folder / METRICS_FILE, "a", encoding="utf-8", opener=own_file) as file,
-        ):
-            file.write(line)
-
-    on_rank0(run.dist, write)
+    metrics, top1 = run.config.run_dir / METRICS_FILE, run.top1
+    line = {"epoch": epoch, "step": run.step, "loss": loss, "val_top1": top1, "time": time.time()}
+    on_rank0(run.dist, lambda: append_lines(metrics, [line]))
     epochs = f"{epoch}/{run.config.tune.epochs}"
     print0(run.dist, f"epoch {epochs}: loss {loss:.4f}, top-1 {top1:.2f} %; left {duration(left_s)}")
 

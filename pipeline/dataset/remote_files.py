@@ -144,7 +144,7 @@ class RemoteFolder:
         """(bytes, version as of ``version_of``) of file ``name``. Raises UserError as ``size``."""
 
         def ask() -> tuple[int, int]:
-            info = self._fs.info(self._fs._strip_protocol(self.url.file(name).secret))
+            info = self._fs.info(self.path(name))
             if not isinstance(size := info.get("size"), int):
                 raise UserError(f"the server of {self.url} does not say how large {name} is, which fetching it needs")
             return size, version_of(tag_of(info))
@@ -153,7 +153,7 @@ class RemoteFolder:
 
     def has(self, name: str) -> bool:
         """Whether there is a file ``name``. Some file systems call a failed request so too, hence several."""
-        path = self._fs._strip_protocol(self.url.file(name).secret)
+        path = self.path(name)
         return any(self._with_retries(name, lambda: self._fs.exists(path), threading.Event()) for _ in range(_READS))
 
     def read_whole(self, name: str, limit: int) -> bytes:
@@ -186,7 +186,7 @@ class RemoteFolder:
     ) -> bytes:
         try:
             return self._with_retries(
-                name, lambda: self._attempt(self.url.file(name), span, limit, cancelled, version), cancelled
+                name, lambda: self._attempt(self.path(name), span, limit, cancelled, version), cancelled
             )
         except ChangedError:
             raise UserError(
@@ -231,10 +231,9 @@ class RemoteFolder:
             raise FetchCancelledError(name)
 
     def _attempt(
-        self, url: Url, span: tuple[int, int] | None, limit: int, cancelled: threading.Event, version: int
+        self, path: str, span: tuple[int, int] | None, limit: int, cancelled: threading.Event, version: int
     ) -> bytes:
         """One request. At most ``limit`` bytes of its answer are held, whatever the server sends."""
-        path = self._fs._strip_protocol(url.secret)
         if self._is_async and self._fs.loop is not None:
             coroutine = asyncio.wait_for(_bounded(self._fs, path, span, limit, version), PIECE_TIMEOUT_S)
             data = _result(asyncio.run_coroutine_threadsafe(coroutine, self._fs.loop), cancelled)

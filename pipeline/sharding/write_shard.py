@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import map_array
 from pipeline.dataset.format import PARTIAL_DIR, SAMPLE_DTYPE, Shard
 from pipeline.dataset.names import encode_names
 from pipeline.dataset.out_folder import LocalOut, OutFolder, RemoteOut, write_json
@@ -219,7 +220,7 @@ class WriteJob(Job):
         count = len(self.listing)
         if self.options.shuffle == "permutation":
             return ComputedOrder(count, min(count, self.options.limit or count), self.options.seed)
-        return np.load(self._work / "order.npy", mmap_mode="r", allow_pickle=False)
+        return map_array(self._work / "order.npy")
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.options.samples_per_shard)

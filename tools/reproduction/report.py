@@ -108,9 +108,10 @@ def write_report(
     plan = read_object(folders[variants[0].name][0] / "plan.json")
     page = folder / f"{name}.md"
     text = describe(table, results, name=name, recipe=recipe, plan=plan, val_samples=val_samples, command=command)
-    with disk_errors(f"writing {page}", f"cannot write {page}", "name another folder with --docs"):
+    remedy = "name another folder with --docs"
+    with disk_errors(f"writing {page}", f"cannot write {page}", remedy):
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(draw(table, results, recipe, floor_of(results, plan)), page.with_suffix(".png"), dpi=120)
+        save_png(draw(table, results, recipe, floor_of(results, plan)), page.with_suffix(".png"), 120, remedy)
         with atomic_file(page) as file:
             file.write(text.encode())
     return page

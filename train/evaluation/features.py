@@ -258,9 +258,14 @@ def each_rank(
         yield part
 
 
+def open_indexed(place: Path | Url, loader: LoaderConfig) -> ShardSet:
+    """The dataset at ``place``; tars of others through their index. Raises UserError as ``with_index`` does."""
+    return open_dataset(with_index(place, loader.cache), loader)
+
+
 def open_labelled(path: Path | Url, flag: str, loader: LoaderConfig) -> ShardSet:
     """Open a dataset of which some samples at least have labels. Raises UserError otherwise."""
-    dataset = open_dataset(with_index(path, loader.cache), loader)
+    dataset = open_indexed(path, loader)
     if not dataset.has_labels and len(Samples.labelled(dataset).ids) == 0:
         raise UserError(f"{flag} {path} has no labels: shard it from class folders, or with a label file (--labels)")
     return dataset

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import disk_errors, own_file, write_json
+from pipeline.common.files import disk_errors, write_json
 from pipeline.common.locks import FolderLock
 from train.distributed.collectives import on_all_ranks, on_rank0, print0
 from train.distributed.process_group import DistContext
 from train.storage.checkpoints import CHECKPOINTS, check_same_run, find_checkpoint, load_checkpoint, save_checkpoint
-from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, claim_run_dir, cut_off, json_line
+from train.storage.run_folder import METRICS_FILE, SUMMARY_FILE, append_lines, claim_run_dir, cut_off
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,7 @@ class LinearRun:
         assert self._lock is not None
         self._lock.check()
         lines = [{"epoch": outcome.epoch, "step": step, **head.as_json()} for head in outcome.heads]
-        with (
-            disk_errors(f"writing {folder}"),
-            open(folder / METRICS_FILE, "a", encoding="utf-8", opener=own_file) as file,
-        ):
-            file.write("".join(map(json_line, lines)))
+        append_lines(folder / METRICS_FILE, lines)
         state = {
             "epoch": outcome.epoch,
             "step": step,

@@ -6,13 +6,22 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import atomic_file, disk_errors, read_json, read_object, read_regular, strict_json
+from pipeline.common.files import (
+    atomic_file,
+    disk_errors,
+    own_file,
+    read_json,
+    read_object,
+    read_regular,
+    strict_json,
+)
 from pipeline.common.locks import FolderLock, exclusive_lock
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,6 +48,12 @@ def cut_off(path: Path, step: int) -> list[dict[str, Any]]:
         with atomic_file(path) as file:
             file.write("".join(map(json_line, kept)).encode())
     return kept
+
+
+def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines of JSON to a file of a run folder, made if it is not there. Raises UserError as the disk does."""
+    with disk_errors(f"writing {path.parent}"), open(path, "a", encoding="utf-8", opener=own_file) as file:
+        file.write("".join(map(json_line, lines)))
 
 
 def json_line(values: dict[str, Any]) -> str:
